@@ -1,0 +1,66 @@
+# Baton: `make` lists the targets. Each does one thing; CI runs the same ones.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PORT ?= 8000
+PACKAGES := baton cli coordinator prefill decode worker engine kvtransfer kernels
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help serve install dev test lint types contracts proto proto-check unit format bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+serve: install  ## start the whole system on this machine with the bundled model (PORT=8000)
+	$(BIN)/baton serve --port $(PORT)
+
+install: $(VENV)/.installed  ## virtual environment with what running needs
+
+dev: $(VENV)/.dev  ## the same plus what developing needs
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Baton needs Python 3.11 or newer; say make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@ $(VENV)/.installed
+
+test: lint types contracts proto-check unit  ## everything CI runs
+
+lint: dev  ## ruff: style and mistakes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: dev  ## ruff: rewrite the files in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: dev  ## mypy --strict on every package
+	$(BIN)/mypy
+
+contracts: dev  ## import-linter: every arrow of the architecture points down
+	$(BIN)/lint-imports --no-cache
+
+proto: dev  ## generate baton/v1 from proto/baton/v1
+	cd proto && ../$(BIN)/python -m grpc_tools.protoc -I. --plugin=protoc-gen-mypy=../$(BIN)/protoc-gen-mypy \
+		--plugin=protoc-gen-mypy_grpc=../$(BIN)/protoc-gen-mypy_grpc --python_out=.. --grpc_python_out=.. \
+		--mypy_out=quiet:.. --mypy_grpc_out=quiet:.. baton/v1/*.proto
+
+proto-check: dev  ## fail when the generated types differ from the .proto files
+	$(BIN)/python -m tests.check_proto
+
+unit: dev  ## pytest, in parallel
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal
+
+bench: dev  ## the quick form of every benchmark
+	$(BIN)/python -m benchmarks.relay --quick
+
+clean:  ## remove the virtual environment and every cache
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,28 @@
+"""Names of KV blocks: a chained hash, so that equal names mean equal content anywhere in the cluster.
+
+    name[i] = H(name[i-1], tokens of block i)        name[-1] = H(model fingerprint, adapter, tenant salt)
+
+The chain is that of vLLM's prefix cache. H is BLAKE2b cut to 128 bits: collision-resistant, so no tenant can craft
+a prompt that is served from another's block.
+"""
+
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+
+NAME_BYTES = 16
+
+
+def root_name(model_fingerprint: str, adapter: str = "", cache_salt: str = "") -> bytes:
+    """Parent of every first block: what computes the KV, and who may share it."""
+    digest = blake2b(digest_size=NAME_BYTES, person=b"baton-root")
+    for part in (model_fingerprint, adapter, cache_salt):
+        encoded = part.encode()
+        digest.update(len(encoded).to_bytes(8, "little"))
+        digest.update(encoded)
+    return digest.digest()
+
+
+def block_name(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """Name of a full block that holds `token_ids` and follows the block named `parent`."""
+    return blake2b(parent + array("I", token_ids).tobytes(), digest_size=NAME_BYTES).digest()

@@ -1,0 +1,170 @@
+"""Every setting of the system: one dataclass a part, the help text on the field, the default written once.
+
+The command line is derived from these classes (`add_arguments`, `from_arguments`), and `validate` is the one place
+where a value is judged. A message says what to change.
+"""
+
+import argparse
+import dataclasses
+import re
+import socket
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_type_hints
+
+from baton.errors import ConfigurationError
+
+T = TypeVar("T")
+
+
+def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field with its help text; `choices` limits it to those words."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from '512MiB', '2G' or '4096'; units are powers of 1024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    if not match:
+        raise ConfigurationError(f"'{text}' is not a size; write a number with a unit, such as 512MiB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    model: str = setting(
+        "demo", "folder of a Hugging Face model, a hub id such as Qwen/Qwen3-0.6B, or 'demo' for the bundled model"
+    )
+    revision: str = setting("", "branch, tag or commit of a hub id; empty takes the hub's default")
+    served_name: str = setting("", "name clients use; empty takes the last part of --model")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    dtype: str = setting("auto", "dtype of weights and KV", ("auto", "float32", "bfloat16"))
+    page_size: int = setting(16, "tokens in a KV block")
+    kv_memory: str = setting("512MiB", "memory for KV blocks, such as 512MiB or 8GiB")
+    max_model_tokens: int = setting(0, "longest prompt plus output served; 0 takes the model's context length")
+    max_batch_tokens: int = setting(512, "tokens computed in one step: decodes first, prefill chunks fill the rest")
+    max_running: int = setting(64, "requests computed side by side")
+    threads: int = setting(0, "CPU threads of one worker; 0 shares the machine between the workers started together")
+
+
+@dataclass(frozen=True)
+class HandoverOptions:
+    lanes: str = setting("shm,tcp", "lanes that may carry KV blocks, best first")
+    lease_s: float = setting(10.0, "seconds offered blocks are kept without a sign of life from the decode worker")
+    heartbeat_interval_s: float = setting(0.5, "seconds between signs of life of two workers that hand over")
+    heartbeat_timeout_s: float = setting(2.0, "silence after which such a peer counts as dead")
+    pull_timeout_s: float = setting(10.0, "longest that one batch of blocks may take to arrive")
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    worker_id: str = setting("", "stable name, unique in the cluster; empty makes one from host and process id")
+    coordinator: str = setting("127.0.0.1:50052", "host:port of the coordinator's link")
+    host: str = setting("127.0.0.1", "address that other workers reach this one at")
+    connect_timeout_s: float = setting(30.0, "seconds to wait for the coordinator before giving up at start")
+    drain_timeout_s: float = setting(30.0, "seconds that running requests get to finish after SIGTERM")
+    parent_pid: int = setting(0, "exit when this process is gone; 0 watches nobody")
+
+
+@dataclass(frozen=True)
+class CoordinatorOptions:
+    host: str = setting("127.0.0.1", "address of HTTP and gRPC")
+    port: int = setting(8000, "HTTP port; 0 takes a free one")
+    grpc_port: int = setting(50051, "gRPC port; 0 takes a free one")
+    link_host: str = setting("127.0.0.1", "address where workers connect")
+    link_port: int = setting(50052, "port where workers connect; 0 takes a free one")
+    heartbeat_interval_s: float = setting(0.5, "seconds between signs of life of coordinator and worker")
+    heartbeat_timeout_s: float = setting(2.0, "silence after which a worker counts as dead")
+    local_prefill_tokens: int = setting(64, "decode prefills by itself when at most this many tokens are uncached")
+    max_requests: int = setting(1024, "streams in the system; more are refused with 429")
+    max_body_bytes: int = setting(1 << 20, "largest HTTP body or gRPC message accepted")
+    request_timeout_s: float = setting(600.0, "longest that one request may take")
+    max_attempts: int = setting(3, "tries of one request before a worker failure is reported to the client")
+    drain_timeout_s: float = setting(30.0, "seconds that running requests get to finish after SIGTERM")
+    parent_pid: int = setting(0, "exit when this process is gone; 0 watches nobody")
+
+
+def default_worker_id(role: str) -> str:
+    import os
+
+    return f"{role}-{socket.gethostname()}-{os.getpid()}"
+
+
+_POSITIVE = {
+    "page_size", "max_batch_tokens", "max_running", "lease_s", "heartbeat_interval_s", "heartbeat_timeout_s",
+    "pull_timeout_s", "connect_timeout_s", "drain_timeout_s", "max_requests", "max_body_bytes", "request_timeout_s",
+    "max_attempts",
+}  # fmt: skip
+_NOT_NEGATIVE = {"max_model_tokens", "threads", "local_prefill_tokens", "parent_pid"}
+_PORTS = {"port", "grpc_port", "link_port"}
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def validate(options: object) -> None:
+    """Raise ConfigurationError for the first field that cannot work."""
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        name, value = field.name, getattr(options, field.name)
+        choices = field.metadata.get("choices")
+        if choices and value not in choices:
+            raise ConfigurationError(f"{flag(name)} is '{value}'; choose one of {', '.join(choices)}")
+        if name in _POSITIVE and not value > 0:
+            raise ConfigurationError(f"{flag(name)} is {value}; it must be greater than 0")
+        if name in _NOT_NEGATIVE and value < 0:
+            raise ConfigurationError(f"{flag(name)} is {value}; it must not be negative")
+        if name in _PORTS and not 0 <= value <= 65535:
+            raise ConfigurationError(f"{flag(name)} is {value}; a port is 0 to 65535")
+    interval, timeout = getattr(options, "heartbeat_interval_s", 0.0), getattr(options, "heartbeat_timeout_s", 1.0)
+    if interval * 2 > timeout:
+        raise ConfigurationError(
+            f"--heartbeat-timeout-s is {timeout}; it must be at least twice --heartbeat-interval-s ({interval})"
+        )
+    if isinstance(options, EngineOptions):
+        parse_bytes(options.kv_memory)
+        if options.page_size & (options.page_size - 1):
+            raise ConfigurationError(f"--page-size is {options.page_size}; it must be a power of two")
+
+
+def add_arguments(parser: argparse.ArgumentParser, *classes: type) -> None:
+    """One flag a field; a field that two classes share appears once."""
+    seen = {option for action in parser._actions for option in action.option_strings}
+    for cls in classes:
+        group = parser.add_argument_group(cls.__name__.removesuffix("Options").lower())
+        hints = get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            if flag(field.name) in seen:
+                continue
+            seen.add(flag(field.name))
+            group.add_argument(
+                flag(field.name),
+                type=hints[field.name],
+                default=field.default,
+                choices=field.metadata.get("choices"),
+                help=f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%"),
+                metavar=None if field.metadata.get("choices") else hints[field.name].__name__.upper(),
+            )
+
+
+def from_arguments(cls: type[T], arguments: argparse.Namespace) -> T:
+    """Build and validate one options object from parsed arguments."""
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    options = cls(**{field.name: getattr(arguments, field.name) for field in fields})
+    validate(options)
+    return options
+
+
+def to_arguments(options: object) -> list[str]:
+    """The command line that `from_arguments` would read as these options: only what differs from the defaults."""
+    words: list[str] = []
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        value = getattr(options, field.name)
+        if value != field.default:
+            words += [flag(field.name), str(value)]
+    return words

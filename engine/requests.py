@@ -1,0 +1,151 @@
+"""What goes into an engine and what comes out: plain data, no behaviour."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. Every default is already resolved by whoever builds this."""
+
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    """Random numbers are a function of (seed, position in the output) alone, so another attempt draws the same."""
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    max_tokens: int = 16
+    """Output tokens of the stream as a whole, those of earlier attempts included."""
+    stop_token_ids: tuple[int, ...] = ()
+    """End-of-sequence ids included, unless the client ignores them."""
+    logprobs: int | None = None
+    """Number of alternatives to report beside the chosen token; None reports nothing."""
+
+
+class Handover(Enum):
+    """What a request has to do with another worker's pool."""
+
+    NONE = "none"
+    """Prefill and decode here."""
+    GIVE = "give"
+    """Prefill here, sample one token, keep the blocks until the lease is released."""
+    TAKE = "take"
+    """Reserve blocks for the prompt, wait for `Engine.receive`, then decode."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One attempt at one stream of tokens."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    """The prompt, then the output tokens that earlier attempts delivered."""
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    cache_root: bytes
+    """`baton.block_names.root_name` of this model, adapter and tenant."""
+    handover: Handover = Handover.NONE
+
+
+class EndReason(Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORTED = "aborted"
+    HANDED_OVER = "handed_over"
+    """A GIVE request sampled its token; its blocks are now held by the lease of the same id."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of the model's own distribution, before temperature, penalties and bias."""
+
+    chosen: float
+    alternative_ids: tuple[int, ...] = ()
+    """Likeliest first."""
+    alternative_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    request_id: str
+    index: int
+    """Position in the output stream; tokens delivered by earlier attempts count."""
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    request_id: str
+    reason: EndReason
+    num_output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A request left the waiting line."""
+
+    request_id: str
+    num_cached_tokens: int
+    """Leading tokens found in the prefix cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """A TAKE request has its blocks; those after the cached ones wait to be written from outside."""
+
+    request_id: str
+    block_ids: tuple[int, ...]
+    num_cached_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """Blocks of a GIVE request whose content is final, in order; never repeated."""
+
+    request_id: str
+    first_block: int
+    block_ids: tuple[int, ...]
+    generations: tuple[int, ...]
+    num_tokens: int
+    """KV positions final so far."""
+    last: bool
+    """Nothing more follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """All that one step changed, in the order in which a reader should apply it."""
+
+    started: list[Started] = field(default_factory=list)
+    reserved: list[Reserved] = field(default_factory=list)
+    computed: list[Computed] = field(default_factory=list)
+    tokens: list[TokenOutput] = field(default_factory=list)
+    ended: list[Ended] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCounts:
+    """free + cached + held + leased + quarantined = total, at every moment."""
+
+    total: int
+    free: int
+    cached: int
+    held: int
+    leased: int
+    quarantined: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    blocks: BlockCounts
+    running: int
+    waiting: int
+    waiting_prefill_tokens: int

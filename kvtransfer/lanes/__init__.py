@@ -1,0 +1,1 @@
+"""Ways to copy blocks out of a peer's pool, behind one interface (`base.py`)."""
