@@ -5,10 +5,13 @@ LaneClient for the best lane that both have. A lane moves bytes and nothing else
 checked by its callers, whatever the lane promises.
 """
 
+import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from baton.errors import TransferError
 from kvtransfer.memory import PoolMemory
 
 
@@ -45,17 +48,31 @@ class LaneServer(ABC):
 
 
 class LaneClient(ABC):
-    """Reads one peer's pool."""
+    """Reads one peer's pool. Several threads may pull at the same time."""
 
     name: str
 
     @abstractmethod
-    def pull(self, reads: Sequence[BlockRead], deadline: float) -> None:
+    def pull(self, reads: Sequence[BlockRead], deadline: float, cancelled: threading.Event | None = None) -> None:
         """Copy every block, in the calling thread; `deadline` in `time.monotonic()` seconds.
 
-        Raises TransferError when the peer is gone, a generation no longer matches, or the deadline passes. Whatever
-        it raises, no local block is written after it returns.
+        Raises TransferError when the peer is gone, a generation no longer matches, the deadline passes, or
+        `cancelled` is set, the latter two within POLL_S. Whatever it raises, no local block is written after it
+        returns.
         """
 
     @abstractmethod
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go of the peer. Nobody is pulling any more."""
+
+
+POLL_S = 0.05
+"""How often a pull that waits for its peer looks at the clock and at its cancellation."""
+
+
+def check_still_wanted(deadline: float, cancelled: threading.Event | None) -> None:
+    """Raise TransferError once a pull should end."""
+    if cancelled is not None and cancelled.is_set():
+        raise TransferError("the pull was cancelled")
+    if time.monotonic() > deadline:
+        raise TransferError("the blocks did not arrive before the deadline")

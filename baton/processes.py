@@ -1,0 +1,54 @@
+"""What every process of the system does about itself: logs, its parent, and being asked to stop."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+
+def log_to_stderr(name: str) -> None:
+    """One line an event: time, level, process, part, message. Never text of a prompt."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=os.environ.get("BATON_LOG_LEVEL", "INFO").upper(),
+        format=f"%(asctime)s %(levelname)-7s {name} %(name)s: %(message)s",
+    )
+
+
+def watch_parent(parent_pid: int, on_exit: Callable[[], None]) -> None:
+    """Call `on_exit` on the running loop when the process `parent_pid` is gone. 0 watches nobody.
+
+    A pidfd, because the kernel's parent-death signal follows the thread that started the child, not its process.
+    """
+    if not parent_pid:
+        return
+    loop = asyncio.get_running_loop()
+    try:
+        pidfd = os.pidfd_open(parent_pid)
+    except ProcessLookupError:
+        loop.call_soon(on_exit)
+        return
+
+    def gone() -> None:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+        on_exit()
+
+    loop.add_reader(pidfd, gone)
+
+
+def stop_signals() -> asyncio.Event:
+    """An event that SIGTERM and SIGINT set. A second signal ends the process at once."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def asked(number: signal.Signals) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked, number)
+    return stop

@@ -1,0 +1,90 @@
+"""A `baton serve` of real processes on free ports, for benchmarks and tests."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 60.0
+
+
+class Serving:
+    """Runs while the context is open. `url` and `grpc` are where it listens; its log is kept for when it fails."""
+
+    def __init__(self, *words: str, env: dict[str, str] | None = None) -> None:
+        self._log = tempfile.NamedTemporaryFile("w+", prefix="baton-serve-", suffix=".log")  # noqa: SIM115
+        ports = ["--port", "0", "--grpc-port", "0", "--link-port", "0"]
+        started_at = time.monotonic()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "cli.main", "serve", *ports, *words],
+            stdout=subprocess.PIPE, stderr=self._log, text=True, env={**os.environ, **(env or {})},
+        )  # fmt: skip
+        self.url, self.grpc = self._addresses()
+        self.ready_after_s = time.monotonic() - started_at
+
+    def _addresses(self) -> tuple[str, str]:
+        lines: list[str] = []
+        said = threading.Event()
+
+        def read() -> None:
+            assert self.process.stdout is not None
+            for line in self.process.stdout:
+                lines.append(line)
+                if line.strip().startswith("try"):
+                    said.set()
+            said.set()
+
+        threading.Thread(target=read, daemon=True).start()
+        said.wait(START_TIMEOUT_S)
+        text = "".join(lines)
+        http, grpc = re.search(r"OpenAI API\s+(\S+)/v1", text), re.search(r"gRPC\s+(\S+)", text)
+        if not (http and grpc):
+            self.stop()
+            raise RuntimeError(f"baton serve did not get ready:\n{text}\n{self.log()}")
+        return http[1], grpc[1]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            print(self.log())
+        self.stop()
+
+    def log(self) -> str:
+        """The end of what its processes wrote."""
+        return Path(self._log.name).read_text()[-8000:]
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+            return str(answer.read().decode())
+
+    def status(self) -> dict[str, Any]:
+        result: dict[str, Any] = json.loads(self.get("/status"))
+        return result
+
+    def worker(self, worker_id: str) -> dict[str, Any]:
+        """Its row of the status. Raises StopIteration for a worker that is not there."""
+        return next(worker for worker in self.status()["workers"] if worker["id"] == worker_id)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send the signal and wait; the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            return self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise

@@ -1,0 +1,133 @@
+"""Where the parts of a worker are joined: model, pool, engine; shell, roles, hand-over.
+
+PoolMemory (shared) ──buffer──▶ KVPool ──▶ ModelRunner ──▶ Engine ──▶ StepLoop in WorkerShell
+     │                                                                    ▲           ▲
+     └──▶ OfferServer ──▶ PrefillRole ────────────────────────────────────┘           │
+     └──▶ Intake ───────▶ DecodeRole ─────────────────────────────────────────────────┘
+"""
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+
+from baton.config import EngineOptions, HandoverOptions, parse_bytes
+from baton.errors import ConfigurationError
+from baton.v1 import worker_link_pb2 as wire
+from decode.role import DecodeRole
+from engine.engine import Engine
+from engine.pool import BlockShape, KVPool
+from engine.runner import LoadedModel, ModelRunner
+from kvtransfer.intake import Intake
+from kvtransfer.lanes.registry import parse_lanes
+from kvtransfer.layout import BlockLayout
+from kvtransfer.memory import PoolMemory
+from kvtransfer.offers import OfferServer
+from kvtransfer.wire import PeerIdentity
+from prefill.role import PrefillRole
+from worker.link import PROTOCOL_VERSION
+from worker.shell import WorkerShell
+
+MIN_BLOCKS = 2
+
+
+@dataclass
+class Parts:
+    """One worker's model, pool and engine, before any wire."""
+
+    model: LoadedModel
+    memory: PoolMemory
+    engine: Engine
+    layout: BlockLayout
+    max_model_tokens: int
+
+    def registration(self) -> wire.Registration:
+        """What the coordinator learns about this engine; the process adds who and where it is."""
+        return wire.Registration(
+            protocol_version=PROTOCOL_VERSION,
+            model_fingerprint=self.model.fingerprint,
+            page_size_tokens=self.layout.page_size_tokens,
+            total_blocks=self.memory.num_blocks,
+            max_model_tokens=self.max_model_tokens,
+            block_bytes=self.memory.block_bytes,
+        )
+
+
+def assemble(model: LoadedModel, options: EngineOptions) -> Parts:
+    """Pool and engine over a loaded model. Raises ConfigurationError when the options cannot work with it."""
+    shape = BlockShape.of(model.config, options.page_size, model.dtype)
+    num_blocks = parse_bytes(options.kv_memory) // shape.block_bytes
+    if num_blocks < MIN_BLOCKS:
+        raise ConfigurationError(
+            f"--kv-memory {options.kv_memory} holds {num_blocks} blocks of {shape.block_bytes} bytes; "
+            f"give at least {MIN_BLOCKS * shape.block_bytes}"
+        )
+    context = model.config.max_position_embeddings
+    if options.max_model_tokens > context:
+        raise ConfigurationError(f"--max-model-tokens is {options.max_model_tokens}; this model takes {context}")
+    memory = PoolMemory.create(num_blocks, shape.block_bytes)
+    runner = ModelRunner(model, KVPool(shape, num_blocks, memory.buffer))
+    runner.warm_up(options.max_batch_tokens)
+    max_model_tokens = min(options.max_model_tokens or context, num_blocks * options.page_size)
+    engine = Engine(
+        runner,
+        num_blocks=num_blocks,
+        page_size=options.page_size,
+        max_batch_tokens=max(options.max_batch_tokens, options.max_running),
+        max_running=options.max_running,
+        max_model_tokens=max_model_tokens,
+        shareable_tokens=model.config.shareable_tokens,
+        generations=memory.generations,
+    )
+    layout = BlockLayout(
+        model_fingerprint=model.fingerprint,
+        dtype=str(model.dtype).removeprefix("torch."),
+        num_layers=model.config.num_layers,
+        num_kv_heads=model.config.num_kv_heads,
+        head_dim=model.config.head_dim,
+        page_size_tokens=options.page_size,
+    )
+    return Parts(model, memory, engine, layout, max_model_tokens)
+
+
+@dataclass
+class Wired:
+    """A worker that can be given assignments."""
+
+    shell: WorkerShell
+    handover_address: str
+
+
+@contextlib.asynccontextmanager
+async def wire_up(
+    parts: Parts,
+    me: PeerIdentity,
+    roles: Sequence["wire.Role.ValueType"],
+    options: HandoverOptions,
+    host: str,
+    send: Callable[[wire.WorkerMessage], None],
+    on_crash: Callable[[BaseException], None],
+) -> AsyncIterator[Wired]:
+    """Shell, roles and hand-over of one worker, stopped in reverse order whatever happens."""
+    lanes = parse_lanes(options.lanes)
+    shell = WorkerShell(parts.engine, parts.model.fingerprint, send, on_crash)
+    address = ""
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(parts.memory.close)
+        if wire.ROLE_PREFILL in roles:
+            prefill = PrefillRole(shell)
+            offers = OfferServer(
+                me, parts.layout, parts.memory, [lane.serve(host) for lane in lanes], options, shell.counters,
+                prefill.on_lease_released, prefill.on_lease_quarantined, prefill.on_lease_resolved,
+            )  # fmt: skip
+            prefill.serve_offers(offers)
+            shell.carry(prefill)
+            address = await offers.start(host)
+            stack.push_async_callback(offers.stop)
+        if wire.ROLE_DECODE in roles:
+            intake = Intake(me, parts.layout, parts.memory, lanes, options, shell.counters)
+            shell.carry(DecodeRole(shell, intake, parts.layout.page_size_tokens))
+            shell.lanes_in_use = intake.lanes_in_use
+            stack.push_async_callback(intake.stop)
+        shell.steps.start()
+        stack.callback(shell.steps.stop)
+        yield Wired(shell, address)

@@ -1,0 +1,60 @@
+"""Entry point of the `baton` command: finds the subcommand, imports only that, and turns errors into exit codes."""
+
+import argparse
+import importlib
+import os
+import sys
+
+from baton.errors import BatonError, ConfigurationError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "serve": ("cli.serve", "run the whole system on this machine"),
+    "coordinator": ("cli.coordinator", "run the front door alone"),
+    "prefill": ("cli.worker", "run one prefill worker"),
+    "decode": ("cli.worker", "run one decode worker"),
+    "mixed": ("cli.worker", "run one worker that carries both roles"),
+    "complete": ("cli.complete", "continue a text, streaming"),
+    "chat": ("cli.chat", "talk to the model, streaming"),
+    "status": ("cli.status", "show workers, roles, blocks and load"),
+}
+EXIT_USAGE = 2
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="baton", description="Serve large language models, prefill and decode apart.")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    chosen = next((word for word in argv if word in COMMANDS), None)
+    for name, (module, help_text) in COMMANDS.items():
+        command = commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
+        if name == chosen:
+            importlib.import_module(module).add_arguments(command)
+    arguments = parser.parse_args(argv)
+    if arguments.version:
+        from importlib.metadata import version
+
+        print(version("baton-serve"))
+        sys.exit(0)
+    if arguments.command is None:
+        parser.print_help()
+        sys.exit(EXIT_USAGE)
+    return arguments
+
+
+def main() -> None:
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's own notes about links that come and go are not ours
+    arguments = parse(sys.argv[1:])
+    try:
+        sys.exit(importlib.import_module(COMMANDS[arguments.command][0]).run(arguments))
+    except ConfigurationError as error:
+        print(f"baton {arguments.command}: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    except BatonError as error:
+        print(f"baton {arguments.command}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

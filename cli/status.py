@@ -1,0 +1,53 @@
+"""`baton status`: one row a worker, or everything as JSON. Blocks are those in use of all there are."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from baton.client import DEFAULT_URL, Client
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", default=DEFAULT_URL, help="where the coordinator is (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+
+
+COLUMNS = ("worker", "role", "state", "pid", "blocks", "cached", "leased", "quar.", "run", "wait", "lanes")
+WIDE = 200  # columns where the output is not a terminal: nothing is cut short for a program
+
+
+def _row(worker: dict[str, Any]) -> list[str]:
+    blocks = worker["blocks"]
+    in_use = blocks["total"] - blocks["free"] - blocks["cached"]
+    return [
+        worker["id"],
+        "mixed" if len(worker["roles"]) > 1 else worker["roles"][0],
+        worker["state"],
+        str(worker["pid"]),
+        f"{in_use}/{blocks['total']}",
+        str(blocks["cached"]),
+        str(blocks["leased"]),
+        str(blocks["quarantined"]),
+        str(worker["running"]),
+        str(worker["waiting"]),
+        ", ".join(f"{peer}: {lane}" for peer, lane in sorted(worker["lanes_in_use"].items())) or "-",
+    ]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    with Client(arguments.url) as client:
+        status = client.status()
+    if arguments.json:
+        print(json.dumps(status, indent=2))
+        return 0
+    print(f"{status['model']}: {status['state']}, {status['requests']} requests running")
+    table = Table(*COLUMNS, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for worker in sorted(status["workers"], key=lambda worker: str(worker["id"])):
+        table.add_row(*_row(worker))
+    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
+    return 0

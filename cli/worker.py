@@ -1,0 +1,162 @@
+"""`baton prefill`, `baton decode`, `baton mixed`: one worker process, and the place where its parts are joined.
+
+Start: check the model's files, load, warm up, serve offers, register. No port is open before the files are good.
+End: SIGTERM drains; a refused registration, a crashed engine or a dead parent ends the process.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvloop
+
+from baton.config import (
+    EngineOptions,
+    HandoverOptions,
+    ModelOptions,
+    WorkerOptions,
+    default_worker_id,
+    from_arguments,
+)
+from baton.config import (
+    add_arguments as add_options,
+)
+from baton.model_folder import served_name
+from baton.processes import log_to_stderr, stop_signals, watch_parent
+from baton.v1 import worker_link_pb2 as wire
+from cli.assembly import Parts, Wired, assemble, wire_up
+from cli.model import model_folder
+from engine.runner import load_model
+from kvtransfer.wire import PeerIdentity
+from worker.link import CoordinatorLink
+from worker.shell import WorkerShell
+
+log = logging.getLogger(__name__)
+PROGRESS_INTERVAL_S = 2.0
+EXIT_CRASHED = 70
+ROLES: dict[str, list["wire.Role.ValueType"]] = {
+    "prefill": [wire.ROLE_PREFILL],
+    "decode": [wire.ROLE_DECODE],
+    "mixed": [wire.ROLE_PREFILL, wire.ROLE_DECODE],
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser, WorkerOptions, ModelOptions, EngineOptions, HandoverOptions)
+
+
+@dataclass(frozen=True)
+class Settings:
+    kind: str
+    worker: WorkerOptions
+    model: ModelOptions
+    engine: EngineOptions
+    handover: HandoverOptions
+
+
+def run(arguments: argparse.Namespace) -> int:
+    settings = Settings(
+        arguments.command,
+        from_arguments(WorkerOptions, arguments),
+        from_arguments(ModelOptions, arguments),
+        from_arguments(EngineOptions, arguments),
+        from_arguments(HandoverOptions, arguments),
+    )
+    worker_id = settings.worker.worker_id or default_worker_id(settings.kind)
+    log_to_stderr(worker_id)
+    return uvloop.run(_live(settings, worker_id, model_folder(settings.model)))
+
+
+async def _live(settings: Settings, worker_id: str, folder: Path) -> int:
+    loop = asyncio.get_running_loop()
+    stop, crashed = stop_signals(), loop.create_future()
+    watch_parent(settings.worker.parent_pid, stop.set)
+    parts = await asyncio.to_thread(_load, settings, folder)
+    me = PeerIdentity(worker_id, random.SystemRandom().getrandbits(64))
+
+    def on_crash(error: BaseException) -> None:
+        if not crashed.done():
+            crashed.set_result(error)
+
+    late_link: list[CoordinatorLink] = []
+    wiring = wire_up(
+        parts, me, ROLES[settings.kind], settings.handover, settings.worker.host,
+        lambda message: late_link[0].send(message), on_crash,
+    )  # fmt: skip
+    async with wiring as wired:
+        registration = _registration(settings, parts, me, wired)
+        link = CoordinatorLink(settings.worker.coordinator, registration, wired.shell, wired.shell.heartbeat)
+        late_link.append(link)
+        return await _until_stopped(settings.worker, wired.shell, link, stop, crashed)
+
+
+def _load(settings: Settings, folder: Path) -> Parts:
+    """Model, pool and engine, ready to run. In a thread of its own, as it takes seconds."""
+    started = time.monotonic()
+    torch.set_num_threads(settings.engine.threads or len(os.sched_getaffinity(0)))
+    model = load_model(folder, settings.engine.dtype, _log_progress())
+    parts = assemble(model, settings.engine)
+    log.info(
+        "loaded and warm after %.1f s: %s, %d blocks of %d KiB, %d threads", time.monotonic() - started,
+        parts.layout.dtype, parts.memory.num_blocks, parts.memory.block_bytes // 1024, torch.get_num_threads(),
+    )  # fmt: skip
+    return parts
+
+
+def _log_progress() -> Callable[[float], None]:
+    """A line every few seconds, so that nobody wonders whether a big model is still loading."""
+    last = time.monotonic()
+
+    def report(fraction: float) -> None:
+        nonlocal last
+        if time.monotonic() - last > PROGRESS_INTERVAL_S:
+            last = time.monotonic()
+            log.info("loading weights: %.0f %%", 100 * fraction)
+
+    return report
+
+
+def _registration(settings: Settings, parts: Parts, me: PeerIdentity, wired: Wired) -> wire.Registration:
+    registration = parts.registration()
+    registration.MergeFrom(
+        wire.Registration(
+            worker_id=me.worker_id,
+            incarnation=me.incarnation,
+            roles=ROLES[settings.kind],
+            pid=os.getpid(),
+            host=settings.worker.host,
+            handover_address=wired.handover_address,
+            model=served_name(settings.model),
+            lanes=settings.handover.lanes.split(","),
+        )
+    )
+    return registration
+
+
+async def _until_stopped(
+    options: WorkerOptions, shell: WorkerShell, link: CoordinatorLink, stop: asyncio.Event,
+    crashed: "asyncio.Future[BaseException]",
+) -> int:  # fmt: skip
+    """Serve until a signal, a crash of the engine, or a refusal by the coordinator. Returns the exit status."""
+    linking, stopping = asyncio.create_task(link.run(options.connect_timeout_s)), asyncio.create_task(stop.wait())
+    waits: set[asyncio.Future[Any]] = {linking, stopping, crashed}
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if crashed.done():
+        log.critical("the engine crashed; this process ends so that others take its work over")
+        os._exit(EXIT_CRASHED)
+    if linking.done():
+        linking.result()  # raises: refused, or no coordinator in time
+    clean = await shell.drained(options.drain_timeout_s)
+    log.info("drained" if clean else "drain timed out: what still ran is cut off")
+    linking.cancel()
+    await asyncio.gather(linking, return_exceptions=True)
+    return 0

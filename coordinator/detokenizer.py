@@ -1,0 +1,137 @@
+"""From tokens to text, one token at a time: never half a character, never part of a stop string.
+
+The window method is that of Text Generation Inference: a token's text may depend on the ones before it, so the last
+piece shown is decoded again together with the new tokens, and what the longer text adds is new.
+
+    tokens   ... | shown last | new ...        window = shown last + new
+    text     ... | `shown`    | delta
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+_INCOMPLETE = "\ufffd"
+_CONTEXT_TOKENS = 4
+_MAX_HELD_TOKENS = 64  # beyond this the bytes are no character to come, and the window would grow without bound
+
+
+class IncrementalDetokenizer:
+    """The text that each token adds. Concatenated, deltas and `flush` are the decoding of all tokens.
+
+    `decode` turns ids into text. `context` is what stands before the first token (the prompt): its text is not
+    repeated, but decides, for instance, whether the first word begins with a space. `skip` are ids without text.
+    """
+
+    __slots__ = ("_decode", "_num_shown", "_shown", "_skip", "_window")
+
+    def __init__(
+        self, decode: Callable[[list[int]], str], context: Sequence[int] = (), skip: Collection[int] = ()
+    ) -> None:
+        self._decode = decode
+        self._skip = skip
+        self._window = list(context[-_CONTEXT_TOKENS:])
+        self._shown = decode(self._window) if self._window else ""
+        if self._shown.endswith(_INCOMPLETE):
+            self._window, self._shown = [], ""
+        self._num_shown = len(self._window)
+
+    def push(self, token_id: int) -> str:
+        if token_id in self._skip:
+            return ""
+        window = self._window
+        window.append(token_id)
+        text = self._decode(window)
+        nothing_whole = len(text) <= len(self._shown) or text.endswith(_INCOMPLETE)
+        if nothing_whole and len(window) - self._num_shown < _MAX_HELD_TOKENS:
+            return ""
+        delta = text[len(self._shown) :]
+        del window[: self._num_shown]
+        self._num_shown = len(window)
+        self._shown = self._decode(window)
+        return delta
+
+    def flush(self) -> str:
+        """What was held back: the start of a character that never came."""
+        text = self._decode(self._window)[len(self._shown) :]
+        self._num_shown = len(self._window)
+        self._shown += text
+        return text
+
+
+class Found(NamedTuple):
+    text: str
+    """What may be shown now."""
+    stopped: bool
+
+
+class StopFinder:
+    """Cuts a text, arriving in pieces, before the stop string that is complete first.
+
+    Of two that are complete with the same character, the one that begins earlier wins. So the cut does not depend on
+    the pieces. Held back are only characters that could still begin a stop string.
+    """
+
+    __slots__ = ("_held", "_stops")
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def push(self, text: str) -> Found:
+        if not self._stops:
+            return Found(text, False)
+        text = self._held + text
+        matches = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if matches:
+            self._held = ""
+            return Found(text[: min(matches)[1]], True)
+        keep = min(_possible_start(text, stop) for stop in self._stops)
+        self._held = text[keep:]
+        return Found(text[:keep], False)
+
+    def flush(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+def _possible_start(text: str, stop: str) -> int:
+    """Where the longest end of `text` that is a proper beginning of `stop` starts; len(text) if there is none."""
+    at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while at >= 0:
+        if stop.startswith(text[at:]):
+            return at
+        at = text.find(stop[0], at + 1)
+    return len(text)
+
+
+class TextStream:
+    """Text of one choice: detokenised, cut at the first stop string that begins after `min_tokens` tokens."""
+
+    __slots__ = ("_detokenizer", "_finder", "_min_tokens", "_num_tokens", "length", "stopped")
+
+    def __init__(self, detokenizer: IncrementalDetokenizer, stops: Sequence[str] = (), min_tokens: int = 0) -> None:
+        self._detokenizer = detokenizer
+        self._finder = StopFinder(stops)
+        self._min_tokens = min_tokens
+        self._num_tokens = 0
+        self.length = 0
+        """Characters of all tokens so far, those held back included: where the next token's text begins."""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """The text that may be shown now; sets `stopped` when a stop string is complete."""
+        return self._search(self._detokenizer.push(token_id), self._num_tokens + 1)
+
+    def finish(self) -> str:
+        """What is still held back, when no token follows."""
+        text = self._search(self._detokenizer.flush(), self._num_tokens)
+        return text if self.stopped else text + self._finder.flush()
+
+    def _search(self, text: str, num_tokens: int) -> str:
+        self._num_tokens = num_tokens
+        self.length += len(text)
+        if num_tokens <= self._min_tokens:
+            return text
+        found = self._finder.push(text)
+        self.stopped = found.stopped
+        return found.text

@@ -1,0 +1,271 @@
+"""Life of a request inside the coordinator, from admitted to ended.
+
+1. `start` admits a request's choices and begins attempt 1 of each.
+2. `_begin_attempt` asks the routing policy for workers and tells both at the same time. Each worker's part is a leg.
+3. Tokens come in packed by step (`_on_tokens`); the choice's stream decides what is new, the choice turns it into text.
+4. A choice is complete by a token (stop token, max_tokens), by its text (stop string), or because the worker says so.
+5. A leg that cannot go on (worker lost, refused, error, another token than the client has) abandons the attempt:
+   the next one starts elsewhere from prompt + delivered tokens with the same sampling, up to `max_attempts`.
+6. `end` is the one function that ends a request: complete, failed, expired or aborted. It is idempotent.
+"""
+
+import asyncio
+import itertools
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from baton.config import CoordinatorOptions
+from baton.v1 import worker_link_pb2 as wire
+from coordinator.delivery import ABORTED, LENGTH, STOP, Choice, Request
+from coordinator.failures import FailureKind, RequestFailed, unavailable
+from coordinator.metrics import Metrics
+from coordinator.routing import Route, RoutingPolicy, Work
+from coordinator.stream import ABANDON, COMPLETE, Outcome
+from coordinator.workers import Leg, Worker, WorkerRegistry
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+log = logging.getLogger("baton.requests")
+
+
+class Dispatcher:
+    def __init__(
+        self, options: CoordinatorOptions, registry: WorkerRegistry, policy: RoutingPolicy, metrics: Metrics
+    ) -> None:
+        self._options = options
+        self._registry = registry
+        self._policy = policy
+        self._metrics = metrics
+        self._handles = itertools.count(1)
+        self.requests: dict[str, Request] = {}
+        self.num_streams = 0
+        self.draining = False
+        self.idle = asyncio.Event()
+        self.idle.set()
+        registry.on_lost = self._on_lost
+
+    def check_capacity(self, num_streams: int) -> None:
+        """Raise RequestFailed if so many more streams cannot be taken now."""
+        if self.draining:
+            raise unavailable("this coordinator is shutting down; try another or later")
+        if not self._registry.ready:
+            raise unavailable("no worker that can decode is connected; try again later")
+        if self.num_streams + num_streams > self._options.max_requests:
+            raise RequestFailed(FailureKind.OVERLOADED, "too many requests are running; try again later")
+
+    def start(self, request: Request) -> None:
+        """Admit and route every choice. Raises RequestFailed if there is no room; later failures are the request's."""
+        self.check_capacity(len(request.choices))
+        self.requests[request.id] = request
+        self.num_streams += len(request.choices)
+        self.idle.clear()
+        loop = asyncio.get_running_loop()
+        remaining_s = self._remaining_s(request)
+        request.deadline = loop.call_later(remaining_s, self._expire, request)
+        for choice in request.choices:
+            if not request.ended:
+                self._begin_attempt(choice)
+
+    def abort(self, request: Request) -> None:
+        """The client does not want the rest. Effective in every state, idempotent."""
+        if not request.ended:
+            for choice in request.choices:
+                choice.end(ABORTED)
+        self.end(request, "aborted")
+
+    def end(self, request: Request, outcome: str, failure: RequestFailed | None = None) -> None:
+        """The one end of a request. `outcome` labels the metric; a failure is raised to the front end's reader."""
+        if request.ended:
+            return
+        request.ended = True
+        request.failure = failure
+        if request.deadline is not None:
+            request.deadline.cancel()
+        for choice in request.choices:
+            choice.stream.close()
+            self._drop_legs(choice)
+        if self.requests.pop(request.id, None) is not None:
+            self.num_streams -= len(request.choices)
+        if not self.requests:
+            self.idle.set()
+        self._metrics.request_ended(outcome, request, time.monotonic())
+        request.wake()
+
+    def _expire(self, request: Request) -> None:
+        message = f"the request took longer than {self._options.request_timeout_s:g} s"
+        self.end(request, "timeout", RequestFailed(FailureKind.TIMEOUT, message))
+
+    def _remaining_s(self, request: Request) -> float:
+        return request.started_s + self._options.request_timeout_s - time.monotonic()
+
+    # Attempts
+
+    def _begin_attempt(self, choice: Choice) -> None:
+        attempt = choice.stream.begin_attempt()
+        tokens = choice.prompt + choice.stream.tokens
+        route = self._policy.choose(Work(len(tokens), len(tokens), choice.avoid), self._registry.loads())
+        if route is None:
+            self.end(choice.request, "failed", unavailable("no worker that can decode is left; try again later"))
+            return
+        self._metrics.attempt_started(route.choice.value, again=attempt > 1)
+        self._assign(choice, attempt, tokens, route)
+
+    def _assign(self, choice: Choice, attempt: int, tokens: "Sequence[int]", route: Route) -> None:
+        workers = self._registry.workers
+        decode = workers[route.decode]
+        prefill = workers[route.prefill] if route.prefill is not None else None
+        parts = [(decode, wire.ROLE_DECODE)]
+        if prefill is not None:
+            parts.insert(0, (prefill, wire.ROLE_PREFILL))
+        for worker, role in parts:
+            leg = Leg(choice, attempt, worker, role == wire.ROLE_DECODE, next(self._handles))
+            choice.legs.append(leg)
+            computes = worker is prefill or prefill is None
+            worker.open(leg, len(tokens), len(tokens) if computes else 0)
+            message = wire.CoordinatorMessage()
+            assignment = message.assignment
+            assignment.id.CopyFrom(leg.id)
+            assignment.handle = leg.handle
+            assignment.role = role
+            assignment.token_ids.extend(tokens)
+            assignment.num_prompt_tokens = len(choice.prompt)
+            assignment.sampling.CopyFrom(choice.sampling)
+            assignment.deadline_s = max(0.001, self._remaining_s(choice.request))
+            if prefill is not None:
+                peer = assignment.decode if worker is prefill else assignment.prefill
+                peer.CopyFrom(_peer(decode if worker is prefill else prefill))
+            worker.send(message)
+
+    def _abandon(self, leg: Leg, cause: str) -> None:
+        """The attempt cannot go on: the next one starts elsewhere."""
+        choice = leg.choice
+        attempt = choice.stream.attempt
+        self._metrics.attempts_failed.labels(cause).inc()
+        log.warning("attempt %d of %s abandoned: %s (worker %s)", attempt, choice.stream_id, cause, leg.worker.id)
+        choice.avoid.add(leg.worker.id)
+        self._drop_legs(choice)
+        if attempt >= self._options.max_attempts:
+            message = f"workers failed {attempt} attempts at this request; try again later"
+            self.end(choice.request, "failed", unavailable(message))
+        else:
+            self._begin_attempt(choice)
+
+    def _drop_legs(self, choice: Choice) -> None:
+        """Abort the current attempt in every worker that has a part in it."""
+        for leg in choice.legs:
+            if leg.handle in leg.worker.legs:
+                leg.worker.close(leg)
+                leg.worker.send(wire.CoordinatorMessage(abort=wire.AbortAttempt(id=leg.id)))
+        choice.legs.clear()
+
+    def _complete(self, choice: Choice, reason: str, by: Leg, workers_know: bool) -> None:
+        """A choice has all its tokens. `workers_know`: the leg's worker ends by the same rule, without being told.
+
+        A prefill leg then only waits for its lease to be released; aborting it would cut a transfer short. But if the
+        first token was the last one, decode still waits for blocks that nobody needs.
+        """
+        if workers_know:
+            for leg in choice.legs:
+                if leg is by or (by.decode and not leg.decode):
+                    leg.worker.close(leg)
+        self._drop_legs(choice)
+        choice.end(reason)
+        request = choice.request
+        if all(other.finish_reason is not None for other in request.choices):
+            self.end(request, "completed")
+
+    # What workers say
+
+    def on_message(self, worker: Worker, message: wire.WorkerMessage) -> None:
+        """Any message of a registered worker but its registration."""
+        kind = message.WhichOneof("message")
+        if kind == "tokens":
+            self._on_tokens(worker, message.tokens)
+        elif kind == "heartbeat":
+            worker.beat(message.heartbeat)
+            self._registry.on_change()
+        elif kind == "admission":
+            self._on_admission(worker, message.admission)
+        elif kind == "progress":
+            leg = worker.leg(message.progress.id)
+            if leg is not None:
+                computed = message.progress.computed_tokens
+                leg.waiting_tokens = max(0, len(leg.choice.prompt) + len(leg.choice.stream.tokens) - computed)
+        elif kind == "ending":
+            self._on_ending(worker, message.ending)
+        else:
+            worker.lose(f"it sent an unexpected message ({kind or 'empty'})")
+
+    def _on_tokens(self, worker: Worker, step: wire.StepTokens) -> None:
+        """The hot path: every token of every stream passes here."""
+        if not len(step.handles) == len(step.indices) == len(step.token_ids):
+            worker.lose("its StepTokens arrays differ in length")
+            return
+        now = time.monotonic()
+        logprobs = {entry.entry: entry for entry in step.logprobs} if step.logprobs else None
+        legs = worker.legs
+        entries = zip(step.handles, step.indices, step.token_ids, strict=True)
+        for entry, (handle, index, token_id) in enumerate(entries):
+            leg = legs.get(handle)
+            if leg is None:
+                continue
+            choice = leg.choice
+            outcome = choice.stream.accept(leg.attempt, index, token_id)
+            if outcome is Outcome.IGNORED:
+                continue
+            if outcome in ABANDON:
+                self._abandon(leg, outcome.value)
+                continue
+            leg.waiting_tokens = 0
+            self._metrics.token(choice, now)
+            stopped = choice.add(token_id, logprobs.get(entry) if logprobs else None, outcome is Outcome.STOP)
+            if outcome in COMPLETE:
+                self._complete(choice, STOP if stopped else _REASONS[outcome], leg, workers_know=True)
+            elif stopped:
+                self._complete(choice, STOP, leg, workers_know=False)
+
+    def _on_admission(self, worker: Worker, admission: wire.Admission) -> None:
+        leg = worker.leg(admission.id)
+        if leg is None:
+            return
+        choice = leg.choice
+        if admission.accepted:
+            if leg.attempt == 1:
+                choice.cached_tokens = max(choice.cached_tokens, min(admission.cached_tokens, len(choice.prompt)))
+            leg.waiting_tokens = max(0, leg.waiting_tokens - admission.cached_tokens)
+            return
+        if choice.stream.refused(leg.attempt) is Outcome.FAILED:
+            log.info("worker %s refused %s: %s", worker.id, choice.stream_id, admission.reason)
+            worker.close(leg)
+            self._abandon(leg, "refused")
+
+    def _on_ending(self, worker: Worker, ending: wire.Ending) -> None:
+        leg = worker.leg(ending.id)
+        if leg is None:
+            return
+        worker.close(leg)
+        outcome = leg.choice.stream.ended(leg.attempt, leg.decode, ending.reason, ending.num_tokens)
+        if outcome in COMPLETE:
+            self._complete(leg.choice, _REASONS[outcome], leg, workers_know=True)
+        elif outcome is Outcome.FAILED:
+            reason = wire.EndReason.Name(ending.reason) if ending.reason in wire.EndReason.values() else "unknown"
+            log.warning("worker %s ended %s with %s: %s", worker.id, leg.choice.stream_id, reason, ending.detail)
+            self._abandon(leg, "ended")
+
+    def _on_lost(self, worker: Worker) -> None:
+        for leg in list(worker.legs.values()):
+            worker.close(leg)
+            if leg.choice.stream.worker_lost(leg.attempt, leg.decode) is Outcome.FAILED:
+                self._abandon(leg, "worker_lost")
+
+
+_REASONS = {Outcome.STOP: STOP, Outcome.LENGTH: LENGTH}
+
+
+def _peer(worker: Worker) -> wire.HandoverPeer:
+    registration = worker.registration
+    return wire.HandoverPeer(
+        worker_id=worker.id, incarnation=registration.incarnation, handover_address=registration.handover_address
+    )

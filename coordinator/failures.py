@@ -1,0 +1,27 @@
+"""Why a request that was written correctly could not be served, in words for its client."""
+
+from enum import Enum
+
+from baton.errors import BatonError
+
+
+class FailureKind(Enum):
+    """Each front end maps these to its own status codes."""
+
+    UNKNOWN_MODEL = "unknown_model"
+    OVERLOADED = "overloaded"
+    UNAVAILABLE = "unavailable"
+    TIMEOUT = "timeout"
+    INTERNAL = "internal"
+
+
+class RequestFailed(BatonError):
+    """The message is shown to the client: no text of the prompt, no worker's name or address."""
+
+    def __init__(self, kind: FailureKind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def unavailable(message: str) -> RequestFailed:
+    return RequestFailed(FailureKind.UNAVAILABLE, message)

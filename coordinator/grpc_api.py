@@ -1,0 +1,222 @@
+"""The gRPC front end: the Inference service beside the standard health and reflection services.
+
+Requests take the same path as those over HTTP. A cancelled call aborts its request in every worker.
+"""
+
+import asyncio
+import logging
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from baton.errors import InvalidRequestError
+from baton.v1 import inference_pb2 as api
+from baton.v1 import inference_pb2_grpc as rpc
+from coordinator.delivery import ABORTED, LENGTH, STOP, Delta, Request
+from coordinator.failures import FailureKind, RequestFailed
+from coordinator.requests import ChatPrompt, GenerateSpec, Intake, Prompt, new_request_id
+from coordinator.sampling import SamplingRequest
+
+access = logging.getLogger("baton.access")
+
+_SERVICE = api.DESCRIPTOR.services_by_name["Inference"].full_name
+_CODES = {
+    FailureKind.UNKNOWN_MODEL: grpc.StatusCode.NOT_FOUND,
+    FailureKind.OVERLOADED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    FailureKind.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    FailureKind.TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,
+    FailureKind.INTERNAL: grpc.StatusCode.INTERNAL,
+}
+_FINISH: dict[str | None, api.FinishReason.ValueType] = {
+    STOP: api.FINISH_REASON_STOP,
+    LENGTH: api.FINISH_REASON_LENGTH,
+    ABORTED: api.FINISH_REASON_ABORTED,
+}
+
+_Answer = TypeVar("_Answer")
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class InferenceServicer(rpc.InferenceServicer):
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+
+    async def Generate(self, request: api.GenerateRequest, context: _Context) -> AsyncIterator[api.GenerateResponse]:
+        running: Request | None = None
+        code = "CANCELLED"
+        try:
+            running = await self._intake.submit(_spec(request), new_request_id("gen"))
+            while deltas := await running.deltas():
+                for delta in deltas:
+                    last = running.drained and delta is deltas[-1]
+                    yield _response(running, delta, last)
+            code = "OK"
+        except (InvalidRequestError, RequestFailed) as error:
+            code = _code(error).name
+            await context.abort(_code(error), str(error))
+        except Exception as error:  # noqa: BLE001 - logged, without its message
+            code = "INTERNAL"
+            await _internal(context, error)
+        finally:
+            if running is not None:
+                self._intake.dispatcher.abort(running)
+            _log_access("Generate", code, running)
+
+    async def Tokenize(self, request: api.TokenizeRequest, context: _Context) -> api.TokenizeResponse:
+        async def answer() -> api.TokenizeResponse:
+            self._intake.check_model(request.model)
+            kind = request.WhichOneof("input")
+            if kind is None:
+                raise InvalidRequestError("input is missing: give text or chat", "input")
+            prompt = request.text if kind == "text" else _chat(request.chat)
+            token_ids = await self._intake.token_ids(prompt, request.add_special_tokens)
+            return api.TokenizeResponse(token_ids=token_ids, max_model_tokens=self._intake.registry.context_tokens)
+
+        return await _unary(context, answer)
+
+    async def Detokenize(self, request: api.DetokenizeRequest, context: _Context) -> api.DetokenizeResponse:
+        async def answer() -> api.DetokenizeResponse:
+            self._intake.check_model(request.model)
+            return api.DetokenizeResponse(text=self._intake.text(request.token_ids))
+
+        return await _unary(context, answer)
+
+    async def ListModels(self, request: api.ListModelsRequest, context: _Context) -> api.ListModelsResponse:
+        model = api.Model(
+            id=self._intake.model_name,
+            max_model_tokens=self._intake.registry.context_tokens,
+            created_unix_s=self._intake.created_unix_s,
+        )
+        return api.ListModelsResponse(models=[model])
+
+    async def Abort(self, request: api.AbortRequest, context: _Context) -> api.AbortResponse:
+        running = self._intake.dispatcher.requests.get(request.request_id)
+        if running is not None:
+            self._intake.dispatcher.abort(running)
+        return api.AbortResponse()
+
+
+class GrpcApi:
+    """The server and its health. `host:port` is opened by `start`."""
+
+    def __init__(self, intake: Intake, max_message_bytes: int) -> None:
+        # Without so_reuseport=0 a second coordinator would share the port, and clients would meet either.
+        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", max_message_bytes)]
+        self.server = grpc.aio.server(options=options)
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        rpc.add_InferenceServicer_to_server(InferenceServicer(intake), self.server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+        names = (_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self.server)
+        self.ready: bool | None = None
+
+    async def set_ready(self, ready: bool) -> None:
+        """What the health service answers for the whole server and for Inference."""
+        self.ready = ready
+        serving = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        await asyncio.gather(*(self._health.set(name, serving) for name in ("", _SERVICE)))
+
+
+def _spec(request: api.GenerateRequest) -> GenerateSpec:
+    kind = request.WhichOneof("prompt")
+    if kind is None:
+        raise InvalidRequestError("prompt is missing: give text, token_ids or chat", "prompt")
+    prompt: Prompt
+    if kind == "text":
+        prompt = request.text
+    elif kind == "token_ids":
+        prompt = request.token_ids.ids
+    else:
+        prompt = _chat(request.chat)
+    sampling = request.sampling
+
+    def said(name: Any) -> Any:
+        return getattr(sampling, name) if sampling.HasField(name) else None
+
+    asked = SamplingRequest(
+        temperature=said("temperature"),
+        top_k=said("top_k"),
+        top_p=said("top_p"),
+        min_p=said("min_p"),
+        seed=said("seed"),
+        repetition_penalty=said("repetition_penalty"),
+        presence_penalty=said("presence_penalty"),
+        frequency_penalty=said("frequency_penalty"),
+        logit_bias=sampling.logit_bias,
+        min_tokens=sampling.min_tokens,
+        max_tokens=said("max_tokens"),
+        ignore_eos=sampling.ignore_eos,
+        stop_token_ids=sampling.stop_token_ids,
+        logprobs=said("logprobs"),
+        n=request.n or 1,
+        stop=request.stop,
+    )
+    return GenerateSpec(request.model, [prompt], asked, keep_special_tokens=request.keep_special_tokens)
+
+
+def _chat(chat: api.Chat) -> ChatPrompt:
+    return ChatPrompt([{"role": message.role, "content": message.content} for message in chat.messages])
+
+
+def _response(request: Request, delta: Delta, last: bool) -> api.GenerateResponse:
+    response = api.GenerateResponse(
+        request_id=request.id,
+        choice=delta.choice,
+        first_index=delta.first_index,
+        token_ids=delta.token_ids,
+        text=delta.text,
+        logprobs=[
+            api.TokenLogprob(
+                token_id=entry.token_id,
+                logprob=entry.logprob,
+                alternatives=[
+                    api.AlternativeLogprob(token_id=token_id, logprob=logprob)
+                    for token_id, logprob in entry.alternatives
+                ],
+            )
+            for entry in delta.logprobs
+        ],
+        finish_reason=_FINISH.get(delta.finish_reason, api.FINISH_REASON_UNSPECIFIED),
+    )
+    if last:
+        usage = request.usage()
+        response.usage.prompt_tokens = usage.prompt
+        response.usage.completion_tokens = usage.completion
+        response.usage.cached_prompt_tokens = usage.cached_prompt
+    return response
+
+
+async def _unary(context: _Context, answer: Callable[[], Awaitable[_Answer]]) -> _Answer:
+    try:
+        return await answer()
+    except (InvalidRequestError, RequestFailed) as error:
+        await context.abort(_code(error), str(error))
+    except Exception as error:  # noqa: BLE001 - logged, without its message
+        await _internal(context, error)
+    raise AssertionError("abort always raises")
+
+
+def _code(error: InvalidRequestError | RequestFailed) -> grpc.StatusCode:
+    return _CODES[error.kind] if isinstance(error, RequestFailed) else grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def _internal(context: _Context, error: Exception) -> NoReturn:
+    # The exception's message is left out: it might quote a prompt.
+    where = "".join(traceback.format_tb(error.__traceback__))
+    access.error("gRPC call failed on %s\n%s", type(error).__name__, where)
+    await context.abort(grpc.StatusCode.INTERNAL, "internal error; the log has it")
+    raise AssertionError("abort always raises")
+
+
+def _log_access(method: str, code: str, request: Request | None) -> None:
+    if request is None:
+        access.info("gRPC %s %s", method, code)
+        return
+    usage = request.usage()
+    access.info(
+        "gRPC %s %s %s prompt %d tokens, completion %d tokens", method, code, request.id, usage.prompt, usage.completion
+    )

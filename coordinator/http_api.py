@@ -1,0 +1,264 @@
+"""The HTTP front end: OpenAI's endpoints with SSE, and those that operators need.
+
+A client that hangs up cancels its handler, and the handler's `finally` aborts the request in every worker.
+"""
+
+import asyncio
+import ipaddress
+import logging
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from aiohttp import web
+
+from baton.errors import InvalidRequestError
+from coordinator import openai_api, status
+from coordinator.delivery import Delta, Request
+from coordinator.failures import FailureKind, RequestFailed
+from coordinator.openai_answers import AnswerWriter, ErrorBody, ErrorDetail, json_body, sse
+from coordinator.requests import GenerateSpec, Intake, new_request_id
+
+access = logging.getLogger("baton.access")
+
+_HTTP_STATUS = {
+    FailureKind.UNKNOWN_MODEL: (404, "invalid_request_error", "model_not_found"),
+    FailureKind.OVERLOADED: (429, "rate_limit_error", "overloaded"),
+    FailureKind.UNAVAILABLE: (503, "service_unavailable_error", "unavailable"),
+    FailureKind.TIMEOUT: (504, "timeout_error", "timeout"),
+    FailureKind.INTERNAL: (500, "server_error", "internal_error"),
+}
+_BODY_TIMEOUT_S = 30.0
+_RETRY_AFTER_S = {FailureKind.OVERLOADED: "1", FailureKind.UNAVAILABLE: "5"}
+_REQUEST: web.RequestKey[Request] = web.RequestKey("generation", Request)
+_REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class HttpApi:
+    def __init__(self, intake: Intake, max_body_bytes: int, worker_status: Callable[[], Mapping[str, Any]]) -> None:
+        self._intake = intake
+        self._max_body_bytes = max_body_bytes
+        self._worker_status = worker_status
+
+    def application(self) -> web.Application:
+        app = web.Application(middlewares=[self._outermost], client_max_size=self._max_body_bytes)
+        app.router.add_post("/v1/completions", self._completions)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/v1/models/{name:.+}", self._model)
+        app.router.add_post("/tokenize", self._tokenize)
+        app.router.add_post("/detokenize", self._detokenize)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/ready", self._ready)
+        app.router.add_get("/version", self._version)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/status", self._status)
+        return app
+
+    # Generation
+
+    async def _completions(self, http: web.Request) -> web.StreamResponse:
+        body = openai_api.parse(await _json_bytes(http), openai_api.CompletionRequest)
+        return await self._generate(http, body.spec(), bool(body.stream), body.include_usage, chat=False)
+
+    async def _chat(self, http: web.Request) -> web.StreamResponse:
+        body = openai_api.parse(await _json_bytes(http), openai_api.ChatRequest)
+        return await self._generate(http, body.spec(), bool(body.stream), body.include_usage, chat=True)
+
+    async def _generate(
+        self, http: web.Request, spec: GenerateSpec, stream: bool, include_usage: bool, chat: bool
+    ) -> web.StreamResponse:
+        request_id = http[_REQUEST_ID] = new_request_id("chatcmpl" if chat else "cmpl")
+        request = http[_REQUEST] = await self._intake.submit(spec, request_id)
+        name, token_bytes = self._intake.model_name, self._intake.tokenizer.token_bytes
+        writer = AnswerWriter(request, name, chat, include_usage, token_bytes)
+        try:
+            if stream:
+                return await _stream(http, request, writer)
+            deltas: list[Delta] = []
+            while new := await request.deltas():
+                deltas += new
+            return _json(writer.whole(deltas))
+        finally:
+            self._intake.dispatcher.abort(request)
+
+    # What is here
+
+    async def _models(self, http: web.Request) -> web.Response:
+        return _json(json_body({"object": "list", "data": [self._model_card()]}))
+
+    async def _model(self, http: web.Request) -> web.Response:
+        self._intake.check_model(http.match_info["name"])
+        return _json(json_body(self._model_card()))
+
+    def _model_card(self) -> dict[str, Any]:
+        return {
+            "id": self._intake.model_name,
+            "object": "model",
+            "created": self._intake.created_unix_s,
+            "owned_by": "baton",
+            "max_model_len": self._intake.registry.context_tokens,
+        }
+
+    async def _tokenize(self, http: web.Request) -> web.Response:
+        body = openai_api.parse(await _json_bytes(http), openai_api.TokenizeRequest)
+        self._intake.check_model(body.model or "")
+        tokens = await self._intake.token_ids(body.prompt_or_chat(), body.add_special_tokens)
+        context = self._intake.registry.context_tokens
+        return _json(json_body({"count": len(tokens), "max_model_len": context, "tokens": tokens}))
+
+    async def _detokenize(self, http: web.Request) -> web.Response:
+        body = openai_api.parse(await _json_bytes(http), openai_api.DetokenizeRequest)
+        self._intake.check_model(body.model or "")
+        return _json(json_body({"prompt": self._intake.text(body.tokens)}))
+
+    async def _health(self, http: web.Request) -> web.Response:
+        return _json(b'{"status":"alive"}')
+
+    async def _ready(self, http: web.Request) -> web.Response:
+        if self._intake.ready:
+            return _json(b'{"status":"ready"}')
+        return _json(b'{"status":"not ready: no worker that can decode is connected, or shutting down"}', 503)
+
+    async def _version(self, http: web.Request) -> web.Response:
+        return _json(json_body({"version": status.VERSION}))
+
+    async def _metrics(self, http: web.Request) -> web.Response:
+        _operators_only(http)
+        return web.Response(body=self._intake.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4"})
+
+    async def _status(self, http: web.Request) -> web.Response:
+        _operators_only(http)
+        return _json(json_body(self._worker_status()))
+
+    # Around every request
+
+    @property
+    def _outermost(self) -> Any:
+        @web.middleware
+        async def outermost(http: web.Request, handler: Handler) -> web.StreamResponse:
+            started_s = time.monotonic()
+            http[_REQUEST_ID] = new_request_id("req")
+            code = 499  # nginx's word for a client that hung up
+            try:
+                response = await _answered(http, handler)
+                code = response.status
+                return response
+            finally:
+                _log_access(http, code, started_s)
+
+        return outermost
+
+
+async def _stream(http: web.Request, request: Request, writer: AnswerWriter) -> web.StreamResponse:
+    # Wait for the first token before saying 200: what fails until then gets a status of its own.
+    deltas = await request.deltas()
+    headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Request-Id": request.id}
+    response = web.StreamResponse(headers=headers)
+    await response.prepare(http)
+    try:
+        try:
+            while deltas:
+                data = b"".join([writer.chunk(delta) for delta in deltas])
+                complete = request.drained and request.failure is None
+                if complete:
+                    data += writer.last()
+                if data:
+                    await response.write(data)
+                deltas = [] if complete else await request.deltas()
+        except RequestFailed as failure:
+            await response.write(sse(_failure_body(failure)))
+        await response.write_eof()
+    except ConnectionError:
+        # The client hung up while we wrote; the caller aborts the request.
+        return response
+    return response
+
+
+async def _answered(http: web.Request, handler: Handler) -> web.StreamResponse:
+    """The handler's response, or the error body for what it raised."""
+    try:
+        response = await handler(http)
+    except InvalidRequestError as error:
+        response = _error(400, str(error), "invalid_request_error", error.param, None)
+    except RequestFailed as failure:
+        code = _HTTP_STATUS[failure.kind][0]
+        response = _json(json_body(_failure_body(failure)), code)
+        if failure.kind in _RETRY_AFTER_S:
+            response.headers["Retry-After"] = _RETRY_AFTER_S[failure.kind]
+    except web.HTTPException as error:
+        response = _http_error(http, error)
+    except Exception as error:  # noqa: BLE001 - logged, without its message
+        # The exception's message is left out: it might quote a prompt.
+        where = "".join(traceback.format_tb(error.__traceback__))
+        access.error("%s failed on %s\n%s", http[_REQUEST_ID], type(error).__name__, where)
+        response = _error(500, "internal error; the log has it under the request id", "server_error", None, None)
+    if not response.prepared:
+        response.headers["X-Request-Id"] = http[_REQUEST_ID]
+    return response
+
+
+def _http_error(http: web.Request, error: web.HTTPException) -> web.Response:
+    match error.status:
+        case 404:
+            message = "there is nothing at this path; the API is under /v1"
+        case 405:
+            message = f"{http.method} is not possible here; use {error.headers.get('Allow', 'another method')}"
+        case 413:
+            message = "the body is too large"
+        case _:
+            message = error.reason
+    response = _error(error.status, message, "invalid_request_error", None, None)
+    if "Allow" in error.headers:
+        response.headers["Allow"] = error.headers["Allow"]
+    return response
+
+
+def _error(code: int, message: str, type: str, param: str | None, name: str | None) -> web.Response:
+    return _json(json_body(ErrorBody(ErrorDetail(message, type, param, name))), code)
+
+
+def _failure_body(failure: RequestFailed) -> ErrorBody:
+    _, type, name = _HTTP_STATUS[failure.kind]
+    param = "model" if failure.kind is FailureKind.UNKNOWN_MODEL else None
+    return ErrorBody(ErrorDetail(str(failure), type, param, name))
+
+
+def _json(body: bytes, code: int = 200) -> web.Response:
+    return web.Response(body=body, status=code, content_type="application/json")
+
+
+async def _json_bytes(http: web.Request) -> bytes:
+    if http.content_type != "application/json":
+        raise web.HTTPUnsupportedMediaType(reason="Content-Type must be application/json")
+    try:
+        async with asyncio.timeout(_BODY_TIMEOUT_S):
+            return await http.read()
+    except TimeoutError:
+        raise web.HTTPRequestTimeout(reason=f"the body did not arrive within {_BODY_TIMEOUT_S:g} s") from None
+
+
+def _operators_only(http: web.Request) -> None:
+    """Only this machine sees workers, and not through a proxy that speaks for somebody else."""
+    peer = http.transport.get_extra_info("peername") if http.transport is not None else None
+    forwarded = "X-Forwarded-For" in http.headers or "Forwarded" in http.headers
+    if peer is None or forwarded or not ipaddress.ip_address(peer[0].partition("%")[0]).is_loopback:
+        raise web.HTTPForbidden(reason="this path answers only on the machine itself")
+
+
+def _log_access(http: web.Request, code: int, started_s: float) -> None:
+    ms = (time.monotonic() - started_s) * 1e3
+    request = http.get(_REQUEST)
+    if request is None:
+        access.info("%s %r %d %s %.1f ms", http.method, http.path[:200], code, http[_REQUEST_ID], ms)
+        return
+    usage = request.usage()
+    first = request.first_token_s
+    access.info(
+        "%s %r %d %s %.1f ms, first token %s ms, prompt %d tokens, completion %d tokens",
+        http.method, http.path[:200], code, request.id, ms,
+        "-" if first is None else f"{(first - request.started_s) * 1e3:.1f}", usage.prompt, usage.completion,
+    )  # fmt: skip

@@ -1,0 +1,116 @@
+"""The worker link: one bidirectional gRPC stream a worker, on a port of its own.
+
+1. The worker dials and registers; it is welcomed or refused with the reason.
+2. One task reads what it says into the dispatcher, one writes its outbox. Both sides send heartbeats.
+3. The worker is lost when its link breaks, when it is silent for `heartbeat_timeout_s`, when it does not read, or when
+   it registers again. Losing it ends this call, and the dispatcher fails its attempts over.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+import traceback
+from typing import Any, NoReturn
+
+import grpc
+
+from baton.config import CoordinatorOptions
+from baton.errors import PeerError
+from baton.v1 import worker_link_pb2 as wire
+from baton.v1 import worker_link_pb2_grpc as rpc
+from coordinator.dispatch import Dispatcher
+from coordinator.workers import Worker, WorkerRegistry
+
+events = logging.getLogger("baton.events")
+
+_Context = grpc.aio.ServicerContext[wire.WorkerMessage, wire.CoordinatorMessage]
+_HEARTBEAT = wire.CoordinatorMessage(heartbeat=wire.CoordinatorHeartbeat())
+
+
+class LinkServicer(rpc.WorkerLinkServicer):
+    def __init__(self, options: CoordinatorOptions, registry: WorkerRegistry, dispatcher: Dispatcher) -> None:
+        self._options = options
+        self._registry = registry
+        self._dispatcher = dispatcher
+        self._incarnation = secrets.randbits(64)
+
+    async def Connect(self, request_iterator: Any, context: _Context) -> None:  # type: ignore[override]
+        worker = await self._register(context)
+        tasks = [
+            asyncio.create_task(self._read(worker, context)),
+            asyncio.create_task(self._write(worker, context)),
+            asyncio.create_task(worker.lost.wait()),
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            worker.lose("its link closed")
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _register(self, context: _Context) -> Worker:
+        try:
+            first = await asyncio.wait_for(context.read(), self._options.heartbeat_timeout_s)
+        except TimeoutError:
+            await _refuse(context, "no registration arrived in time")
+        if not isinstance(first, wire.WorkerMessage) or first.WhichOneof("message") != "registration":
+            await _refuse(context, "the first message must be a registration")
+        try:
+            worker = self._registry.register(first.registration)
+        except PeerError as error:
+            events.warning("worker %s refused: %s", first.registration.worker_id, error)
+            await _refuse(context, str(error))
+        welcome = wire.Welcome(
+            coordinator_incarnation=self._incarnation,
+            heartbeat_interval_s=self._options.heartbeat_interval_s,
+            heartbeat_timeout_s=self._options.heartbeat_timeout_s,
+        )
+        worker.send(wire.CoordinatorMessage(welcome=welcome))
+        return worker
+
+    async def _read(self, worker: Worker, context: _Context) -> None:
+        try:
+            while not worker.lost.is_set():
+                message = await context.read()
+                if not isinstance(message, wire.WorkerMessage):
+                    return
+                worker.last_seen_s = time.monotonic()
+                self._dispatcher.on_message(worker, message)
+        except (grpc.RpcError, grpc.aio.UsageError):
+            return
+        except Exception as error:
+            # A bug here must be seen. The message of the exception is left out: it might quote a prompt.
+            where = "".join(traceback.format_tb(error.__traceback__))
+            events.error("link of worker %s broke on %s\n%s", worker.id, type(error).__name__, where)
+            raise
+
+    async def _write(self, worker: Worker, context: _Context) -> None:
+        while True:
+            await context.write(await worker.outbox.get())
+
+    async def watch(self) -> None:
+        """Send heartbeats, and lose silent workers, until cancelled.
+
+        If this loop itself was late (the process was stopped, the machine starved), messages may lie unread: that
+        time is not held against the workers.
+        """
+        interval_s = self._options.heartbeat_interval_s
+        before = time.monotonic()
+        while True:
+            await asyncio.sleep(interval_s)
+            now = time.monotonic()
+            own_delay_s, before = max(0.0, now - before - interval_s), now
+            for worker in list(self._registry.workers.values()):
+                if own_delay_s > interval_s:
+                    worker.last_seen_s += own_delay_s
+                if now - worker.last_seen_s > self._options.heartbeat_timeout_s:
+                    worker.lose(f"silent for {now - worker.last_seen_s:.1f} s")
+                else:
+                    worker.send(_HEARTBEAT)
+
+
+async def _refuse(context: _Context, reason: str) -> NoReturn:
+    await context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
+    raise AssertionError("abort always raises")

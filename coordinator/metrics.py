@@ -1,0 +1,129 @@
+"""What the coordinator counts, in Prometheus' terms. Names begin with baton_, units are in the name."""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from baton.metrics import WORKER_COUNTERS
+
+if TYPE_CHECKING:
+    from coordinator.delivery import Choice, Request
+    from coordinator.workers import Worker, WorkerRegistry
+
+_BLOCK_STATES = ("free", "cached", "held", "leased", "quarantined")
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+class _Histogram(Collector):
+    """A histogram for the one thread of the event loop: a tenth of the library's cost, because it is fed per token."""
+
+    def __init__(self, name: str, help: str, bounds: Sequence[float], registry: CollectorRegistry) -> None:
+        self._name, self._help = name, help
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+        registry.register(self)
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterator[Metric]:
+        buckets: list[tuple[str, float]] = []
+        total = 0
+        for bound, count in zip([*map(str, self._bounds), "+Inf"], self._counts, strict=True):
+            total += count
+            buckets.append((bound, total))
+        yield HistogramMetricFamily(self._name, self._help, buckets=buckets, sum_value=self._sum)
+
+
+class Metrics:
+    """One registry a coordinator, so that several can live in one process."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("baton_requests", "Requests ended", ["outcome"], registry=registry)
+        self.refused = Counter("baton_requests_refused", "Requests refused at once", ["reason"], registry=registry)
+        self.prompt_tokens = Counter("baton_prompt_tokens", "Tokens of prompts of ended requests", registry=registry)
+        self.completion_tokens = Counter("baton_completion_tokens", "Tokens delivered", registry=registry)
+        self.attempts = Counter("baton_attempts", "Attempts begun", ["kind"], registry=registry)
+        self.attempts_failed = Counter("baton_attempts_failed", "Attempts abandoned", ["cause"], registry=registry)
+        self.prefill_choice = Counter("baton_prefill_choice", "Who prefills, and why", ["choice"], registry=registry)
+        self._ttft = _Histogram("baton_ttft_seconds", "Arrival to first token", _SECONDS, registry)
+        self._itl = _Histogram("baton_itl_seconds", "Token to next token of a stream", _SECONDS, registry)
+        self._e2e = _Histogram("baton_request_seconds", "Arrival to end of completed requests", _SECONDS, registry)
+        self._first_attempts = self.attempts.labels("first")
+        self._other_attempts = self.attempts.labels("again")
+        for cause in ("diverged", "gap", "refused", "ended", "worker_lost"):
+            self.attempts_failed.labels(cause)
+
+    def token(self, choice: "Choice", now_s: float) -> None:
+        """A token of `choice` was delivered."""
+        request = choice.request
+        if choice.last_token_s is not None:
+            self._itl.observe(now_s - choice.last_token_s)
+        elif request.first_token_s is None:
+            request.first_token_s = now_s
+            self._ttft.observe(now_s - request.started_s)
+        choice.last_token_s = now_s
+
+    def attempt_started(self, prefill_choice: str, again: bool) -> None:
+        (self._other_attempts if again else self._first_attempts).inc()
+        self.prefill_choice.labels(prefill_choice).inc()
+
+    def request_ended(self, outcome: str, request: "Request", now_s: float) -> None:
+        self.requests.labels(outcome).inc()
+        self.prompt_tokens.inc(request.prompt_tokens)
+        self.completion_tokens.inc(sum(len(choice.stream.tokens) for choice in request.choices))
+        if outcome == "completed":
+            self._e2e.observe(now_s - request.started_s)
+
+    def watch_workers(self, workers: "WorkerRegistry") -> None:
+        self.registry.register(_WorkerCollector(workers))
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class _WorkerCollector(Collector):
+    """What the workers told in their last heartbeats, read when somebody asks."""
+
+    def __init__(self, registry: "WorkerRegistry") -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        workers = list(self._registry.workers.values())
+        for name, help in WORKER_COUNTERS.items():
+            family = CounterMetricFamily(f"baton_worker_{name}", help, labels=["worker"])
+            for worker in workers:
+                family.add_metric([worker.id], worker.heartbeat.counters.get(name, 0.0))
+            yield family
+        yield from _gauges(workers)
+
+
+def _gauges(workers: "list[Worker]") -> Iterator[Metric]:
+    blocks = GaugeMetricFamily("baton_worker_blocks", "KV blocks by state", labels=["worker", "state"])
+    total = GaugeMetricFamily("baton_worker_blocks_total", "KV blocks of the pool", labels=["worker"])
+    running = GaugeMetricFamily("baton_worker_running_requests", "Requests being computed", labels=["worker"])
+    waiting = GaugeMetricFamily("baton_worker_waiting_requests", "Requests not begun", labels=["worker"])
+    tokens = GaugeMetricFamily("baton_worker_waiting_prefill_tokens", "Prompt tokens to compute", labels=["worker"])
+    up = GaugeMetricFamily("baton_worker_up", "1 accepts work, 0 drains", labels=["worker", "role"])
+    lanes = GaugeMetricFamily("baton_lane_in_use", "Always 1: who hands over how", labels=["worker", "peer", "lane"])
+    for worker in workers:
+        beat = worker.heartbeat
+        for state in _BLOCK_STATES:
+            blocks.add_metric([worker.id, state], getattr(beat.blocks, state))
+        total.add_metric([worker.id], beat.blocks.total)
+        running.add_metric([worker.id], beat.running_requests)
+        waiting.add_metric([worker.id], beat.waiting_requests)
+        tokens.add_metric([worker.id], beat.waiting_prefill_tokens)
+        for role, has in (("prefill", worker.prefills), ("decode", worker.decodes)):
+            if has:
+                up.add_metric([worker.id, role], float(worker.accepts))
+        for peer, lane in beat.lanes_in_use.items():
+            lanes.add_metric([worker.id, peer, lane], 1)
+    yield from (blocks, total, running, waiting, tokens, up, lanes)

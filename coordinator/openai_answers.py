@@ -1,0 +1,205 @@
+"""OpenAI's response bodies, whole and in chunks. One writer a request holds what its answers have in common."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+
+from coordinator.delivery import Delta, Request, TokenLogprob, UsageCounts
+
+_encode = msgspec.json.Encoder().encode
+TokenBytes = Callable[[int], bytes]
+
+
+class CachedDetails(Struct):
+    cached_tokens: int
+
+
+class Usage(Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedDetails
+
+
+class CompletionLogprobs(Struct):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(Struct):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+
+
+class ChatAlternative(Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[ChatAlternative]
+
+
+class ChatLogprobs(Struct):
+    content: list[ChatTokenLogprob]
+    refusal: None = None
+
+
+class ChatText(Struct):
+    role: str | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+    refusal: UnsetType | None = UNSET
+
+
+class ChatChoice(Struct):
+    index: int
+    message: ChatText
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+
+
+class ChatChunkChoice(Struct):
+    index: int
+    delta: ChatText
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+
+
+class Answer(Struct):
+    """A whole response, or one chunk of it."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: Sequence[CompletionChoice | ChatChoice | ChatChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+
+
+class ErrorDetail(Struct):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(Struct):
+    error: ErrorDetail
+
+
+def json_body(value: Any) -> bytes:
+    return _encode(value)
+
+
+def sse(value: Any) -> bytes:
+    return b"data: " + _encode(value) + b"\n\n"
+
+
+SSE_DONE = b"data: [DONE]\n\n"
+
+
+def usage_of(counts: UsageCounts) -> Usage:
+    total = counts.prompt + counts.completion
+    return Usage(counts.prompt, counts.completion, total, CachedDetails(counts.cached_prompt))
+
+
+class AnswerWriter:
+    """Turns the deltas of one request into bodies."""
+
+    def __init__(self, request: Request, model: str, chat: bool, include_usage: bool, token_bytes: TokenBytes) -> None:
+        self._request = request
+        self._model = model
+        self._chat = chat
+        self._include_usage = include_usage
+        self._token_bytes = token_bytes
+        self._introduced: set[int] = set()
+
+    def whole(self, deltas: Sequence[Delta]) -> bytes:
+        """`deltas` are all deltas of the request."""
+        choices = [_merge(choice.number, deltas) for choice in self._request.choices]
+        kind = "chat.completion" if self._chat else "text_completion"
+        if self._chat:
+            bodies: Sequence[Any] = [
+                ChatChoice(
+                    delta.choice, ChatText("assistant", delta.text, None), self._logprobs(delta), delta.finish_reason
+                )
+                for delta in choices
+            ]
+        else:
+            bodies = [self._completion(delta) for delta in choices]
+        return _encode(self._answer(kind, bodies, usage_of(self._request.usage())))
+
+    def chunk(self, delta: Delta) -> bytes:
+        """An event, or nothing for a delta that shows nothing (half a character, or text held back)."""
+        first = delta.choice not in self._introduced
+        if not (delta.text or delta.finish_reason or delta.logprobs or (first and self._chat)):
+            return b""
+        usage = None if self._include_usage else UNSET
+        if not self._chat:
+            return sse(self._answer("text_completion", [self._completion(delta)], usage))
+        self._introduced.add(delta.choice)
+        text = ChatText("assistant" if first else UNSET, delta.text if delta.text or first else UNSET)
+        body = ChatChunkChoice(delta.choice, text, self._logprobs(delta), delta.finish_reason)
+        return sse(self._answer("chat.completion.chunk", [body], usage))
+
+    def last(self) -> bytes:
+        """The events that end a stream."""
+        if not self._include_usage:
+            return SSE_DONE
+        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        return sse(self._answer(kind, [], usage_of(self._request.usage()))) + SSE_DONE
+
+    def _answer(self, kind: str, choices: Sequence[Any], usage: Usage | UnsetType | None) -> Answer:
+        return Answer(self._request.id, kind, self._request.created_unix_s, self._model, choices, usage)
+
+    def _completion(self, delta: Delta) -> CompletionChoice:
+        logprobs = None
+        if delta.logprobs:
+            logprobs = CompletionLogprobs(
+                tokens=[self._text(entry.token_id) for entry in delta.logprobs],
+                token_logprobs=[entry.logprob for entry in delta.logprobs],
+                top_logprobs=[self._top(entry) for entry in delta.logprobs],
+                text_offset=[entry.text_offset for entry in delta.logprobs],
+            )
+        return CompletionChoice(delta.choice, delta.text, logprobs, delta.finish_reason)
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+        """By text; of tokens with one text the likeliest. The chosen token is always among them."""
+        top = {self._text(token_id): logprob for token_id, logprob in reversed(entry.alternatives)}
+        top.setdefault(self._text(entry.token_id), entry.logprob)
+        return top
+
+    def _logprobs(self, delta: Delta) -> ChatLogprobs | None:
+        return ChatLogprobs([self._chat_token(entry) for entry in delta.logprobs]) if delta.logprobs else None
+
+    def _chat_token(self, entry: TokenLogprob) -> ChatTokenLogprob:
+        data = self._token_bytes(entry.token_id)
+        alternatives = [self._alternative(token_id, logprob) for token_id, logprob in entry.alternatives]
+        return ChatTokenLogprob(data.decode(errors="replace"), entry.logprob, list(data), alternatives)
+
+    def _alternative(self, token_id: int, logprob: float) -> ChatAlternative:
+        data = self._token_bytes(token_id)
+        return ChatAlternative(data.decode(errors="replace"), logprob, list(data))
+
+    def _text(self, token_id: int) -> str:
+        return self._token_bytes(token_id).decode(errors="replace")
+
+
+def _merge(choice: int, deltas: Sequence[Delta]) -> Delta:
+    own = [delta for delta in deltas if delta.choice == choice]
+    merged = Delta(choice, own[0].prompt_index, 0)
+    merged.text = "".join(delta.text for delta in own)
+    merged.finish_reason = own[-1].finish_reason
+    for delta in own:
+        merged.logprobs += delta.logprobs
+    return merged

@@ -1,0 +1,191 @@
+"""From what a client asked to a request that the dispatcher can start: validated, rendered, tokenised, bounded.
+
+HTTP and gRPC both build a `GenerateSpec` and hand it to `Intake.submit`; what holds for one holds for the other.
+"""
+
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from baton.config import CoordinatorOptions
+from baton.errors import InvalidRequestError
+from coordinator.delivery import Choice, Request
+from coordinator.detokenizer import TextStream
+from coordinator.dispatch import Dispatcher
+from coordinator.failures import FailureKind, RequestFailed, unavailable
+from coordinator.metrics import Metrics
+from coordinator.sampling import SamplingRequest, check, for_choice, resolve
+from coordinator.tokenizer import ModelTokenizer
+from coordinator.workers import WorkerRegistry
+
+MAX_PROMPTS = 64
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """Rendered with the model's template."""
+
+    messages: Sequence[Mapping[str, str]]
+    """Each with `role` and `content`."""
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+Prompt = str | Sequence[int] | ChatPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateSpec:
+    """A client's call in neither protocol's words."""
+
+    model: str
+    prompts: Sequence[Prompt]
+    sampling: SamplingRequest
+    default_max_tokens: int | None = None
+    """None: the rest of the context."""
+    keep_special_tokens: bool = False
+    max_tokens_name: str = "max_tokens"
+    """The field that the client would change."""
+
+
+class Intake:
+    def __init__(
+        self,
+        options: CoordinatorOptions,
+        model_name: str,
+        tokenizer: ModelTokenizer,
+        registry: WorkerRegistry,
+        dispatcher: Dispatcher,
+        metrics: Metrics,
+    ) -> None:
+        self._max_requests = options.max_requests
+        self.model_name = model_name
+        self.tokenizer = tokenizer
+        self.registry = registry
+        self.dispatcher = dispatcher
+        self.metrics = metrics
+        self.created_unix_s = int(time.time())
+
+    @property
+    def ready(self) -> bool:
+        """New requests can be served."""
+        return self.registry.ready and not self.dispatcher.draining
+
+    def check_model(self, name: str) -> None:
+        """Empty means the only model served. Raises RequestFailed."""
+        if name and name != self.model_name:
+            raise RequestFailed(
+                FailureKind.UNKNOWN_MODEL, f"the model does not exist here; '{self.model_name}' is served"
+            )
+
+    async def submit(self, spec: GenerateSpec, request_id: str) -> Request:
+        """Start a request. Raises InvalidRequestError, or RequestFailed if it cannot be taken now."""
+        try:
+            return await self._submit(spec, request_id)
+        except InvalidRequestError:
+            self.metrics.refused.labels("invalid_request").inc()
+            raise
+        except RequestFailed as failure:
+            self.metrics.refused.labels(failure.kind.value).inc()
+            raise
+
+    async def _submit(self, spec: GenerateSpec, request_id: str) -> Request:
+        self.check_model(spec.model)
+        check(spec.sampling, self.tokenizer.facts.vocab_size)
+        if not 1 <= len(spec.prompts) <= MAX_PROMPTS:
+            raise InvalidRequestError(f"prompt must hold 1 to {MAX_PROMPTS} prompts", "prompt")
+        n = spec.sampling.n or 1
+        num_streams = n * len(spec.prompts)
+        if num_streams > self._max_requests:
+            message = f"the request asks for {num_streams} choices, of which {self._max_requests} fit at all"
+            raise InvalidRequestError(message, "n")
+        for prompt in spec.prompts:
+            if isinstance(prompt, ChatPrompt):
+                _check_messages(prompt)
+        # Refused before the work of tokenising, and again by `start`, because others may have come meanwhile.
+        self.dispatcher.check_capacity(num_streams)
+        request = Request(request_id)
+        for index, prompt in enumerate(spec.prompts):
+            token_ids = await self.token_ids(prompt)
+            request.prompt_tokens += len(token_ids)
+            self._add_choices(request, spec, index, token_ids, n)
+        self.dispatcher.start(request)
+        return request
+
+    async def token_ids(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
+        """Tokens of any kind of prompt, checked against the vocabulary. Raises InvalidRequestError."""
+        if isinstance(prompt, ChatPrompt):
+            _check_messages(prompt)
+            text = self.tokenizer.render_chat(prompt.messages, prompt.template_variables)
+            token_ids, param = await self.tokenizer.encode(text, add_special_tokens=False), "messages"
+        elif isinstance(prompt, str):
+            token_ids = await self.tokenizer.encode(prompt, add_special_tokens) if prompt else []
+            param = "prompt"
+        else:
+            token_ids, param = list(prompt), "prompt"
+        if not token_ids:
+            raise InvalidRequestError(f"{param} is empty", param)
+        self._check_token_ids(token_ids, param)
+        return token_ids
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Of tokens, special ones included. Raises InvalidRequestError for one outside the vocabulary."""
+        if token_ids:
+            self._check_token_ids(token_ids, "tokens")
+        return self.tokenizer.decode(list(token_ids), keep_special_tokens=True)
+
+    def _check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
+        vocab_size = self.tokenizer.facts.vocab_size
+        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+            raise InvalidRequestError(f"{param} has a token id outside the vocabulary of {vocab_size}", param)
+
+    def _add_choices(self, request: Request, spec: GenerateSpec, index: int, prompt: list[int], n: int) -> None:
+        asked = spec.sampling
+        param = "messages" if isinstance(spec.prompts[index], ChatPrompt) else "prompt"
+        max_tokens = self._max_tokens(spec, len(prompt), param)
+        sampling = resolve(asked, self.tokenizer.facts, max_tokens)
+        for number in range(n):
+            detokenizer = self.tokenizer.detokenizer(prompt, spec.keep_special_tokens)
+            text = TextStream(detokenizer, asked.stop, sampling.min_tokens)
+            Choice(request, index, prompt, for_choice(sampling, number), text, spec.keep_special_tokens)
+
+    def _max_tokens(self, spec: GenerateSpec, num_prompt_tokens: int, param: str) -> int:
+        context = self.registry.context_tokens
+        if not context:
+            raise unavailable("no worker that can decode is connected; try again later")
+        room = context - num_prompt_tokens
+        if room < 1:
+            raise InvalidRequestError(
+                f"the prompt has {num_prompt_tokens} tokens and the context length is {context}; shorten it", param
+            )
+        asked = spec.sampling.max_tokens
+        if asked is None:
+            max_tokens = room if spec.default_max_tokens is None else min(room, spec.default_max_tokens)
+        elif asked > room:
+            raise InvalidRequestError(
+                f"the prompt has {num_prompt_tokens} tokens and {spec.max_tokens_name} is {asked}, together more than "
+                f"the context length of {context}; lower one of them",
+                spec.max_tokens_name,
+            )
+        else:
+            max_tokens = asked
+        if (spec.sampling.min_tokens or 0) > max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens is greater than the {max_tokens} tokens that the answer may have", "min_tokens"
+            )
+        return max_tokens
+
+
+def _check_messages(prompt: ChatPrompt) -> None:
+    if not prompt.messages:
+        raise InvalidRequestError("messages is empty", "messages")
+    for at, message in enumerate(prompt.messages):
+        if message["role"] not in _ROLES:
+            raise InvalidRequestError(f"messages[{at}].role must be one of {', '.join(_ROLES)}", f"messages[{at}].role")
+
+
+def new_request_id(prefix: str) -> str:
+    """Unguessable, because whoever knows it may abort the request."""
+    return f"{prefix}-{secrets.token_hex(16)}"

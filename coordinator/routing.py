@@ -1,0 +1,109 @@
+"""Which workers serve an attempt. Pure: a description of the work and of each worker in, their ids out."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """A worker that accepts new work, what it told in its last heartbeat, and what it was assigned since."""
+
+    id: str
+    prefills: bool
+    decodes: bool
+    requests: int
+    """Running or waiting."""
+    waiting_prefill_tokens: int
+    free_blocks: int
+    """Free, or cached and evictable, less those that assignments since the last heartbeat will take."""
+    total_blocks: int
+    page_size_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    num_tokens: int
+    """To be in the KV cache before the next token: the prompt and what earlier attempts delivered."""
+    uncached_tokens: int
+    """An estimate of how many of them no cache of the decode worker holds."""
+    avoid: Collection[str] = ()
+    """Workers that failed this request; taken only if there is no other."""
+
+
+class PrefillChoice(Enum):
+    """Who computes the prompt, and why: label of the metric."""
+
+    REMOTE = "remote"
+    LOCAL_MIXED = "local_mixed_worker"
+    LOCAL_SHORT = "local_short_prompt"
+    LOCAL_NO_WORKER = "local_no_prefill_worker"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    decode: str
+    prefill: str | None
+    """None: the decode worker prefills by itself."""
+    choice: PrefillChoice
+
+
+class RoutingPolicy(ABC):
+    @abstractmethod
+    def choose(self, work: Work, workers: Sequence[WorkerLoad]) -> Route | None:
+        """None if no worker can decode."""
+
+
+class LeastLoaded(RoutingPolicy):
+    """Decode: enough free blocks first, then fewest requests, then most free blocks. Prefill: shortest queue of tokens.
+
+    Equals take turns. A prompt of which at most `local_prefill_tokens` are uncached is not worth a hand-over.
+    """
+
+    def __init__(self, local_prefill_tokens: int) -> None:
+        self._local_prefill_tokens = local_prefill_tokens
+        self._turn = 0
+
+    def choose(self, work: Work, workers: Sequence[WorkerLoad]) -> Route | None:
+        self._turn += 1
+        decode = self._pick(work, [worker for worker in workers if worker.decodes], _decode_cost)
+        if decode is None:
+            return None
+        if decode.prefills:
+            return Route(decode.id, None, PrefillChoice.LOCAL_MIXED)
+        if work.uncached_tokens <= self._local_prefill_tokens:
+            return Route(decode.id, None, PrefillChoice.LOCAL_SHORT)
+        fit = [worker for worker in workers if worker.prefills and _blocks(work, worker) <= worker.total_blocks]
+        prefill = self._pick(work, fit, _prefill_cost)
+        if prefill is None:
+            return Route(decode.id, None, PrefillChoice.LOCAL_NO_WORKER)
+        return Route(decode.id, prefill.id, PrefillChoice.REMOTE)
+
+    def _pick(
+        self, work: Work, workers: list[WorkerLoad], cost: Callable[[Work, WorkerLoad], tuple[int, ...]]
+    ) -> WorkerLoad | None:
+        if not workers:
+            return None
+        costs = [(worker.id in work.avoid, *cost(work, worker)) for worker in workers]
+        best = min(costs)
+        equals = sorted((worker for worker, its in zip(workers, costs, strict=True) if its == best), key=_id)
+        return equals[self._turn % len(equals)]
+
+
+def _id(worker: WorkerLoad) -> str:
+    return worker.id
+
+
+def _blocks(work: Work, worker: WorkerLoad) -> int:
+    """Blocks for the known tokens and the next one."""
+    return work.num_tokens // worker.page_size_tokens + 1
+
+
+def _decode_cost(work: Work, worker: WorkerLoad) -> tuple[int, ...]:
+    crowded = _blocks(work, worker) > worker.free_blocks
+    return (crowded, worker.requests, -worker.free_blocks)
+
+
+def _prefill_cost(work: Work, worker: WorkerLoad) -> tuple[int, ...]:
+    return (worker.waiting_prefill_tokens, worker.requests)

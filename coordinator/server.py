@@ -1,0 +1,207 @@
+"""Puts the coordinator together and runs it: three ports, one event loop, a drain at the end.
+
+clients --HTTP/SSE--> HttpApi --+                                        +-- LinkServicer <==gRPC==> workers
+clients --gRPC------> GrpcApi --+--> Intake --> Dispatcher --> Registry --+
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from aiohttp import web
+
+from baton.config import CoordinatorOptions, ModelOptions
+from baton.errors import ConfigurationError
+from baton.model_folder import served_name
+from baton.v1 import worker_link_pb2_grpc as link_rpc
+from coordinator.dispatch import Dispatcher
+from coordinator.failures import unavailable
+from coordinator.grpc_api import GrpcApi
+from coordinator.http_api import HttpApi
+from coordinator.link import LinkServicer
+from coordinator.metrics import Metrics
+from coordinator.requests import Intake
+from coordinator.routing import LeastLoaded
+from coordinator.status import cluster_status
+from coordinator.tokenizer import ModelTokenizer
+from coordinator.workers import WorkerRegistry
+
+events = logging.getLogger("baton.events")
+_STOP_GRACE_S = 1.0
+_PARENT_CHECK_S = 0.5
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """As opened, where 0 was asked for."""
+
+    http: int
+    grpc: int
+    link: int
+
+
+class Coordinator:
+    """Raises ModelError if the folder's tokenizer is unusable, before any port is opened. Needs a running loop."""
+
+    def __init__(self, options: CoordinatorOptions, model: ModelOptions, model_folder: Path) -> None:
+        self._options = options
+        name = served_name(model)
+        self._tokenizer = ModelTokenizer(model_folder)
+        self.metrics = Metrics()
+        self.registry = WorkerRegistry(name)
+        self.metrics.watch_workers(self.registry)
+        policy = LeastLoaded(options.local_prefill_tokens)
+        self.dispatcher = Dispatcher(options, self.registry, policy, self.metrics)
+        self.intake = Intake(options, name, self._tokenizer, self.registry, self.dispatcher, self.metrics)
+        self._link = LinkServicer(options, self.registry, self.dispatcher)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = contextlib.AsyncExitStack()
+
+    async def start(self) -> Ports:
+        """Open the ports. Raises ConfigurationError naming the flag of one that cannot be opened."""
+        options = self._options
+        try:
+            link = await self._start_link()
+            self._grpc = GrpcApi(self.intake, options.max_body_bytes)
+            grpc_port = _bind(self._grpc.server, options.host, options.grpc_port, "--grpc-port")
+            await self._grpc.server.start()
+            self._closing.push_async_callback(self._grpc.server.stop, _STOP_GRACE_S)
+            await self._grpc.set_ready(False)
+            self.registry.on_change = self._readiness_changed
+            http = await self._start_http()
+        except BaseException:
+            await self.stop()
+            raise
+        return Ports(http, grpc_port, link)
+
+    async def _start_link(self) -> int:
+        options = self._options
+        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        link_rpc.add_WorkerLinkServicer_to_server(self._link, server)
+        port = _bind(server, options.link_host, options.link_port, "--link-port")
+        await server.start()
+        self._closing.push_async_callback(server.stop, None)
+        self._spawn(self._link.watch())
+        return port
+
+    async def _start_http(self) -> int:
+        options = self._options
+        api = HttpApi(
+            self.intake,
+            options.max_body_bytes,
+            lambda: cluster_status(self.intake.model_name, self.registry, self.dispatcher),
+        )
+        runner = web.AppRunner(
+            api.application(), access_log=None, handler_cancellation=True, shutdown_timeout=_STOP_GRACE_S
+        )
+        await runner.setup()
+        self._closing.push_async_callback(runner.cleanup)
+        try:
+            await web.TCPSite(runner, options.host, options.port, reuse_port=False).start()
+        except OSError as error:
+            raise _port_error("--port", options.host, options.port, error.strerror or str(error)) from error
+        return int(runner.addresses[0][1])
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _readiness_changed(self) -> None:
+        if self._grpc.ready is not self.intake.ready:
+            self._spawn(self._grpc.set_ready(self.intake.ready))
+
+    async def drain(self) -> None:
+        """Refuse what is new, let what runs finish for up to drain_timeout_s. Idempotent."""
+        self.dispatcher.draining = True
+        self._readiness_changed()
+        events.info("draining: %d requests are running", len(self.dispatcher.requests))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.dispatcher.idle.wait(), self._options.drain_timeout_s)
+
+    async def stop(self) -> None:
+        """End what still runs, close the ports. Idempotent."""
+        self.dispatcher.draining = True
+        for request in list(self.dispatcher.requests.values()):
+            self.dispatcher.end(request, "failed", unavailable("this coordinator was shut down before the end"))
+        for task in list(self._tasks):
+            task.cancel()
+        await self._closing.aclose()
+        self._tokenizer.close()
+
+
+async def serve(
+    options: CoordinatorOptions, model: ModelOptions, model_folder: Path, on_ready: Callable[[Ports], None]
+) -> None:
+    """Run a coordinator until SIGTERM or SIGINT, which drain it, or until its parent is gone.
+
+    A second signal ends the drain at once. Raises ConfigurationError before anything is served.
+    """
+    coordinator = Coordinator(options, model, model_folder)
+    drain, hurry = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (hurry if drain.is_set() else drain).set()
+
+    loop = asyncio.get_running_loop()
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, on_signal)
+    tasks = [loop.create_task(_watch_parent(options.parent_pid, drain, hurry))]
+    try:
+        on_ready(await coordinator.start())
+        await drain.wait()
+        tasks += [loop.create_task(coordinator.drain()), loop.create_task(_wait(hurry))]
+        await asyncio.wait(tasks[1:], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await coordinator.stop()
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+
+
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()
+
+
+async def _watch_parent(pid: int, *gone: asyncio.Event) -> None:
+    """Set the events when process `pid` no longer exists. 0 watches nobody."""
+    direct = os.getppid() == pid
+    while pid and (os.getppid() == pid if direct else _exists(pid)):  # noqa: ASYNC110 - the system tells nobody
+        await asyncio.sleep(_PARENT_CHECK_S)
+    if pid:
+        events.warning("the parent process %d is gone", pid)
+        for event in gone:
+            event.set()
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _bind(server: grpc.aio.Server, host: str, port: int, flag: str) -> int:
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        bound = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise _port_error(flag, host, port, "it may be in use") from error
+    if not bound:
+        raise _port_error(flag, host, port, "it may be in use")
+    return bound
+
+
+def _port_error(flag: str, host: str, port: int, reason: str) -> ConfigurationError:
+    return ConfigurationError(f"{flag} {port} on {host} cannot be opened: {reason}; choose another with {flag}")

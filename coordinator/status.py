@@ -1,0 +1,56 @@
+"""What operators see of the cluster: the document behind `baton status`."""
+
+import importlib.metadata
+import time
+from typing import Any
+
+from coordinator.dispatch import Dispatcher
+from coordinator.workers import Worker, WorkerRegistry
+
+try:
+    VERSION = importlib.metadata.version("baton-serve")
+except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
+    VERSION = "0+unknown"
+
+
+def cluster_status(model: str, registry: WorkerRegistry, dispatcher: Dispatcher) -> dict[str, Any]:
+    """JSON-ready. Counts are of the workers' last heartbeats, ages in seconds."""
+    workers = [_worker_status(worker) for worker in sorted(registry.workers.values(), key=lambda worker: worker.id)]
+    return {
+        "version": VERSION,
+        "model": model,
+        "state": "draining" if dispatcher.draining else "ready" if registry.ready else "waiting for workers",
+        "max_model_tokens": registry.context_tokens,
+        "requests": len(dispatcher.requests),
+        "streams": dispatcher.num_streams,
+        "workers": workers,
+    }
+
+
+def _worker_status(worker: Worker) -> dict[str, Any]:
+    registration, beat = worker.registration, worker.heartbeat
+    blocks = beat.blocks
+    return {
+        "id": worker.id,
+        "pid": registration.pid,
+        "roles": [name for name, has in (("prefill", worker.prefills), ("decode", worker.decodes)) if has],
+        "address": registration.host,
+        "incarnation": f"{registration.incarnation:016x}",
+        "state": "lost" if worker.lost.is_set() else "draining" if beat.draining else "ready",
+        "page_size_tokens": registration.page_size_tokens,
+        "blocks": {
+            "total": blocks.total,
+            "free": blocks.free,
+            "cached": blocks.cached,
+            "held": blocks.held,
+            "leased": blocks.leased,
+            "quarantined": blocks.quarantined,
+        },
+        "running": beat.running_requests,
+        "waiting": beat.waiting_requests,
+        "waiting_prefill_tokens": beat.waiting_prefill_tokens,
+        "lanes": list(registration.lanes),
+        "lanes_in_use": dict(beat.lanes_in_use),
+        "heartbeat_age_s": round(time.monotonic() - worker.last_seen_s, 3),
+        "counters": dict(beat.counters),
+    }

@@ -1,0 +1,195 @@
+"""The registry of workers: who is there, what each can do, how loaded it is, and which attempts depend on it."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from baton.errors import PeerError
+from baton.v1 import worker_link_pb2 as wire
+from coordinator.routing import WorkerLoad
+
+if TYPE_CHECKING:
+    from coordinator.delivery import Choice
+
+PROTOCOL_VERSION = 1
+OUTBOX_MESSAGES = 4096
+"""Messages that may wait for a worker. One that reads slower than this is not serving anyone."""
+
+events = logging.getLogger("baton.events")
+
+
+class Leg:
+    """One worker's part in an attempt: computing the prompt for another, or decoding."""
+
+    __slots__ = ("attempt", "choice", "decode", "handle", "waiting_tokens", "worker")
+
+    def __init__(self, choice: "Choice", attempt: int, worker: "Worker", decode: bool, handle: int) -> None:
+        self.choice = choice
+        self.attempt = attempt
+        self.worker = worker
+        self.decode = decode
+        self.handle = handle
+        self.waiting_tokens = 0
+        """Prompt tokens this worker still has to compute, as far as it told."""
+
+    @property
+    def id(self) -> wire.AttemptId:
+        return wire.AttemptId(request_id=self.choice.stream_id, attempt=self.attempt)
+
+
+class Worker:
+    """A registered worker behind its link. Does no I/O: messages wait in `outbox` for the link to write them."""
+
+    def __init__(self, registration: wire.Registration, on_lost: Callable[["Worker"], None]) -> None:
+        self.id = registration.worker_id
+        self.registration = registration
+        self.prefills = wire.ROLE_PREFILL in registration.roles
+        self.decodes = wire.ROLE_DECODE in registration.roles
+        self.heartbeat = wire.WorkerHeartbeat()
+        self.heartbeat.blocks.total = self.heartbeat.blocks.free = registration.total_blocks
+        self.last_seen_s = time.monotonic()
+        self.outbox: asyncio.Queue[wire.CoordinatorMessage] = asyncio.Queue(OUTBOX_MESSAGES)
+        self.legs: dict[int, Leg] = {}
+        """By handle."""
+        self.lost = asyncio.Event()
+        self._legs_by_attempt: dict[tuple[str, int], Leg] = {}
+        self._blocks_assigned = 0
+        self._on_lost = on_lost
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest prompt plus output that this worker can hold."""
+        registration = self.registration
+        return min(registration.max_model_tokens, registration.total_blocks * registration.page_size_tokens)
+
+    @property
+    def accepts(self) -> bool:
+        return not self.lost.is_set() and not self.heartbeat.draining
+
+    def send(self, message: wire.CoordinatorMessage) -> None:
+        """Queue a message; a worker that does not keep up is lost. Never blocks, never raises."""
+        if self.lost.is_set():
+            return
+        try:
+            self.outbox.put_nowait(message)
+        except asyncio.QueueFull:
+            self.lose("it does not read its messages")
+
+    def lose(self, reason: str) -> None:
+        """The worker is gone: nothing of it is accepted any more. Idempotent.
+
+        Its attempts fail over in a later turn of the loop, so that whoever found out may finish what it is doing.
+        """
+        if self.lost.is_set():
+            return
+        self.lost.set()
+        events.warning("worker %s lost: %s (%d attempts)", self.id, reason, len(self.legs))
+        asyncio.get_running_loop().call_soon(self._on_lost, self)
+
+    def open(self, leg: Leg, num_tokens: int, waiting_tokens: int) -> None:
+        """`num_tokens` need blocks here; `waiting_tokens` of them are to be computed."""
+        leg.waiting_tokens = waiting_tokens
+        self.legs[leg.handle] = leg
+        self._legs_by_attempt[leg.choice.stream_id, leg.attempt] = leg
+        self._blocks_assigned += num_tokens // self.registration.page_size_tokens + 1
+
+    def close(self, leg: Leg) -> None:
+        """Nothing more is expected of this leg. Idempotent."""
+        self.legs.pop(leg.handle, None)
+        self._legs_by_attempt.pop((leg.choice.stream_id, leg.attempt), None)
+
+    def leg(self, id: wire.AttemptId) -> Leg | None:
+        return self._legs_by_attempt.get((id.request_id, id.attempt))
+
+    def beat(self, heartbeat: wire.WorkerHeartbeat) -> None:
+        if heartbeat.draining and not self.heartbeat.draining:
+            events.info("worker %s is draining", self.id)
+        self.heartbeat = heartbeat
+        self._blocks_assigned = 0
+
+    def load(self) -> WorkerLoad:
+        """Of the last heartbeat and, at least, of what this coordinator has given it."""
+        beat = self.heartbeat
+        own_tokens = sum(leg.waiting_tokens for leg in self.legs.values()) if self.prefills else 0
+        return WorkerLoad(
+            id=self.id,
+            prefills=self.prefills,
+            decodes=self.decodes,
+            requests=max(len(self.legs), beat.running_requests + beat.waiting_requests),
+            waiting_prefill_tokens=max(own_tokens, beat.waiting_prefill_tokens),
+            free_blocks=beat.blocks.free + beat.blocks.cached - self._blocks_assigned,
+            total_blocks=self.registration.total_blocks,
+            page_size_tokens=self.registration.page_size_tokens,
+        )
+
+
+class WorkerRegistry:
+    """Workers by id. All of them compute the same KV: same model, fingerprint and page size."""
+
+    def __init__(self, served_model: str) -> None:
+        self._served_model = served_model
+        self.workers: dict[str, Worker] = {}
+        self.on_lost: Callable[[Worker], None] = lambda worker: None
+        """Set by the dispatcher: fail the worker's attempts over."""
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when readiness may have changed."""
+
+    def register(self, registration: wire.Registration) -> Worker:
+        """Raises PeerError with the reason for a worker that does not fit; the new one replaces one of its name."""
+        self._check(registration)
+        old = self.workers.get(registration.worker_id)
+        if old is not None:
+            same = old.registration.incarnation == registration.incarnation
+            old.lose("it dialled again" if same else "it was started anew")
+        worker = self.workers[registration.worker_id] = Worker(registration, self._lost)
+        roles = "+".join(name for name, has in (("prefill", worker.prefills), ("decode", worker.decodes)) if has)
+        events.info(
+            "worker %s joined: %s, pid %d, %d blocks of %d tokens, incarnation %016x",
+            worker.id, roles, registration.pid, registration.total_blocks, registration.page_size_tokens,
+            registration.incarnation,
+        )  # fmt: skip
+        self.on_change()
+        return worker
+
+    def _check(self, new: wire.Registration) -> None:
+        if new.protocol_version != PROTOCOL_VERSION:
+            raise PeerError(f"protocol_version is {new.protocol_version}, this coordinator speaks {PROTOCOL_VERSION}")
+        if not new.worker_id or not new.incarnation:
+            raise PeerError("worker_id and incarnation must be set")
+        if not new.roles or not set(new.roles) <= {wire.ROLE_PREFILL, wire.ROLE_DECODE}:
+            raise PeerError("roles must be prefill, decode or both")
+        if not (new.page_size_tokens and new.total_blocks and new.max_model_tokens):
+            raise PeerError("page_size_tokens, total_blocks and max_model_tokens must be positive")
+        if new.model != self._served_model:
+            raise PeerError(f"model is '{new.model}', this coordinator serves '{self._served_model}'")
+        others = (worker for worker in self.workers.values() if worker.id != new.worker_id)
+        for other in others:
+            for name in ("model_fingerprint", "page_size_tokens"):
+                theirs = getattr(other.registration, name)
+                if getattr(new, name) != theirs:
+                    raise PeerError(
+                        f"{name} is {getattr(new, name)}, that of the other workers {theirs}; start all workers with "
+                        "the same model, dtype and page size"
+                    )
+
+    def _lost(self, worker: Worker) -> None:
+        if self.workers.get(worker.id) is worker:
+            del self.workers[worker.id]
+        self.on_lost(worker)
+        self.on_change()
+
+    def loads(self) -> list[WorkerLoad]:
+        """Of the workers that accept new work."""
+        return [worker.load() for worker in self.workers.values() if worker.accepts]
+
+    @property
+    def ready(self) -> bool:
+        """A worker that can decode accepts work."""
+        return any(worker.decodes and worker.accepts for worker in self.workers.values())
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest prompt plus output that every decode worker can hold; 0 without one."""
+        return min((worker.context_tokens for worker in self.workers.values() if worker.decodes), default=0)

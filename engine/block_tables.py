@@ -1,0 +1,129 @@
+"""Blocks of sequences: from the prefix cache, fresh, copied on write, published, leased, quarantined. Bookkeeping only.
+
+One rule stands above all: a sequence writes only into blocks that nobody else can read. Hits of the prefix cache are
+whole blocks before the first position it computes, with one exception: when its last token is cached too, that token
+is computed again for its logits, in a copy of the shared block.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+
+from engine.blocks import BlockAllocator, Owner, OwnerKind
+from engine.prefix_cache import NameChain, PrefixCache
+from engine.sequence import Sequence
+
+Copies = list[tuple[int, int]]
+
+
+class BlockTables:
+    """Gives blocks to sequences and takes them back. `shareable_tokens` maps the length of a prompt to the number of
+    leading tokens whose KV depends on nothing but the tokens up to them."""
+
+    def __init__(self, allocator: BlockAllocator, page_size: int, shareable_tokens: Callable[[int], int]) -> None:
+        self.allocator = allocator
+        self.cache = PrefixCache(allocator)
+        self.page_size = page_size
+        self._shareable_tokens = shareable_tokens
+        self._copy_sources: list[tuple[Owner, int]] = []
+
+    def num_blocks_for(self, num_positions: int) -> int:
+        return -(-num_positions // self.page_size)
+
+    def names(self, cache_root: bytes, num_prompt_tokens: int) -> NameChain:
+        return NameChain(cache_root, self.page_size, self._shareable_tokens(num_prompt_tokens))
+
+    def num_cached_tokens(self, token_ids: Many[int], cache_root: bytes, num_prompt_tokens: int) -> int:
+        names = self.names(cache_root, num_prompt_tokens).extend(token_ids)
+        return len(self.cache.lookup(names)) * self.page_size
+
+    def admit(self, sequence: Sequence, copies: Copies) -> bool:
+        """Blocks for every token that the sequence has, cached ones first. False, and nothing changed: not enough.
+
+        Everything at once: a prompt that has begun never waits for blocks while it keeps others from having them.
+        """
+        hits = self.cache.lookup(sequence.names.extend(sequence.token_ids))
+        total = self.num_blocks_for(sequence.num_positions_at_start)
+        copy_last = not sequence.awaits_kv and len(hits) * self.page_size == len(sequence.token_ids)
+        if copy_last and not self._fits(hits, total + 1):
+            # Source and copy do not fit side by side: compute the whole last block again.
+            hits.pop()
+            copy_last = False
+        if not self._fits(hits, total):
+            return False
+        self.allocator.share(sequence.owner, hits)
+        fresh = self.allocator.allocate(sequence.owner, total - len(hits) + copy_last)
+        assert fresh is not None, "counted just above"
+        sequence.num_computed = len(hits) * self.page_size - copy_last
+        if copy_last:
+            self._note_copy(sequence, hits.pop(), fresh[0], copies)
+        sequence.num_final_blocks = len(hits)
+        sequence.block_ids = hits + fresh
+        return True
+
+    def make_writable(self, sequence: Sequence, copies: Copies) -> bool:
+        """See that the block of the next position exists and is the sequence's alone. False: no block left."""
+        index = sequence.num_computed // self.page_size
+        if sequence.num_final_blocks <= index < len(sequence.block_ids):
+            return True
+        fresh = self.allocator.allocate(sequence.owner, 1)
+        if fresh is None:
+            return False
+        if index == len(sequence.block_ids):
+            sequence.block_ids.append(fresh[0])
+            return True
+        self._note_copy(sequence, sequence.block_ids[index], fresh[0], copies)
+        sequence.block_ids[index] = fresh[0]
+        sequence.num_final_blocks = index
+        return True
+
+    def copies_made(self) -> None:
+        """The plan has run. Until then the sources keep their owner, or the same plan could hand them out again."""
+        for owner, block in self._copy_sources:
+            self.allocator.release(owner, [block])
+        self._copy_sources.clear()
+
+    def publish(self, sequence: Sequence) -> None:
+        """Let others find the blocks that are full and computed by now."""
+        num_full = sequence.num_computed // self.page_size
+        if num_full <= sequence.num_final_blocks:
+            return
+        names = sequence.names.extend(sequence.token_ids)
+        for index in range(sequence.num_final_blocks, min(num_full, len(names))):
+            self.cache.insert(names[index], sequence.block_ids[index])
+        sequence.num_final_blocks = num_full
+
+    def release(self, sequence: Sequence) -> None:
+        self.allocator.release_all(sequence.owner)
+        sequence.block_ids = []
+        sequence.num_computed = sequence.num_final_blocks = 0
+
+    def lease(self, sequence: Sequence) -> None:
+        """The blocks stay for a reader, under the id of the request."""
+        self.allocator.transfer(sequence.owner, Owner(OwnerKind.LEASE, sequence.id))
+
+    def quarantine(self, sequence: Sequence) -> None:
+        """Keep what somebody outside may still write into; the cached blocks before it are only read."""
+        self.allocator.release(sequence.owner, sequence.block_ids[: sequence.num_final_blocks])
+        self.allocator.transfer(sequence.owner, Owner(OwnerKind.QUARANTINE, sequence.id))
+
+    def release_lease(self, request_id: str) -> bool:
+        return self.allocator.release_all(Owner(OwnerKind.LEASE, request_id))
+
+    def quarantine_lease(self, request_id: str) -> bool:
+        return self.allocator.transfer(Owner(OwnerKind.LEASE, request_id), Owner(OwnerKind.QUARANTINE, request_id))
+
+    def resolve(self, request_id: str) -> bool:
+        return self.allocator.release_all(Owner(OwnerKind.QUARANTINE, request_id))
+
+    def check(self) -> None:
+        self.allocator.check()
+        self.cache.check()
+
+    def _fits(self, hits: list[int], total: int) -> bool:
+        """Whether the hits and enough others are there; an unowned hit cannot be evicted to make room for itself."""
+        unowned_hits = sum(self.allocator.is_evictable(block) for block in hits)
+        return total - len(hits) <= self.allocator.num_available - unowned_hits
+
+    def _note_copy(self, sequence: Sequence, source: int, target: int, copies: Copies) -> None:
+        copies.append((source, target))
+        self._copy_sources.append((sequence.owner, source))

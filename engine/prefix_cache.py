@@ -1,0 +1,71 @@
+"""Which block holds which content, by chained name (`baton.block_names`). Bookkeeping only.
+
+The allocator owns the blocks and the order of eviction; this knows the names.
+"""
+
+from collections.abc import Sequence
+
+from baton.block_names import block_name
+from engine.blocks import BlockAccountingError, BlockAllocator
+
+
+class NameChain:
+    """Names of the full blocks of one growing token sequence, each computed once."""
+
+    def __init__(self, root: bytes, page_size: int, max_tokens: int) -> None:
+        """Tokens from `max_tokens` on stay unnamed: their KV depends on more than the tokens before them."""
+        self.names: list[bytes] = []
+        self._root = root
+        self._page_size = page_size
+        self._max_blocks = max(0, max_tokens) // page_size
+
+    def extend(self, token_ids: Sequence[int]) -> list[bytes]:
+        """All names, after naming those blocks that `token_ids`, the whole sequence, has filled since."""
+        size = self._page_size
+        for index in range(len(self.names), min(len(token_ids) // size, self._max_blocks)):
+            parent = self.names[-1] if self.names else self._root
+            self.names.append(block_name(parent, token_ids[index * size : (index + 1) * size]))
+        return self.names
+
+
+class PrefixCache:
+    """Names of blocks whose content is final. The first block of a name keeps it."""
+
+    def __init__(self, allocator: BlockAllocator) -> None:
+        self._allocator = allocator
+        self._block_of: dict[bytes, int] = {}
+        self._name_of: dict[int, bytes] = {}
+        allocator.on_evict = self._forget
+
+    def __len__(self) -> int:
+        return len(self._block_of)
+
+    def lookup(self, names: Sequence[bytes]) -> list[int]:
+        """Blocks of the longest run of leading names that are all here. Nothing is changed: `share` them to keep."""
+        blocks: list[int] = []
+        for name in names:
+            block = self._block_of.get(name)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def insert(self, name: bytes, block: int) -> bool:
+        """Name a block that is full and computed. False: another block has that name already and keeps it."""
+        if name in self._block_of:
+            return False
+        if block in self._name_of:
+            raise BlockAccountingError(f"block {block} already has another name")
+        self._block_of[name] = block
+        self._name_of[block] = name
+        self._allocator.mark_cached(block)
+        return True
+
+    def check(self) -> None:
+        """Raises BlockAccountingError when names and the allocator's flags differ."""
+        flagged = {block for block in range(self._allocator.num_blocks) if self._allocator.is_cached(block)}
+        if {block: name for name, block in self._block_of.items()} != self._name_of or flagged != set(self._name_of):
+            raise BlockAccountingError("names and cached blocks do not match one to one")
+
+    def _forget(self, block: int) -> None:
+        del self._block_of[self._name_of.pop(block)]

@@ -1,0 +1,255 @@
+"""The pulling side of hand-overs.
+
+The life of one hand-over, seen from here:
+
+1. `take` connects to the peer unless it is connected: handshake, then the best lane that really works.
+2. Want tells the peer from which block on this side needs the row.
+3. Offers arrive while the peer still computes; what has been offered is pulled in bounded batches, each block checked
+   by the xxh3 of the bytes that arrived. Heartbeats renew the lease.
+4. Closed and everything verified: Release(verified) goes out at once, and the result carries the first token.
+5. Anything else (loss of the peer, stale or corrupt block, deadline, Revoke, cancellation) ends it with what was
+   verified until then. In every case `take` returns only when no thread can write the local blocks any more.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+
+import zmq.asyncio
+
+from baton.config import HandoverOptions
+from baton.errors import PeerError
+from baton.v1 import handover_pb2 as pb
+from kvtransfer.lanes.registry import Lane
+from kvtransfer.layout import BlockLayout
+from kvtransfer.link import PeerLink
+from kvtransfer.memory import PoolMemory
+from kvtransfer.pulls import MAX_BATCH_BYTES, WantedBlock, pull_and_verify
+from kvtransfer.taking import CANCELLED, IntakeResult, Taking
+from kvtransfer.wire import PeerIdentity, PeerRef, spawn
+
+log = logging.getLogger(__name__)
+
+__all__ = ["CANCELLED", "Intake", "IntakeResult"]
+
+
+class Intake:
+    """Pulls blocks into `memory`. Every method is called on the event loop's thread."""
+
+    def __init__(
+        self,
+        me: PeerIdentity,
+        layout: BlockLayout,
+        memory: PoolMemory,
+        lanes: Sequence[Lane],
+        options: HandoverOptions,
+        counters: dict[str, float],
+    ) -> None:
+        """`lanes`: best first, see `lanes.registry.parse_lanes`."""
+        self._me = me
+        self._layout = layout
+        self._memory = memory
+        self._lanes = lanes
+        self._options = options
+        self._counters = counters
+        self._context = zmq.asyncio.Context()
+        self._links: dict[PeerRef, asyncio.Task[PeerLink]] = {}
+        self._takings: dict[str, Taking] = {}
+        self._working: set[asyncio.Task[IntakeResult]] = set()
+        self._users: dict[PeerLink, set[str]] = {}  # connected links and the hand-overs that use them
+        self._closing: set[asyncio.Task[None]] = set()
+        self._lane_names: dict[str, str] = {}
+        self._batch_blocks = max(1, MAX_BATCH_BYTES // memory.block_bytes)
+
+    def lanes_in_use(self) -> dict[str, str]:
+        """Worker id of each peer -> name of the lane that its blocks come by."""
+        return dict(self._lane_names)
+
+    async def take(
+        self, handover_id: str, peer: PeerRef, block_ids: Sequence[int], first_block: int, deadline: float
+    ) -> IntakeResult:
+        """Pull the row of blocks of a hand-over; `deadline` in `time.monotonic()` seconds.
+
+        `block_ids` are the local blocks by position; those before `first_block` are here already. Never raises for
+        peer trouble. Should the calling task be cancelled, this waits, shielded, until nothing writes any more.
+        """
+        if handover_id in self._takings:
+            raise ValueError(f"hand-over {handover_id} is being taken already")
+        taking = self._takings[handover_id] = Taking(handover_id, block_ids, first_block)
+        work = asyncio.get_running_loop().create_task(self._take(taking, peer, deadline))
+        self._working.add(work)
+        work.add_done_callback(self._working.discard)
+        interrupted: asyncio.CancelledError | None = None
+        while not work.done():
+            try:
+                await asyncio.wait([work])
+            except asyncio.CancelledError as error:
+                interrupted = error
+                taking.end(CANCELLED)
+        if interrupted is not None:
+            raise interrupted
+        return work.result()
+
+    def cancel(self, handover_id: str) -> None:
+        """`take` returns soon with failure CANCELLED. An unknown id is no error."""
+        taking = self._takings.get(handover_id)
+        if taking is not None:
+            taking.end(CANCELLED)
+
+    async def stop(self) -> None:
+        """End every hand-over and close every connection."""
+        for taking in list(self._takings.values()):
+            taking.end("the worker stops")
+        await asyncio.gather(*self._working, *self._links.values(), return_exceptions=True)
+        for link in list(self._users):
+            self._retire(link)
+        await asyncio.gather(*self._closing)
+        await asyncio.to_thread(self._context.term)
+
+    # -- one hand-over -----------------------------------------------------------------------------------------------
+
+    async def _take(self, taking: Taking, peer: PeerRef, deadline: float) -> IntakeResult:
+        timer = asyncio.get_running_loop().call_later(
+            deadline - time.monotonic(), taking.end, "the hand-over did not end before its deadline"
+        )
+        try:
+            link = await self._connected(taking, peer)
+            if link is not None:
+                await self._relay(taking, link)
+        finally:
+            timer.cancel()
+            del self._takings[taking.handover_id]
+        result = taking.result()
+        if result.failure is not None and result.failure != CANCELLED:
+            self._count("handover_failures", 1)
+            log.warning("hand-over %s from %s failed: %s", taking.handover_id, peer.worker_id, result.failure)
+        return result
+
+    async def _connected(self, taking: Taking, peer: PeerRef) -> PeerLink | None:
+        """The link to the peer, shared by all its hand-overs; None when `taking` ended first."""
+        while taking.failure is None:
+            attempt = self._links.get(peer)
+            if attempt is None:
+                attempt = self._links[peer] = asyncio.get_running_loop().create_task(self._connect(peer))
+                attempt.add_done_callback(lambda done: done.exception())  # seen, also when nobody waits any more
+            ended = asyncio.get_running_loop().create_task(_ended(taking))
+            await asyncio.wait([attempt, ended], return_when=asyncio.FIRST_COMPLETED)
+            ended.cancel()
+            if not attempt.done():
+                return None
+            if (error := attempt.exception()) is not None:
+                taking.end(str(error))
+            elif (link := attempt.result()) in self._users:
+                return link
+        return None
+
+    async def _relay(self, taking: Taking, link: PeerLink) -> None:
+        handover_id = taking.handover_id
+        self._users[link].add(handover_id)
+        try:
+            want = pb.Want(handover_id=handover_id, first_block=taking.num_verified)
+            link.send(pb.HandoverMessage(want=want))
+            if link.lost is not None:
+                taking.end(link.lost)
+            while taking.failure is None and not taking.complete:
+                batch = taking.next_batch(self._batch_blocks)
+                if batch:
+                    await self._pull(taking, link, batch)
+                else:
+                    taking.changed.clear()
+                    await taking.changed.wait()  # ended by the deadline's timer at the latest
+        finally:
+            release = pb.Release(handover_id=handover_id, verified=taking.failure is None)
+            link.send(pb.HandoverMessage(release=release))
+            users = self._users.get(link)
+            if users is not None:
+                users.discard(handover_id)
+                if link.retired:
+                    self._retire(link)
+
+    async def _pull(self, taking: Taking, link: PeerLink, batch: list[WantedBlock]) -> None:
+        deadline = time.monotonic() + self._options.pull_timeout_s
+        taking.pull = link.threads.submit(pull_and_verify, link.lane, self._memory, batch, deadline, taking.cancelled)
+        try:
+            outcome = await asyncio.wrap_future(taking.pull)
+        except asyncio.CancelledError:  # by taking.end(), before a thread took it up
+            return
+        finally:
+            taking.pull = None
+        taking.num_verified += outcome.num_verified
+        self._count("handover_blocks_received", outcome.num_verified)
+        self._count("handover_bytes_received", outcome.num_verified * self._memory.block_bytes)
+        self._count("handover_seconds", outcome.seconds)
+        self._count("handover_checksum_failures", outcome.num_mismatched)
+        if outcome.failure is not None and taking.failure is None:
+            taking.end(outcome.failure)
+            # A lane that failed may be broken for good: later hand-overs shake hands and probe anew.
+            self._retire(link)
+
+    # -- links -------------------------------------------------------------------------------------------------------
+
+    async def _connect(self, peer: PeerRef) -> PeerLink:
+        link = PeerLink(self._me, peer, self._options, self._on_message, self._on_lost, self._active_ids)
+        try:
+            await link.connect(self._context, self._layout, self._memory, self._lanes)
+        except PeerError:
+            self._links.pop(peer, None)  # whoever comes next tries anew
+            self._count("handover_peer_losses", 1)
+            await link.close()
+            raise
+        self._users[link] = set()
+        before, now = self._lane_names.get(peer.worker_id), link.lane.name
+        if before != now:
+            level = logging.INFO if before is None else logging.WARNING
+            log.log(level, "blocks of worker %s come by lane %s (before: %s)", peer.worker_id, now, before or "none")
+        self._lane_names[peer.worker_id] = now
+        return link
+
+    def _on_message(self, link: PeerLink, message: pb.HandoverMessage) -> None:
+        body = getattr(message, message.WhichOneof("message") or "")
+        taking = self._takings.get(body.handover_id)
+        if taking is None or body.handover_id not in self._users.get(link, ()):
+            return  # late: it ended here
+        match body:
+            case pb.Offer():
+                taking.on_offer(body)
+            case pb.OfferClosed():
+                taking.on_closed(body)
+            case pb.OfferFailed():
+                taking.end(f"the peer gave up: {body.reason}")
+            case pb.Revoke():
+                taking.end("the lease ended")
+
+    def _on_lost(self, link: PeerLink) -> None:
+        users = self._users.get(link)
+        if users is None:
+            return  # still connecting: _connect() counts it
+        self._count("handover_peer_losses", 1)
+        for handover_id in users:
+            self._takings[handover_id].end(link.lost or "the peer is lost")
+        self._retire(link)
+
+    def _retire(self, link: PeerLink) -> None:
+        """Give a link no further hand-overs, and close it once nobody uses it."""
+        if not link.retired:
+            link.retired = True
+            self._links.pop(link.peer, None)
+        if self._users.get(link, True):
+            return
+        del self._users[link]
+        closing = spawn(link.close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    def _active_ids(self, link: PeerLink) -> list[str]:
+        return sorted(self._users.get(link, ()))
+
+    def _count(self, name: str, amount: float) -> None:
+        self._counters[name] = self._counters.get(name, 0.0) + amount
+
+
+async def _ended(taking: Taking) -> None:
+    while taking.failure is None:
+        taking.changed.clear()
+        await taking.changed.wait()

@@ -1,0 +1,74 @@
+"""Names of lanes to what serves and opens them: the one place that knows which lanes exist."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from baton.errors import ConfigurationError
+from kvtransfer.lanes.base import LaneClient, LaneEndpoint, LaneServer
+from kvtransfer.lanes.fake import FakeLaneClient, FakeLaneServer
+from kvtransfer.lanes.faulty import FaultPlan, FaultyLaneClient
+from kvtransfer.lanes.shm import ShmLaneClient, ShmLaneServer
+from kvtransfer.lanes.tcp import TcpLaneClient, TcpLaneServer
+from kvtransfer.memory import PoolMemory
+
+Connect = Callable[[LaneEndpoint, PoolMemory, float], LaneClient]
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """One kind of lane: `serve(host)` makes the offering side, `connect(endpoint, local, deadline)` the pulling one.
+
+    `connect` really reaches the peer, or raises TransferError. `faults` is set for a lane that is faulty on purpose.
+    """
+
+    name: str
+    serve: Callable[[str], LaneServer]
+    connect: Connect
+    faults: FaultPlan | None = None
+
+
+LANES: dict[str, Lane] = {
+    lane.name: lane
+    for lane in (
+        Lane("shm", lambda host: ShmLaneServer(), ShmLaneClient.connect),
+        Lane("tcp", TcpLaneServer, TcpLaneClient.connect),
+        Lane("fake", lambda host: FakeLaneServer(), FakeLaneClient.connect),
+    )
+}
+
+
+def parse_lanes(text: str) -> list[Lane]:
+    """The lanes of `--lanes`, best first, such as 'shm,tcp' or, for fault tests, 'faulty:shm?corrupt=3,tcp'.
+
+    Raises ConfigurationError for an unknown or repeated lane, or none at all.
+    """
+    lanes = [_parse_lane(word.strip()) for word in text.split(",") if word.strip()]
+    names = [lane.name for lane in lanes]
+    if not lanes:
+        raise ConfigurationError(f"--lanes is empty; name at least one of {', '.join(LANES)}")
+    if len(set(names)) < len(names):
+        raise ConfigurationError(f"--lanes is '{text}'; name each lane once")
+    return lanes
+
+
+def _parse_lane(word: str) -> Lane:
+    prefix, colon, rest = word.partition(":")
+    if colon and prefix == "faulty":
+        name, _, query = rest.partition("?")
+        return _faulty(_known(name), FaultPlan.parse(query))
+    return _known(word)
+
+
+def _known(name: str) -> Lane:
+    if name not in LANES:
+        raise ConfigurationError(f"--lanes names '{name}'; choose from {', '.join(LANES)}")
+    return LANES[name]
+
+
+def _faulty(lane: Lane, plan: FaultPlan) -> Lane:
+    """The same lane, faulty on the pulling side only; on the wire it keeps its name."""
+
+    def connect(endpoint: LaneEndpoint, local: PoolMemory, deadline: float) -> LaneClient:
+        return FaultyLaneClient(lane.connect(endpoint, local, deadline), local, plan)
+
+    return replace(lane, connect=connect, faults=plan)

@@ -1,0 +1,151 @@
+"""Lane `shm`: peers on one host map each other's pool read-only and copy blocks out of it, one copy in all.
+
+A peer connects to an abstract Unix socket, shows the token, and is handed a read-only descriptor of the pool. The
+connection then stays open and carries nothing: its end tells the peer that the pool is no longer served. Abstract
+names live in a network namespace, so a peer on another host, or in a container with its own network, simply finds
+nobody there and takes the next lane.
+"""
+
+import logging
+import os
+import secrets
+import socket
+import struct
+import threading
+import time
+from collections.abc import Sequence
+
+from baton.errors import ConfigurationError, TransferError
+from kvtransfer.lanes.base import BlockRead, LaneClient, LaneEndpoint, LaneServer
+from kvtransfer.lanes.copying import copy_blocks
+from kvtransfer.memory import PoolMemory
+
+log = logging.getLogger(__name__)
+
+NAME = "shm"
+MAX_PEERS = 1024
+_GREETING_TIMEOUT_S = 1.0  # a peer sends its token as soon as it is connected
+_TOKEN = struct.Struct("<Q")
+_SHAPE = struct.Struct("<QQ")  # num_blocks, block_bytes
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred
+
+
+class ShmLaneServer(LaneServer):
+    name = NAME
+
+    def __init__(self) -> None:
+        self._listener: socket.socket | None = None
+        self._thread: threading.Thread | None = None
+        self._peers: list[socket.socket] = []
+
+    def start(self, memory: PoolMemory) -> LaneEndpoint:
+        name = f"baton-kv-{secrets.token_hex(16)}"
+        try:
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            listener.bind("\0" + name)
+            listener.listen(64)
+        except OSError as error:
+            raise ConfigurationError(f"lane shm cannot be served on this host: {error}") from error
+        self._listener = listener
+        self._thread = threading.Thread(target=self._accept, args=(listener, memory), name="lane-shm", daemon=True)
+        self._thread.start()
+        return LaneEndpoint(NAME, name, memory.token)
+
+    def close(self) -> None:
+        if self._listener is None or self._thread is None:
+            return
+        self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread out of accept()
+        self._thread.join(2 * _GREETING_TIMEOUT_S)
+        self._listener.close()
+        self._listener = None
+
+    def _accept(self, listener: socket.socket, memory: PoolMemory) -> None:
+        try:
+            while True:
+                peer, _ = listener.accept()
+                self._peers = [known for known in self._peers if not _has_ended(known)]
+                if len(self._peers) < MAX_PEERS and _admit(peer, memory):
+                    self._peers.append(peer)
+                else:
+                    peer.close()
+        except OSError as error:
+            log.debug("lane shm stopped: %s", error)
+        finally:
+            for peer in self._peers:
+                peer.close()
+
+
+def _admit(peer: socket.socket, memory: PoolMemory) -> bool:
+    """Hand the pool to a process of the same user that knows the token."""
+    try:
+        credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        if _CREDENTIALS.unpack(credentials)[1] != os.geteuid():
+            log.warning("lane shm: refused a process of another user")
+            return False
+        peer.settimeout(_GREETING_TIMEOUT_S)
+        if peer.recv(_TOKEN.size, socket.MSG_WAITALL) != _TOKEN.pack(memory.token):
+            log.warning("lane shm: refused a peer with a wrong token")
+            return False
+        readonly = memory.open_readonly()
+        try:
+            socket.send_fds(peer, [_SHAPE.pack(memory.num_blocks, memory.block_bytes)], [readonly])
+        finally:
+            os.close(readonly)
+        peer.setblocking(False)
+    except OSError as error:
+        log.warning("lane shm: a peer went away while connecting: %s", error)
+        return False
+    return True
+
+
+class ShmLaneClient(LaneClient):
+    name = NAME
+
+    def __init__(self, remote: PoolMemory, local: PoolMemory, connection: socket.socket) -> None:
+        self._remote = remote
+        self._local = local
+        self._connection = connection
+
+    @classmethod
+    def connect(cls, endpoint: LaneEndpoint, local: PoolMemory, deadline: float) -> "ShmLaneClient":
+        """Map the peer's pool. Raises TransferError where that is not possible, such as on another host."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
+            connection.connect("\0" + endpoint.address)
+            connection.sendall(_TOKEN.pack(endpoint.token))
+            shape, fds, _, _ = socket.recv_fds(connection, _SHAPE.size, 1)
+            if not fds or len(shape) != _SHAPE.size:
+                raise TransferError("lane shm: the peer refused")
+            num_blocks, block_bytes = _SHAPE.unpack(shape)
+            remote = PoolMemory.attach(fds[0], num_blocks, block_bytes, readonly=True)
+            if block_bytes != local.block_bytes:
+                remote.close()
+                raise TransferError(f"a block has {block_bytes} bytes at the peer and {local.block_bytes} here")
+            connection.setblocking(False)
+            return cls(remote, local, connection)
+        except OSError as error:
+            connection.close()
+            raise TransferError(f"lane shm does not reach the peer: {error}") from error
+        except TransferError:
+            connection.close()
+            raise
+
+    def pull(self, reads: Sequence[BlockRead], deadline: float, cancelled: threading.Event | None = None) -> None:
+        if _has_ended(self._connection):
+            raise TransferError("the peer no longer serves its pool")
+        copy_blocks(self._remote, self._local, reads, deadline, cancelled)
+
+    def close(self) -> None:
+        self._connection.close()
+        self._remote.close()
+
+
+def _has_ended(connection: socket.socket) -> bool:
+    """Whether the other side has closed a connection on which nothing is ever sent."""
+    try:
+        return connection.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True

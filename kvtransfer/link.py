@@ -1,0 +1,206 @@
+"""The pulling side's connection to one peer: a ZeroMQ DEALER for messages and a lane for bytes.
+
+It never reconnects by itself: numbering and leases belong to one connection, so whoever still needs the peer after a
+loss makes a new link, and begins with a new handshake.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import parse_monitor_message
+
+from baton.config import HandoverOptions
+from baton.errors import PeerError, TransferError
+from baton.v1 import handover_pb2 as pb
+from kvtransfer.handshake import check_reply, hello
+from kvtransfer.lanes.base import LaneClient, LaneEndpoint
+from kvtransfer.lanes.registry import Lane
+from kvtransfer.layout import BlockLayout
+from kvtransfer.memory import PoolMemory
+from kvtransfer.wire import (
+    HIGH_WATER_MARK,
+    MAX_FRAME_BYTES,
+    Numbering,
+    PeerIdentity,
+    PeerRef,
+    send_now,
+    spawn,
+)
+
+log = logging.getLogger(__name__)
+
+PULL_THREADS = 2
+"""Pulls from one peer at the same time. A link has its own threads, so that a stalled peer holds up nobody else."""
+_GONE = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+
+
+class PeerLink:
+    """on_message(message): everything but handshake and heartbeats. on_lost(link): once, `lost` then says why.
+
+    active_ids(): the hand-overs whose leases the heartbeat renews.
+    """
+
+    def __init__(
+        self,
+        me: PeerIdentity,
+        peer: PeerRef,
+        options: HandoverOptions,
+        on_message: Callable[["PeerLink", pb.HandoverMessage], None],
+        on_lost: Callable[["PeerLink"], None],
+        active_ids: Callable[["PeerLink"], list[str]],
+    ) -> None:
+        self.peer = peer
+        self.lost: str | None = None
+        self.retired = False
+        """Takes no further hand-overs; set by the owner."""
+        self._me = me
+        self._options = options
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._active_ids = active_ids
+        self._numbering = Numbering()
+        self._last_heard = 0.0
+        self._greeting: asyncio.Future[pb.HelloReply] = asyncio.get_running_loop().create_future()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._socket: zmq.asyncio.Socket | None = None
+        self._monitor_socket: zmq.asyncio.Socket | None = None
+        self._lane: LaneClient | None = None
+        self.threads = ThreadPoolExecutor(PULL_THREADS, thread_name_prefix="kv-pull")
+
+    @property
+    def lane(self) -> LaneClient:
+        if self._lane is None:
+            raise PeerError(f"no lane to worker {self.peer.worker_id} is open")
+        return self._lane
+
+    async def connect(
+        self, context: zmq.asyncio.Context, layout: BlockLayout, memory: PoolMemory, lanes: Sequence[Lane]
+    ) -> None:
+        """Handshake, then open the best lane that really reaches the peer, all within heartbeat_timeout_s each.
+
+        Raises PeerError; the link is then of no use and must be closed.
+        """
+        socket = context.socket(zmq.DEALER)
+        self._socket = socket
+        socket.setsockopt(zmq.LINGER, 200)  # long enough for the last Release
+        socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        socket.setsockopt(zmq.IPV6, 1)
+        self._monitor_socket = socket.get_monitor_socket(_GONE)
+        self._tasks = [spawn(self._monitor(self._monitor_socket)), spawn(self._receive(socket))]
+        try:
+            socket.connect(self.peer.address)
+        except zmq.ZMQError as error:
+            raise PeerError(f"'{self.peer.address}' is no address: {error}") from error
+        self.send(hello(self._me, self.peer, layout, [lane.name for lane in lanes]))
+        try:
+            async with asyncio.timeout(self._options.heartbeat_timeout_s):
+                reply = await asyncio.shield(self._greeting)
+        except TimeoutError as error:
+            raise PeerError("the peer did not answer the handshake") from error
+        self._last_heard = time.monotonic()
+        self._tasks.append(spawn(self._beat(reply)))
+        self._lane = await self._open_lane(reply, memory, lanes)
+        if self.lost:
+            raise PeerError(self.lost)
+
+    async def _open_lane(self, reply: pb.HelloReply, memory: PoolMemory, lanes: Sequence[Lane]) -> LaneClient:
+        loop = asyncio.get_running_loop()
+        served = {endpoint.lane: endpoint for endpoint in reply.lanes}
+        for lane in lanes:
+            if lane.name not in served:
+                continue
+            theirs = served[lane.name]
+            endpoint = LaneEndpoint(theirs.lane, theirs.address, theirs.token)
+            deadline = time.monotonic() + self._options.heartbeat_timeout_s
+            try:
+                return await loop.run_in_executor(self.threads, lane.connect, endpoint, memory, deadline)
+            except TransferError as error:
+                log.warning("worker %s cannot be reached by lane %s: %s", self.peer.worker_id, lane.name, error)
+        raise PeerError("no lane reaches the peer")
+
+    def send(self, message: pb.HandoverMessage) -> None:
+        """Queue a message; a peer that cannot take it is lost. Nothing is sent to a lost peer."""
+        if self._socket is None or self.lost is not None:
+            return
+        error = send_now(self._socket, [self._numbering.stamp(message)])
+        if error is not None:
+            self._lose(f"nothing can be sent to the peer: {error}")
+
+    async def close(self) -> None:
+        """Let go of the peer. No pull of this link may be running."""
+        if self.lost is None:
+            self.lost = "the link was closed"
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._greeting.cancel()
+        if self._socket is not None:
+            self._socket.disable_monitor()
+            self._socket.close()
+            self._socket = None
+        if self._monitor_socket is not None:
+            self._monitor_socket.close(linger=0)
+        if self._lane is not None:
+            self._lane.close()
+        self.threads.shutdown(wait=False)
+
+    def _lose(self, reason: str) -> None:
+        if self.lost is not None:
+            return
+        self.lost = reason
+        if not self._greeting.done():
+            self._greeting.set_exception(PeerError(reason))
+        log.warning("lost worker %s as a source of blocks: %s", self.peer.worker_id, reason)
+        self._on_lost(self)
+
+    async def _receive(self, socket: zmq.asyncio.Socket) -> None:
+        while self.lost is None:
+            frame = await socket.recv()
+            try:
+                self._handle(self._numbering.accept(frame))
+            except PeerError as error:
+                self._lose(str(error))
+
+    def _handle(self, message: pb.HandoverMessage) -> None:
+        self._last_heard = time.monotonic()
+        match message.WhichOneof("message"):
+            case "hello_reply":
+                self._on_reply(message.hello_reply)
+            case "heartbeat":
+                pass
+            case "offer" | "closed" | "failed" | "revoke" if self._greeting.done():
+                self._on_message(self, message)
+            case kind:
+                raise PeerError(f"the peer sent '{kind}', which is not for it to send now")
+
+    def _on_reply(self, reply: pb.HelloReply) -> None:
+        check_reply(reply, self.peer)
+        if self._greeting.done():
+            raise PeerError("the peer greeted twice")
+        self._greeting.set_result(reply)
+
+    async def _beat(self, reply: pb.HelloReply) -> None:
+        """Renew leases, and notice silence. The peer's times count: it is its memory that is on loan."""
+        interval = reply.heartbeat_interval_s
+        before = time.monotonic()
+        while self.lost is None:
+            self.send(pb.HandoverMessage(heartbeat=pb.HandoverHeartbeat(renew=self._active_ids(self))))
+            await asyncio.sleep(interval)
+            now = time.monotonic()
+            slept_s, before = now - before, now
+            # After a sleep of our own the peer's messages are still to be read: its silence is judged next time.
+            if slept_s <= 2 * interval and now - self._last_heard > reply.heartbeat_timeout_s:
+                self._lose("it fell silent")
+
+    async def _monitor(self, monitor: zmq.asyncio.Socket) -> None:
+        """A process that dies closes its connection: this tells at once, where silence takes its time."""
+        frames = await monitor.recv_multipart()
+        event = parse_monitor_message(frames)["event"]
+        self._lose("it closed the connection" if event == zmq.EVENT_DISCONNECTED else "nobody listens there")

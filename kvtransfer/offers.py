@@ -1,0 +1,423 @@
+"""The offering side of hand-overs: a ZeroMQ ROUTER that workers who pull connect to.
+
+The life of one hand-over, seen from here:
+
+1. `open` grants a lease to one peer. What that peer asked for before (a parked Want) is answered now.
+2. `offer` hands over blocks whose content is final. A thread computes their checksums, in order.
+3. The peer's Want attaches its connection; from then on each checksummed block is announced to it, in order.
+4. `close` ends the row and carries the first token. The peer's heartbeats renew the lease until it releases.
+5. The lease ends: `on_released(id, verified)`; or it expires: `on_quarantined(id)`, and `on_resolved(id)` once no
+   peer can read the blocks any more. Nothing else is ever called, and nothing twice.
+
+Everything here runs on one event loop; only checksums leave it.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import xxhash
+import zmq
+import zmq.asyncio
+
+from baton.config import HandoverOptions
+from baton.errors import ConfigurationError, PeerError
+from baton.v1 import handover_pb2 as pb
+from kvtransfer.handshake import refusal
+from kvtransfer.lanes.base import LaneServer
+from kvtransfer.layout import BlockLayout
+from kvtransfer.leases import LeaseBook, LeaseChange, LeaseEvent
+from kvtransfer.memory import PoolMemory
+from kvtransfer.wire import (
+    HIGH_WATER_MARK,
+    MAX_FRAME_BYTES,
+    MAX_ID_BYTES,
+    MAX_OFFER_BLOCKS,
+    Numbering,
+    PeerIdentity,
+    PeerRef,
+    send_now,
+    spawn,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 1024
+MAX_PARKED = 4096
+
+
+@dataclass(slots=True)
+class _Connection:
+    """One peer that said Hello. `routing_id` is ZeroMQ's name for its socket."""
+
+    routing_id: bytes
+    peer: PeerIdentity
+    numbering: Numbering
+    last_heard: float
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    """What has been offered for one hand-over, and how much of it the peer was told."""
+
+    ready: list[pb.OfferedBlock] = field(default_factory=list)
+    closed: pb.OfferClosed | None = None
+    connection: _Connection | None = None
+    num_sent: int = 0
+    finished: bool = False
+    """Nothing more is to be sent: closed, failed or revoked."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Parked:
+    """A Want that came before its hand-over was opened."""
+
+    connection: _Connection
+    first_block: int
+    expires_at: float
+
+
+class OfferServer:
+    """Offers blocks of `memory`. Every method is called on the event loop's thread, and none of them waits for a peer.
+
+    on_released(id, verified), on_quarantined(id), on_resolved(id): see the module. `verified` says that the peer has
+    every block.
+    """
+
+    def __init__(
+        self,
+        me: PeerIdentity,
+        layout: BlockLayout,
+        memory: PoolMemory,
+        lanes: Sequence[LaneServer],
+        options: HandoverOptions,
+        counters: dict[str, float],
+        on_released: Callable[[str, bool], None],
+        on_quarantined: Callable[[str], None],
+        on_resolved: Callable[[str], None],
+    ) -> None:
+        self._me = me
+        self._layout = layout
+        self._memory = memory
+        self._lanes = lanes
+        self._options = options
+        self._counters = counters
+        self._on_released = on_released
+        self._on_quarantined = on_quarantined
+        self._on_resolved = on_resolved
+        # A reader's batch lasts at most pull_timeout_s, and its own clock is checked well within the silence allowed.
+        self._book = LeaseBook(options.lease_s, options.pull_timeout_s + options.heartbeat_timeout_s)
+        self._outgoing: dict[str, _Outgoing] = {}
+        self._parked: dict[str, _Parked] = {}
+        self._connections: dict[bytes, _Connection] = {}
+        self._endpoints: list[pb.LaneEndpoint] = []
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="kv-checksum")
+        self._tasks: list[asyncio.Task[None]] = []
+        self._context: zmq.asyncio.Context | None = None
+        self._socket: zmq.asyncio.Socket | None = None
+
+    async def start(self, host: str) -> str:
+        """Serve lanes and control messages; returns the address for peers. Raises ConfigurationError."""
+        for lane in self._lanes:
+            try:
+                endpoint = lane.start(self._memory)
+            except ConfigurationError as error:
+                log.warning("%s", error)
+                continue
+            self._endpoints.append(pb.LaneEndpoint(lane=endpoint.lane, address=endpoint.address, token=endpoint.token))
+        if not self._endpoints:
+            raise ConfigurationError("no lane of --lanes can be served on this host")
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a peer that left is an error, not silence
+        self._socket.setsockopt(zmq.LINGER, 200)
+        self._socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self._socket.setsockopt(zmq.IPV6, int(":" in host))
+        try:
+            port = self._socket.bind_to_random_port(f"tcp://[{host}]" if ":" in host else f"tcp://{host}")
+        except zmq.ZMQError as error:
+            raise ConfigurationError(f"offers cannot be served on {host}: {error}; change --host") from error
+        self._tasks = [spawn(self._receive(self._socket)), spawn(self._watch())]
+        return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+    async def stop(self) -> None:
+        """Close every lane, end every hand-over, and return once no thread of this object runs."""
+        for handover_id, outgoing in list(self._outgoing.items()):
+            self._send_failed(outgoing.connection, handover_id, "the worker stops")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self._close_lanes)
+        self._apply(self._book.lose(list(self._outgoing)))
+        if self._socket is not None and self._context is not None:
+            self._socket.close()
+            await asyncio.to_thread(self._context.term)
+            self._socket = None
+
+    def _close_lanes(self) -> None:
+        for lane in self._lanes:
+            lane.close()
+        self._hasher.shutdown(wait=True, cancel_futures=True)
+
+    # -- what the owner of the blocks says ---------------------------------------------------------------------------
+
+    def open(self, handover_id: str, peer: PeerRef) -> None:
+        """Begin a hand-over that only `peer` may want. Raises ValueError for an id used before."""
+        change = self._book.open(handover_id, peer.identity, time.monotonic())
+        outgoing = self._outgoing[handover_id] = _Outgoing()
+        parked = self._parked.pop(handover_id, None)
+        if change is not None:
+            asyncio.get_running_loop().call_soon(self._apply, [change])  # never from inside open()
+        elif parked is not None:
+            self._want(parked.connection, handover_id, parked.first_block, outgoing)
+
+    def offer(self, handover_id: str, first_block: int, block_ids: Sequence[int], generations: Sequence[int]) -> None:
+        """These blocks, at positions `first_block` and on, are final. Ignored once the hand-over has ended.
+
+        Raises ValueError when they do not follow the ones before, or are no blocks of the pool.
+        """
+        if block_ids and not 0 <= min(block_ids) <= max(block_ids) < self._memory.num_blocks:
+            raise ValueError(f"hand-over {handover_id} offers a block outside of the pool")
+        if not self._book.offer(handover_id, first_block, len(block_ids)):
+            return
+        self._count("handover_blocks_offered", len(block_ids))
+        loop = asyncio.get_running_loop()
+        future = loop.run_in_executor(self._hasher, self._checksum, list(block_ids), list(generations))
+        future.add_done_callback(lambda done: self._checksummed(handover_id, done))
+
+    def close(
+        self, handover_id: str, num_blocks: int, num_tokens: int, first_token_id: int, first_token_index: int
+    ) -> None:
+        """Every block has been offered. Ignored once the hand-over has ended; ValueError on a wrong count."""
+        if self._book.close(handover_id, num_blocks):
+            outgoing = self._outgoing[handover_id]
+            outgoing.closed = pb.OfferClosed(
+                handover_id=handover_id,
+                num_blocks=num_blocks,
+                num_tokens=num_tokens,
+                first_token_id=first_token_id,
+                first_token_index=first_token_index,
+            )
+            self._flush(handover_id, outgoing)
+
+    def fail(self, handover_id: str, reason: str) -> None:
+        """Give the hand-over up. Its blocks come back by the callbacks, at once when no peer has asked for them."""
+        outgoing = self._outgoing.get(handover_id)
+        if outgoing is None:
+            return
+        outgoing.finished = True
+        self._send_failed(outgoing.connection, handover_id, reason)
+        change = self._book.abort(handover_id)
+        self._apply([change] if change else [])
+
+    # -- checksums and announcements ---------------------------------------------------------------------------------
+
+    def _checksum(self, block_ids: list[int], generations: list[int]) -> list[pb.OfferedBlock]:
+        return [
+            pb.OfferedBlock(
+                block_id=block_id,
+                generation=generation,
+                checksum=xxhash.xxh3_64_intdigest(self._memory.blocks[block_id]),
+            )
+            for block_id, generation in zip(block_ids, generations, strict=True)
+        ]
+
+    def _checksummed(self, handover_id: str, done: "asyncio.Future[list[pb.OfferedBlock]]") -> None:
+        outgoing = self._outgoing.get(handover_id)
+        if done.cancelled() or outgoing is None:
+            return
+        outgoing.ready += done.result()
+        self._flush(handover_id, outgoing)
+
+    def _flush(self, handover_id: str, outgoing: _Outgoing) -> None:
+        """Tell the peer what it does not know yet."""
+        connection = outgoing.connection
+        if connection is None or outgoing.finished:
+            return
+        while outgoing.num_sent < len(outgoing.ready):
+            blocks = outgoing.ready[outgoing.num_sent : outgoing.num_sent + MAX_OFFER_BLOCKS]
+            offer = pb.Offer(handover_id=handover_id, first_block=outgoing.num_sent, blocks=blocks)
+            outgoing.num_sent += len(blocks)
+            if not self._send(connection, pb.HandoverMessage(offer=offer)):
+                return
+        if outgoing.closed is not None and len(outgoing.ready) == outgoing.closed.num_blocks:
+            outgoing.finished = True
+            self._send(connection, pb.HandoverMessage(closed=outgoing.closed))
+
+    def _send(self, connection: _Connection, message: pb.HandoverMessage) -> bool:
+        """Queue a message; a peer that is gone or does not read loses its connection, and False is returned."""
+        if self._socket is None or connection.routing_id not in self._connections:
+            return False
+        frames = [connection.routing_id, connection.numbering.stamp(message)]
+        error = send_now(self._socket, frames)
+        if error is not None:
+            # Not from inside a caller's open(), offer() or close(): dropping ends leases, which calls the owner back.
+            reason = f"nothing can be sent to it: {error}"
+            asyncio.get_running_loop().call_soon(self._drop, connection, reason, False)
+        return error is None
+
+    def _send_failed(self, connection: _Connection | None, handover_id: str, reason: str) -> None:
+        if connection is not None:
+            self._send(connection, pb.HandoverMessage(failed=pb.OfferFailed(handover_id=handover_id, reason=reason)))
+
+    # -- what peers say ----------------------------------------------------------------------------------------------
+
+    async def _receive(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            frames = await socket.recv_multipart()
+            if len(frames) != 2:
+                continue
+            connection = self._connections.get(frames[0])
+            if connection is None:
+                self._greet(socket, frames[0], frames[1])
+                continue
+            try:
+                self._handle(connection, connection.numbering.accept(frames[1]))
+            except PeerError as error:
+                self._drop(connection, str(error), True)
+
+    def _greet(self, socket: zmq.asyncio.Socket, routing_id: bytes, frame: bytes) -> None:
+        """Answer the first message of a connection, which must be an acceptable Hello."""
+        numbering = Numbering()
+        try:
+            hello = numbering.accept(frame).hello
+            reason = refusal(hello, self._me, self._layout, self._endpoints)
+            if len(self._connections) >= MAX_CONNECTIONS:
+                reason = f"{MAX_CONNECTIONS} workers are connected already"
+        except PeerError as error:
+            reason = str(error)
+        reply = pb.HelloReply(accepted=not reason, reason=reason or "", incarnation=self._me.incarnation)
+        if reason is None:
+            peer = PeerIdentity(hello.worker_id, hello.incarnation)
+            self._forget_older_lives(peer)
+            self._connections[routing_id] = _Connection(routing_id, peer, numbering, time.monotonic())
+            reply.pool_epoch = self._memory.epoch
+            reply.lanes.extend(self._endpoints)
+            reply.lease_s = self._options.lease_s
+            reply.heartbeat_interval_s = self._options.heartbeat_interval_s
+            reply.heartbeat_timeout_s = self._options.heartbeat_timeout_s
+        else:
+            log.warning("refused a worker that wanted to pull: %s", reason)
+        answer = numbering.stamp(pb.HandoverMessage(hello_reply=reply))
+        send_now(socket, [routing_id, answer])  # should it be gone already, a heartbeat will notice
+
+    def _forget_older_lives(self, peer: PeerIdentity) -> None:
+        for known in list(self._connections.values()):
+            if known.peer.worker_id == peer.worker_id and known.peer.incarnation != peer.incarnation:
+                self._drop(known, "it was restarted", True)
+
+    def _handle(self, connection: _Connection, message: pb.HandoverMessage) -> None:
+        now = connection.last_heard = time.monotonic()
+        match message.WhichOneof("message"):
+            case "want":
+                self._on_want(connection, message.want, now)
+            case "release":
+                handover_id = message.release.handover_id
+                parked = self._parked.get(handover_id)
+                if parked is not None and parked.connection.peer == connection.peer:
+                    del self._parked[handover_id]
+                if len(handover_id) > MAX_ID_BYTES:
+                    raise PeerError("the peer names an impossible hand-over")
+                change = self._book.release(handover_id, connection.peer, message.release.verified)
+                self._apply([change] if change else [])
+            case "heartbeat":
+                self._book.renew(message.heartbeat.renew, connection.peer, now)
+                for handover_id in message.heartbeat.renew:
+                    parked = self._parked.get(handover_id)
+                    if parked is not None and parked.connection is connection:
+                        expires_at = now + self._options.lease_s
+                        self._parked[handover_id] = _Parked(connection, parked.first_block, expires_at)
+            case kind:
+                raise PeerError(f"the peer sent '{kind}', which is not for it to send")
+
+    def _on_want(self, connection: _Connection, want: pb.Want, now: float) -> None:
+        handover_id = want.handover_id
+        if len(handover_id) > MAX_ID_BYTES:
+            raise PeerError("the peer names an impossible hand-over")
+        outgoing = self._outgoing.get(handover_id)
+        if outgoing is not None:
+            self._want(connection, handover_id, want.first_block, outgoing)
+        elif self._book.has_ended(handover_id) or len(self._parked) >= MAX_PARKED:
+            self._send_failed(connection, handover_id, "the offer has ended")
+        else:
+            self._parked[handover_id] = _Parked(connection, want.first_block, now + self._options.lease_s)
+
+    def _want(self, connection: _Connection, handover_id: str, first_block: int, outgoing: _Outgoing) -> None:
+        if not self._book.want(handover_id, connection.peer):
+            self._send_failed(connection, handover_id, "the offer has ended, or is for another worker")
+            return
+        outgoing.connection = connection
+        outgoing.num_sent = first_block
+        outgoing.finished = False
+        self._flush(handover_id, outgoing)
+
+    # -- time and endings --------------------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        """Heartbeats, silence, leases and parked wants, once an interval."""
+        interval = self._options.heartbeat_interval_s
+        before = time.monotonic()
+        while True:
+            await asyncio.sleep(interval)
+            now = time.monotonic()
+            slept_s, before = now - before, now
+            for connection in list(self._connections.values()):
+                self._send(connection, pb.HandoverMessage(heartbeat=pb.HandoverHeartbeat()))
+            if slept_s > 2 * interval:
+                continue  # this process was the one asleep; what peers sent meanwhile is still to be read
+            for connection in list(self._connections.values()):
+                if now - connection.last_heard > self._options.heartbeat_timeout_s:
+                    self._drop(connection, "it fell silent", True)
+            self._apply(self._book.tick(now))
+            for handover_id, parked in list(self._parked.items()):
+                if now >= parked.expires_at:
+                    del self._parked[handover_id]
+                    self._send_failed(parked.connection, handover_id, "nothing was offered in time")
+
+    def _drop(self, connection: _Connection, reason: str, dead: bool) -> None:
+        """Forget a connection and end what was pulled over it; of a dead peer also what it has not asked for yet."""
+        if self._connections.pop(connection.routing_id, None) is None:
+            return
+        lost = {key for key, outgoing in self._outgoing.items() if outgoing.connection is connection}
+        if dead and all(other.peer != connection.peer for other in self._connections.values()):
+            lost.update(self._book.of_peer(connection.peer))
+        for handover_id, parked in list(self._parked.items()):
+            if parked.connection is connection:
+                del self._parked[handover_id]
+        level = logging.WARNING if dead or lost else logging.INFO
+        log.log(level, "dropped the connection of worker %s: %s", connection.peer.worker_id, reason)
+        if dead or lost:
+            self._count("handover_peer_losses", 1)
+        if dead and self._socket is not None:  # tell a peer that is alive after all that it must begin anew
+            farewell = pb.HandoverMessage(hello_reply=pb.HelloReply(accepted=False, reason=reason))
+            send_now(self._socket, [connection.routing_id, connection.numbering.stamp(farewell)])
+        self._apply(self._book.lose(lost))
+
+    def _apply(self, changes: Sequence[LeaseChange]) -> None:
+        """Tell the owner of the blocks, and the peer where it must stop."""
+        for change in changes:
+            handover_id = change.handover_id
+            if change.event is LeaseEvent.QUARANTINED:
+                outgoing = self._outgoing[handover_id]
+                self._count("handover_leases_expired", 1)
+                log.warning("the lease of hand-over %s expired", handover_id)
+                self._on_quarantined(handover_id)
+                outgoing.finished = True
+                connection = outgoing.connection
+                if connection is None or connection.routing_id not in self._connections:
+                    self._apply(self._book.lose([handover_id]))  # nobody is there who could read
+                else:
+                    self._send(connection, pb.HandoverMessage(revoke=pb.Revoke(handover_id=handover_id)))
+                continue
+            self._outgoing.pop(handover_id, None)
+            if change.event is LeaseEvent.RELEASED:
+                self._on_released(handover_id, change.verified)
+            else:
+                self._on_resolved(handover_id)
+
+    def _count(self, name: str, amount: float) -> None:
+        self._counters[name] = self._counters.get(name, 0.0) + amount

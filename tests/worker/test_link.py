@@ -1,0 +1,162 @@
+"""A worker's link: it registers, hears assignments, notices a dead or silent coordinator, and dials again."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import grpc
+import pytest
+
+from baton.errors import ConfigurationError
+from baton.v1 import worker_link_pb2 as wire
+from baton.v1 import worker_link_pb2_grpc as rpc
+from worker.link import CoordinatorLink, LinkHandler, Refused
+
+WELCOME = wire.CoordinatorMessage(welcome=wire.Welcome(heartbeat_interval_s=0.05, heartbeat_timeout_s=0.3))
+BEAT = wire.CoordinatorMessage(heartbeat=wire.CoordinatorHeartbeat())
+REGISTRATION = wire.Registration(worker_id="w", incarnation=7)
+Script = Callable[[Any, Any], AsyncIterator[wire.CoordinatorMessage]]
+
+
+class Recorder(LinkHandler):
+    def __init__(self) -> None:
+        self.assigned: asyncio.Queue[str] = asyncio.Queue()
+        self.aborted: asyncio.Queue[str] = asyncio.Queue()
+        self.drains = 0
+        self.lost = asyncio.Event()
+
+    def on_assignment(self, assignment: wire.Assignment) -> None:
+        self.assigned.put_nowait(assignment.id.request_id)
+
+    def on_abort(self, id: wire.AttemptId) -> None:
+        self.aborted.put_nowait(id.request_id)
+
+    def on_drain(self) -> None:
+        self.drains += 1
+
+    def on_lost(self) -> None:
+        self.lost.set()
+
+
+class FakeCoordinator(rpc.WorkerLinkServicer):
+    """Answers each connection with the next script, the last one again and again."""
+
+    def __init__(self, *scripts: Script) -> None:
+        self.scripts = list(scripts)
+        self.heard: asyncio.Queue[str | None] = asyncio.Queue()
+        self.connections = 0
+
+    async def Connect(self, request_iterator: Any, context: Any) -> Any:
+        self.connections += 1
+        script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
+        listening = asyncio.ensure_future(self._listen(request_iterator))
+        try:
+            async for message in script(request_iterator, context):
+                yield message
+        finally:
+            listening.cancel()
+
+    async def _listen(self, messages: Any) -> None:
+        async for message in messages:
+            self.heard.put_nowait(message.WhichOneof("message"))
+
+
+@asynccontextmanager
+async def linked(coordinator: FakeCoordinator, timeout_s: float = 5.0) -> AsyncIterator[tuple[Recorder, Any, Any]]:
+    server = grpc.aio.server()
+    rpc.add_WorkerLinkServicer_to_server(coordinator, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    recorder = Recorder()
+    link = CoordinatorLink(f"127.0.0.1:{port}", REGISTRATION, recorder, wire.WorkerHeartbeat)
+    running = asyncio.create_task(link.run(timeout_s))
+    try:
+        async with asyncio.timeout(20):
+            yield recorder, link, running
+    finally:
+        running.cancel()
+        with suppress(asyncio.CancelledError, ConfigurationError):
+            await running
+        await server.stop(None)
+
+
+async def beating(*messages: wire.CoordinatorMessage) -> AsyncIterator[wire.CoordinatorMessage]:
+    yield WELCOME
+    for message in messages:
+        yield message
+    while True:
+        yield BEAT
+        await asyncio.sleep(0.05)
+
+
+def test_assignments_aborts_and_drains_arrive_and_heartbeats_go_up() -> None:
+    id = wire.AttemptId(request_id="r", attempt=1)
+    messages = [
+        wire.CoordinatorMessage(assignment=wire.Assignment(id=id)),
+        wire.CoordinatorMessage(abort=wire.AbortAttempt(id=id)),
+        wire.CoordinatorMessage(drain=wire.Drain()),
+    ]
+
+    async def run() -> None:
+        coordinator = FakeCoordinator(lambda _, __: beating(*messages))
+        async with linked(coordinator) as (recorder, _, _):
+            assert await recorder.assigned.get() == "r"
+            assert await recorder.aborted.get() == "r"
+            assert [await coordinator.heard.get() for _ in range(3)] == ["registration", "heartbeat", "heartbeat"]
+            assert recorder.drains == 1
+            assert not recorder.lost.is_set()
+
+    asyncio.run(run())
+
+
+async def welcome_then_hang_up(_: Any, __: Any) -> AsyncIterator[wire.CoordinatorMessage]:
+    yield WELCOME
+
+
+async def welcome_then_silence(_: Any, __: Any) -> AsyncIterator[wire.CoordinatorMessage]:
+    yield WELCOME
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("script", [welcome_then_hang_up, welcome_then_silence])
+def test_a_dead_or_silent_coordinator_is_noticed_and_dialled_again(script: Script) -> None:
+    async def run() -> None:
+        coordinator = FakeCoordinator(script, lambda _, __: beating())
+        async with linked(coordinator) as (recorder, link, _):
+            await recorder.lost.wait()
+            await link.connected.wait()
+            assert coordinator.connections == 2
+
+    asyncio.run(run())
+
+
+def test_a_refused_worker_stops_and_says_why() -> None:
+    async def refuse(_: Any, context: Any) -> AsyncIterator[wire.CoordinatorMessage]:
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "page_size_tokens is 8, that of the others 16")
+        yield BEAT
+
+    async def run() -> None:
+        async with linked(FakeCoordinator(refuse)) as (_, _, running):
+            with pytest.raises(Refused, match="page_size_tokens is 8"):
+                await running
+
+    asyncio.run(run())
+
+
+def test_a_worker_without_coordinator_gives_up_with_a_hint() -> None:
+    async def run() -> None:
+        link = CoordinatorLink("127.0.0.1:1", REGISTRATION, Recorder(), wire.WorkerHeartbeat)
+        with pytest.raises(ConfigurationError, match="check --coordinator"):
+            await link.run(connect_timeout_s=0.2)
+
+    asyncio.run(run())
+
+
+def test_messages_without_a_link_are_dropped_not_kept() -> None:
+    async def run() -> None:
+        link = CoordinatorLink("127.0.0.1:1", REGISTRATION, Recorder(), wire.WorkerHeartbeat)
+        for _ in range(100_000):
+            link.send(wire.WorkerMessage())
+
+    asyncio.run(run())

@@ -1,0 +1,92 @@
+"""What a role is to the shell that carries it, and what the shell is to a role.
+
+A role owns the attempts assigned to it: it turns assignments into engine requests and hand-overs, and it hears what
+the engine says about them. The shell owns the wires, the attempt table and how an attempt ends.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from baton.block_names import root_name
+from baton.v1 import worker_link_pb2 as wire
+from engine.requests import Computed, Ended, EngineRequest, Handover, Reserved, SamplingParams, TokenOutput
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One assignment while this worker has it."""
+
+    id: wire.AttemptId
+    key: str
+    """`request_id/attempt`: the request id inside the engine and the id of the hand-over between the two workers."""
+    handle: int
+    assignment: wire.Assignment
+    role: "RoleHandler"
+    num_tokens: int = 0
+    """Output tokens in the stream so far, those of earlier attempts included."""
+    timers: list["Cancellable"] = field(default_factory=list)
+
+
+class Cancellable(Protocol):
+    def cancel(self) -> object: ...
+
+
+class RoleHandler(ABC):
+    """Called on the asyncio thread; must not block."""
+
+    role: "wire.Role.ValueType"
+
+    @abstractmethod
+    def assign(self, attempt: Attempt) -> None:
+        """Take up an attempt that the shell has admitted."""
+
+    @abstractmethod
+    def abort(self, attempt: Attempt) -> None:
+        """Stop whatever state it is in; the shell has reported the end already."""
+
+    @abstractmethod
+    def on_ended(self, attempt: Attempt, ended: Ended) -> None:
+        """The engine is done with the attempt."""
+
+    def on_reserved(self, attempt: Attempt, reserved: Reserved) -> None:
+        """The engine reserved the blocks of a TAKE request."""
+        raise AssertionError(f"{type(self).__name__} never asks for a reservation")
+
+    def on_computed(self, attempt: Attempt, computed: Computed) -> None:
+        """The engine finished blocks of a GIVE request."""
+        raise AssertionError(f"{type(self).__name__} never gives blocks")
+
+    def on_token(self, attempt: Attempt, token: TokenOutput) -> None:  # noqa: B027 - most roles only pass it on
+        """The engine sampled a token; the shell has sent it to the coordinator."""
+
+    @abstractmethod
+    def unfinished(self) -> int:
+        """Hand-overs that still need this process; it drains until there are none."""
+
+
+def engine_request(assignment: wire.Assignment, key: str, model_fingerprint: str, handover: Handover) -> EngineRequest:
+    """The engine's view of an assignment."""
+    sampling = assignment.sampling
+    return EngineRequest(
+        id=key,
+        token_ids=tuple(assignment.token_ids),
+        num_prompt_tokens=assignment.num_prompt_tokens,
+        sampling=SamplingParams(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            seed=sampling.seed,
+            repetition_penalty=sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            logit_bias=tuple(sampling.logit_bias.items()),
+            min_tokens=sampling.min_tokens,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=tuple(sampling.stop_token_ids),
+            logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        ),
+        cache_root=root_name(model_fingerprint, assignment.adapter, assignment.cache_salt),
+        handover=handover,
+    )

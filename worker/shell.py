@@ -1,0 +1,226 @@
+"""The process shell that carries roles.
+
+Life of an attempt in a worker:
+
+1. The coordinator's Assignment arrives on the link. The shell admits it (not draining, no duplicate, role carried) and
+   gives it to the role that it names; a deadline timer starts.
+2. The role submits an engine request. The engine's outputs come back once a step: tokens of all attempts leave as one
+   StepTokens message, everything else goes to the attempt's role.
+3. `end` reports the first ending and forgets the attempt; whatever still comes for it is dropped.
+4. An abort, a deadline, a broken link and a drain all go through `_abort`.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from baton.errors import BatonError
+from baton.metrics import WORKER_COUNTERS
+from baton.v1 import worker_link_pb2 as wire
+from engine.engine import Engine
+from engine.requests import Ended, EndReason, EngineRequest, StepOutput, TokenOutput
+from worker.link import LinkHandler
+from worker.roles import Attempt, RoleHandler
+from worker.step_loop import StepLoop
+
+log = logging.getLogger(__name__)
+
+_END_REASONS = {
+    EndReason.STOP: wire.END_REASON_STOP,
+    EndReason.LENGTH: wire.END_REASON_LENGTH,
+    EndReason.ABORTED: wire.END_REASON_ABORTED,
+    EndReason.HANDED_OVER: wire.END_REASON_HANDED_OVER,
+}
+
+
+def attempt_key(id: wire.AttemptId) -> str:
+    return f"{id.request_id}/{id.attempt}"
+
+
+class WorkerShell(LinkHandler):
+    """Carries roles over one engine. Everything here runs on the asyncio thread."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        model_fingerprint: str,
+        send: Callable[[wire.WorkerMessage], None],
+        on_crash: Callable[[BaseException], None],
+    ) -> None:
+        self.model_fingerprint = model_fingerprint
+        self.counters: dict[str, float] = dict.fromkeys(WORKER_COUNTERS, 0.0)
+        self.steps = StepLoop(engine, self._on_output, on_crash)
+        self.draining = False
+        self.crash = on_crash
+        self.lanes_in_use: Callable[[], dict[str, str]] = dict
+        self._send = send
+        self._roles: dict[int, RoleHandler] = {}
+        self._attempts: dict[str, Attempt] = {}
+        self._changed = asyncio.Event()
+
+    def carry(self, role: RoleHandler) -> None:
+        self._roles[role.role] = role
+
+    # What the coordinator says
+
+    def on_assignment(self, assignment: wire.Assignment) -> None:
+        key = attempt_key(assignment.id)
+        role = self._roles.get(assignment.role)
+        if self.draining:
+            self._refuse(assignment.id, "this worker is draining")
+        elif role is None:
+            self._refuse(assignment.id, "this worker does not carry that role")
+        elif key in self._attempts:
+            self._refuse(assignment.id, "this attempt is here already")
+        else:
+            attempt = Attempt(assignment.id, key, assignment.handle, assignment, role)
+            attempt.num_tokens = len(assignment.token_ids) - assignment.num_prompt_tokens
+            self._attempts[key] = attempt
+            if assignment.deadline_s > 0:
+                loop = asyncio.get_running_loop()
+                attempt.timers.append(loop.call_later(assignment.deadline_s, self._expire, key))
+            role.assign(attempt)
+
+    def on_abort(self, id: wire.AttemptId) -> None:
+        self._abort(attempt_key(id), wire.END_REASON_ABORTED)
+
+    def on_drain(self) -> None:
+        if not self.draining:
+            log.info("draining: %d attempts run on", len(self._attempts))
+            self.draining = True
+
+    def on_lost(self) -> None:
+        if self._attempts:
+            log.warning("link lost: aborting %d attempts", len(self._attempts))
+        for key in list(self._attempts):
+            self._abort(key, wire.END_REASON_ABORTED)
+
+    def heartbeat(self) -> wire.WorkerHeartbeat:
+        load, counters = self.steps.load, self.steps.counters
+        for name, value in self.counters.items():
+            counters[name] = counters.get(name, 0.0) + value
+        blocks = load.blocks
+        return wire.WorkerHeartbeat(
+            blocks=wire.BlockCounts(
+                total=blocks.total, free=blocks.free, cached=blocks.cached, held=blocks.held,
+                leased=blocks.leased, quarantined=blocks.quarantined,
+            ),
+            running_requests=load.running,
+            waiting_requests=load.waiting,
+            waiting_prefill_tokens=load.waiting_prefill_tokens,
+            draining=self.draining,
+            counters=counters,
+            lanes_in_use=self.lanes_in_use(),
+        )  # fmt: skip
+
+    # What roles use
+
+    def submit(self, attempt: Attempt, request: EngineRequest) -> None:
+        """Hand an attempt to the engine; a refusal comes back to the coordinator as an Admission."""
+
+        def add(engine: Engine) -> None:
+            try:
+                engine.add(request)
+            except BatonError as error:
+                loop.call_soon_threadsafe(self._on_refused, attempt, str(error))
+
+        loop = asyncio.get_running_loop()
+        self.steps.submit(add)
+
+    def end(self, attempt: Attempt, reason: "wire.EndReason.ValueType", detail: str = "") -> None:
+        if self._forget(attempt):
+            ending = wire.Ending(id=attempt.id, reason=reason, num_tokens=attempt.num_tokens, detail=detail)
+            self._send(wire.WorkerMessage(ending=ending))
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Wait until no attempt and no hand-over needs this process; False when the time ran out first."""
+        self.on_drain()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        while self._attempts or any(role.unfinished() for role in self._roles.values()):
+            if loop.time() >= deadline:
+                return False
+            self._changed.clear()
+            # Releases of hand-overs do not pass through the shell, so it looks again after a while.
+            with_timeout = asyncio.wait_for(self._changed.wait(), min(0.1, max(deadline - loop.time(), 0.0)))
+            try:
+                await with_timeout
+            except TimeoutError:
+                continue
+        return True
+
+    # Inside
+
+    def _refuse(self, id: wire.AttemptId, reason: str) -> None:
+        self.counters["requests_refused"] += 1
+        self._send(wire.WorkerMessage(admission=wire.Admission(id=id, accepted=False, reason=reason)))
+
+    def _on_refused(self, attempt: Attempt, reason: str) -> None:
+        if self._forget(attempt):
+            self._refuse(attempt.id, reason)
+            attempt.role.abort(attempt)
+
+    def _forget(self, attempt: Attempt) -> bool:
+        if self._attempts.get(attempt.key) is not attempt:
+            return False
+        del self._attempts[attempt.key]
+        for timer in attempt.timers:
+            timer.cancel()
+        self._changed.set()
+        return True
+
+    def _expire(self, key: str) -> None:
+        self._abort(key, wire.END_REASON_DEADLINE)
+
+    def _abort(self, key: str, reason: "wire.EndReason.ValueType") -> None:
+        attempt = self._attempts.get(key)
+        if attempt is None:
+            return
+        self.counters["requests_expired" if reason == wire.END_REASON_DEADLINE else "requests_aborted"] += 1
+        self.end(attempt, reason)
+        attempt.role.abort(attempt)
+
+    def _on_output(self, output: StepOutput) -> None:
+        for started in output.started:
+            if attempt := self._attempts.get(started.request_id):
+                admission = wire.Admission(id=attempt.id, accepted=True, cached_tokens=started.num_cached_tokens)
+                self._send(wire.WorkerMessage(admission=admission))
+        for reserved in output.reserved:
+            if attempt := self._attempts.get(reserved.request_id):
+                attempt.role.on_reserved(attempt, reserved)
+        for computed in output.computed:
+            if attempt := self._attempts.get(computed.request_id):
+                attempt.role.on_computed(attempt, computed)
+                progress = wire.Progress(id=attempt.id, computed_tokens=computed.num_tokens)
+                self._send(wire.WorkerMessage(progress=progress))
+        if output.tokens:
+            self._send_tokens(output.tokens)
+        for ended in output.ended:
+            if attempt := self._attempts.get(ended.request_id):
+                self._on_ended(attempt, ended)
+
+    def _on_ended(self, attempt: Attempt, ended: Ended) -> None:
+        attempt.num_tokens = ended.num_output_tokens
+        attempt.role.on_ended(attempt, ended)
+        self.end(attempt, _END_REASONS[ended.reason])
+
+    def _send_tokens(self, tokens: list[TokenOutput]) -> None:
+        message = wire.StepTokens()
+        for token in tokens:
+            attempt = self._attempts.get(token.request_id)
+            if attempt is None:
+                continue
+            attempt.num_tokens = token.index + 1
+            if token.logprobs is not None:
+                message.logprobs.add(
+                    entry=len(message.handles),
+                    logprob=token.logprobs.chosen,
+                    alternative_ids=token.logprobs.alternative_ids,
+                    alternative_logprobs=token.logprobs.alternative_logprobs,
+                )
+            message.handles.append(attempt.handle)
+            message.indices.append(token.index)
+            message.token_ids.append(token.token_id)
+            attempt.role.on_token(attempt, token)
+        if message.handles:
+            self._send(wire.WorkerMessage(tokens=message))
