@@ -61,7 +61,7 @@ def assemble(model: LoadedModel, options: EngineOptions) -> Parts:
             f"--kv-memory {options.kv_memory} holds {num_blocks} blocks of {shape.block_bytes} bytes; "
             f"give at least {MIN_BLOCKS * shape.block_bytes}"
         )
-    context = model.config.max_position_embeddings
+    context = model.config.context_tokens
     if options.max_model_tokens > context:
         raise ConfigurationError(f"--max-model-tokens is {options.max_model_tokens}; this model takes {context}")
     memory = PoolMemory.create(num_blocks, shape.block_bytes)
@@ -125,7 +125,7 @@ async def wire_up(
             stack.push_async_callback(offers.stop)
         if wire.ROLE_DECODE in roles:
             intake = Intake(me, parts.layout, parts.memory, lanes, options, shell.counters)
-            shell.carry(DecodeRole(shell, intake, parts.layout.page_size_tokens))
+            shell.carry(DecodeRole(shell, intake, parts.layout.page_size_tokens, parts.model.config.vocab_size))
             shell.lanes_in_use = intake.lanes_in_use
             stack.push_async_callback(intake.stop)
         shell.steps.start()

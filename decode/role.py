@@ -28,10 +28,11 @@ DEFAULT_DEADLINE_S = 600.0
 class DecodeRole(RoleHandler):
     role = wire.ROLE_DECODE
 
-    def __init__(self, shell: WorkerShell, intake: Intake, page_size: int) -> None:
+    def __init__(self, shell: WorkerShell, intake: Intake, page_size: int, vocab_size: int) -> None:
         self._shell = shell
         self._intake = intake
         self._page_size = page_size
+        self._vocab_size = vocab_size
         self._takes: dict[str, asyncio.Task[None]] = {}
         self._aborted: set[str] = set()
 
@@ -81,6 +82,8 @@ class DecodeRole(RoleHandler):
             log.warning("hand-over of %s: %s; %d of %d tokens are here, the rest is prefilled locally",
                         key, result.failure, verified, num_tokens)  # fmt: skip
         first_token = result.first_token_id
+        if first_token is not None and first_token >= self._vocab_size:
+            first_token = None  # no token of this model: sample it here
         self._shell.steps.submit(lambda engine: engine.receive(key, verified, first_token))
 
     def abort(self, attempt: Attempt) -> None:

@@ -73,6 +73,12 @@ class ModelConfig:
     def load(cls, folder: Path) -> "ModelConfig":
         return parse_config(_read_json(folder / "config.json"))
 
+    @property
+    def context_tokens(self) -> int:
+        """Longest prompt plus output. Linear and dynamic scaling state the length before stretching."""
+        stretched = self.rope.factor if self.rope.kind in ("linear", "dynamic") else 1.0
+        return int(self.max_position_embeddings * stretched)
+
     def shareable_tokens(self, num_prompt_tokens: int) -> int:
         """How many leading tokens of a request may take their KV from another request, or give it.
 

@@ -20,8 +20,8 @@ class SampleSpec:
 class PlannedSequence:
     """A run of new tokens of one sequence.
 
-        position   0 ........ start ........ start + len(token_ids)
-                   | KV in the blocks | computed in this step |
+    position   0 ........ start ........ start + len(token_ids)
+               | KV in the blocks | computed in this step |
     """
 
     request_id: str

@@ -6,8 +6,8 @@
 3. When a running request needs a block and none is left, the latest arrival gives back all of its blocks and returns
    to the line, to be computed again. The oldest is never interrupted by a younger one, so something always ends.
 4. A TAKE request waits, with its blocks, until `receive` says what arrived; then it is one of the running.
-5. `apply` turns the runner's result into tokens and endings. A GIVE request ends with its first token, and its blocks
-   pass to the lease of the same id.
+5. `apply` turns the runner's result into tokens and endings. A GIVE request ends with its first token. Once it has
+   announced blocks, they all pass to the lease of the same id when it ends, however it ends.
 6. `abort` ends a request wherever it stands. Blocks that somebody outside may still write are quarantined.
 
 A GIVE request is never preempted: others read what it announced, and it can always finish with what it has.
@@ -335,7 +335,7 @@ class Scheduler:
             self.tables.quarantine(sequence)
         else:
             self._running.remove(sequence)
-            if reason is EndReason.HANDED_OVER:
+            if sequence.num_announced_blocks:  # however it ended, a reader may be at what was announced
                 self.tables.lease(sequence)
             else:
                 self.tables.release(sequence)

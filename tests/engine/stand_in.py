@@ -219,13 +219,13 @@ class World:
             assert len(seen) == len(stream.request.token_ids) - stream.request.num_prompt_tokens + 1
             assert announced.last
             assert announced.num_tokens == len(stream.request.token_ids)
-            self.leases.add(request_id)
+        elif reason is EndReason.ABORTED:
+            assert request_id in self.aborting
+            return  # `abort` noted the lease
         else:
-            self.announced.pop(request_id, None)
-            if reason is EndReason.ABORTED:
-                assert request_id in self.aborting
-            else:
-                assert (seen, reason) == (stream.outputs, stream.reason)
+            assert (seen, reason) == (stream.outputs, stream.reason)
+        if request_id in self.announced:
+            self.leases.add(request_id)
 
     def check(self) -> None:
         """What holds between any two events."""
@@ -279,7 +279,8 @@ class World:
         aborted = self.engine.abort(request_id)
         if aborted:
             self.aborting.add(request_id)
-            self.announced.pop(request_id, None)
+            if request_id in self.announced:
+                self.leases.add(request_id)
             if len(self.reserved.get(request_id, [])) > self.num_cached.get(request_id, 0):
                 self.quarantined.add(request_id)
             else:

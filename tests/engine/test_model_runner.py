@@ -9,7 +9,7 @@ from engine.plan import PlannedSequence, SampleSpec, StepPlan, StepResult
 from engine.pool import BlockShape, KVPool
 from engine.requests import SamplingParams
 from engine.runner import ModelRunner, load_model
-from tests.engine.tiny_models import FAMILIES, VOCAB_SIZE, write_tiny_model
+from tests.engine.tiny_models import FAMILIES, VOCAB_SIZE, edit_config, write_tiny_model
 
 SHAPE = BlockShape(num_layers=2, kv_heads=3, page_size=4, head_dim=8, dtype=torch.bfloat16)
 
@@ -96,6 +96,5 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(tmp_path, family):
 def test_null_means_absent_in_config(tmp_path):
     folder = write_tiny_model(tmp_path, "llama2")
     before = ModelConfig.load(folder)
-    text = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(text.replace("{", '{"rope_scaling": null, "mlp_bias": null, ', 1))
+    edit_config(folder, rope_scaling=None, mlp_bias=None, head_dim=None, rms_norm_eps=None, sliding_window=None)
     assert ModelConfig.load(folder) == before

@@ -267,6 +267,22 @@ def test_a_taker_that_was_preempted_computes_its_prompt_itself() -> None:
     assert world.ended == {"old": EndReason.LENGTH, "taken": EndReason.LENGTH}
 
 
+@pytest.mark.parametrize("old_tokens", [3, 16])
+def test_the_order_of_arrival_holds_although_a_taker_joins_late(old_tokens: int) -> None:
+    world = World(num_blocks=7, max_batch_tokens=16)
+    world.add(make_request("old", [1] * 7, max_tokens=old_tokens))
+    world.add(make_request("middle", [2] * 8, max_tokens=12))
+    world.add(make_request("taken", [3] * 8, TAKE, max_tokens=12))
+    # 1. The taker holds its blocks, so the middle one has to make room.
+    world.step()
+    world.step()
+    assert world.engine.load().waiting == 1
+    # 2. The taker runs now. Whether one of the two waits or both do, the world looks at their order.
+    world.receive_all("taken")
+    world.run_to_the_end()
+    assert world.engine.counters["preemptions"] >= 2
+
+
 def test_a_growing_request_does_not_take_blocks_from_one_that_is_receiving() -> None:
     world = World(num_blocks=5, max_batch_tokens=16)
     world.add(make_request("grows", [1] * 7, max_tokens=12))

@@ -50,7 +50,7 @@ _FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "llama-dynamic": (
         LlamaConfig,
         {
-            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 16.0},
             "max_position_embeddings": DYNAMIC_ORIGINAL_MAX,
         },
     ),

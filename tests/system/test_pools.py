@@ -1,0 +1,161 @@
+"""The parts started one by one, as on several machines: they find each other, survive a coordinator, and drain."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from baton.client import Client, ClientError
+
+WORKER = ("--dtype", "float32", "--kv-memory", "32MiB", "--threads", "1")
+TIMEOUT_S = 60.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Parts:
+    """Each part a process of its own, stopped at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.http, self.grpc, self.link = free_port(), free_port(), free_port()
+        self.url = f"http://127.0.0.1:{self.http}"
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._folder = folder
+
+    def start(self, name: str, *words: str) -> None:
+        log = (self._folder / f"{name}.log").open("ab")
+        command = [sys.executable, "-m", "cli.main", name.split("-")[0], *words]
+        self.processes[name] = subprocess.Popen(command, stdout=log, stderr=log)
+        log.close()
+
+    def start_coordinator(self) -> None:
+        ports = ["--port", str(self.http), "--grpc-port", str(self.grpc), "--link-port", str(self.link)]
+        self.start("coordinator", *ports)
+
+    def start_worker(self, name: str, *words: str) -> None:
+        self.start(name, "--worker-id", name, "--coordinator", f"127.0.0.1:{self.link}", *WORKER, *words)
+
+    def status(self) -> dict[str, Any]:
+        with urllib.request.urlopen(self.url + "/status", timeout=5) as answer:
+            return dict(json.load(answer))
+
+    def workers(self) -> dict[str, Any]:
+        try:
+            return {worker["id"]: worker for worker in self.status()["workers"]}
+        except (urllib.error.URLError, ConnectionError):
+            return {}
+
+    def wait_for(self, *names: str) -> dict[str, Any]:
+        deadline = time.monotonic() + TIMEOUT_S
+        while set(workers := self.workers()) != set(names):
+            assert time.monotonic() < deadline, f"{names} are not there:\n{self.logs()}"
+            time.sleep(0.05)
+        return workers
+
+    def logs(self) -> str:
+        return "\n".join(path.read_text()[-3000:] for path in sorted(self._folder.glob("*.log")))
+
+    def ask(self, prompt: str, max_tokens: int = 8) -> str:
+        with Client(self.url) as client:
+            deltas = client.complete(prompt, max_tokens=max_tokens, temperature=0, ignore_eos=True)
+            return "".join(delta.text for delta in deltas)
+
+    def stop(self) -> None:
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.terminate()
+        for process in self.processes.values():
+            process.wait(TIMEOUT_S)
+
+
+def ask_until_refused(parts: Parts) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        parts.ask("Hello", 1)
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Iterator[Parts]:
+    with ExitStack() as stack:
+        parts = Parts(tmp_path)
+        stack.callback(parts.stop)
+        yield parts
+
+
+def test_parts_find_each_other_and_survive_a_killed_coordinator(parts: Parts) -> None:
+    parts.start_coordinator()
+    parts.start_worker("prefill-a")
+    parts.start_worker("decode-a", "--lanes", "tcp")
+    before = parts.wait_for("prefill-a", "decode-a")
+    prompt = "A module is a file that contains definitions. " * 12
+    text = parts.ask(prompt)
+    assert parts.workers()["decode-a"]["lanes_in_use"] in ({}, {"prefill-a": "tcp"})
+
+    parts.processes["coordinator"].kill()
+    parts.processes["coordinator"].wait(TIMEOUT_S)
+    parts.start_coordinator()
+    after = parts.wait_for("prefill-a", "decode-a")
+    assert {name: worker["incarnation"] for name, worker in after.items()} == {
+        name: worker["incarnation"] for name, worker in before.items()
+    }
+    assert parts.ask(prompt) == text
+    assert parts.ask(prompt + "And more of it, which no cache holds. " * 9)
+
+
+def test_sigterm_lets_a_worker_finish_its_streams_and_take_no_new_ones(parts: Parts) -> None:
+    parts.start_coordinator()
+    parts.start_worker("decode-a")
+    parts.wait_for("decode-a")
+    expected = parts.ask("The list type", 400)
+    answers: list[str] = []
+    stream = threading.Thread(target=lambda: answers.append(parts.ask("The list type", 400)))
+    stream.start()
+    while parts.status()["requests"] == 0:
+        assert stream.is_alive()
+        time.sleep(0.01)
+    worker = parts.processes["decode-a"]
+    worker.send_signal(signal.SIGTERM)
+    with pytest.raises(ClientError, match="worker"):
+        ask_until_refused(parts)
+    stream.join(TIMEOUT_S)
+    assert answers == [expected]
+    assert worker.wait(TIMEOUT_S) == 0
+
+
+def test_a_worker_with_another_page_size_is_refused_and_says_why(parts: Parts) -> None:
+    parts.start_coordinator()
+    parts.start_worker("decode-a")
+    parts.wait_for("decode-a")
+    parts.start_worker("decode-b", "--page-size", "32")
+    assert parts.processes["decode-b"].wait(TIMEOUT_S) == 2
+    assert "page_size_tokens is 32" in parts.logs()
+    assert set(parts.workers()) == {"decode-a"}
+
+
+def test_a_worker_exits_when_the_process_that_started_it_is_gone(parts: Parts) -> None:
+    parent = subprocess.Popen(["sleep", "600"])
+    try:
+        parts.start_coordinator()
+        parts.start_worker("decode-a", "--parent-pid", str(parent.pid))
+        parts.wait_for("decode-a")
+        assert os.getpid() != parent.pid
+    finally:
+        parent.kill()
+        parent.wait(TIMEOUT_S)
+    assert parts.processes["decode-a"].wait(TIMEOUT_S) == 0
