@@ -49,8 +49,22 @@ class Choice:
     """One stream of a request: its prompt, its tokens and text so far, and the legs of its current attempt."""
 
     __slots__ = (
-        "_delta", "avoid", "cached_tokens", "finish_reason", "last_token_s", "legs", "number", "prompt", "prompt_index",
-        "request", "sampling", "show_stop_token", "stream", "stream_id", "text",
+        "_delta",
+        "avoid",
+        "cached_tokens",
+        "fingerprint",
+        "finish_reason",
+        "last_token_s",
+        "legs",
+        "number",
+        "prompt",
+        "prompt_index",
+        "request",
+        "sampling",
+        "show_stop_token",
+        "stream",
+        "stream_id",
+        "text",
     )  # fmt: skip
 
     def __init__(
@@ -74,6 +88,8 @@ class Choice:
         self.legs: list[Leg] = []
         self.avoid: set[str] = set()
         self.cached_tokens = 0
+        self.fingerprint = ""
+        """Of the model that began the stream; another one must not continue it."""
         self.last_token_s: float | None = None
         self.finish_reason: str | None = None
         self._delta: Delta | None = None

@@ -105,10 +105,16 @@ class Dispatcher:
     def _begin_attempt(self, choice: Choice) -> None:
         attempt = choice.stream.begin_attempt()
         tokens = choice.prompt + choice.stream.tokens
-        route = self._policy.choose(Work(len(tokens), len(tokens), choice.avoid), self._registry.loads())
+        total = len(choice.prompt) + choice.stream.max_tokens
+        route = self._policy.choose(Work(len(tokens), total, len(tokens), choice.avoid), self._registry.loads())
         if route is None:
-            self.end(choice.request, "failed", unavailable("no worker that can decode is left; try again later"))
+            self.end(choice.request, "failed", unavailable("no worker that can decode this is left; try again later"))
             return
+        fingerprint = self._registry.workers[route.decode].registration.model_fingerprint
+        if choice.fingerprint not in ("", fingerprint):
+            self.end(choice.request, "failed", unavailable("the model was replaced meanwhile; send the request again"))
+            return
+        choice.fingerprint = fingerprint
         self._metrics.attempt_started(route.choice.value, again=attempt > 1)
         self._assign(choice, attempt, tokens, route)
 
@@ -215,13 +221,14 @@ class Dispatcher:
             outcome = choice.stream.accept(leg.attempt, index, token_id)
             if outcome is Outcome.IGNORED:
                 continue
-            if outcome in ABANDON:
+            # The usual outcome is not looked up in a set: an enum's hash costs more than all of `accept`.
+            if outcome is not Outcome.DELIVERED and outcome in ABANDON:
                 self._abandon(leg, outcome.value)
                 continue
             leg.waiting_tokens = 0
             self._metrics.token(choice, now)
             stopped = choice.add(token_id, logprobs.get(entry) if logprobs else None, outcome is Outcome.STOP)
-            if outcome in COMPLETE:
+            if outcome is not Outcome.DELIVERED:
                 self._complete(choice, STOP if stopped else _REASONS[outcome], leg, workers_know=True)
             elif stopped:
                 self._complete(choice, STOP, leg, workers_know=False)
@@ -232,9 +239,11 @@ class Dispatcher:
             return
         choice = leg.choice
         if admission.accepted:
-            if leg.attempt == 1:
+            # Only the first word counts: a request that was preempted finds its own blocks when it comes back.
+            if leg.attempt == 1 and not leg.admitted:
                 choice.cached_tokens = max(choice.cached_tokens, min(admission.cached_tokens, len(choice.prompt)))
             leg.waiting_tokens = max(0, leg.waiting_tokens - admission.cached_tokens)
+            leg.admitted = True
             return
         if choice.stream.refused(leg.attempt) is Outcome.FAILED:
             log.info("worker %s refused %s: %s", worker.id, choice.stream_id, admission.reason)

@@ -9,6 +9,8 @@ import logging
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
@@ -30,11 +32,21 @@ _HTTP_STATUS = {
     FailureKind.INTERNAL: (500, "server_error", "internal_error"),
 }
 _BODY_TIMEOUT_S = 30.0
+_PROBES = {"/health", "/ready", "/metrics", "/status"}  # asked every few seconds by somebody's monitor
 _RETRY_AFTER_S = {FailureKind.OVERLOADED: "1", FailureKind.UNAVAILABLE: "5"}
-_REQUEST: web.RequestKey[Request] = web.RequestKey("generation", Request)
-_REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(slots=True)
+class _Call:
+    """What a handler tells the middleware around it."""
+
+    id: str
+    request: Request | None = None
+
+
+_call: ContextVar[_Call] = ContextVar("call")
 
 
 class HttpApi:
@@ -71,8 +83,9 @@ class HttpApi:
     async def _generate(
         self, http: web.Request, spec: GenerateSpec, stream: bool, include_usage: bool, chat: bool
     ) -> web.StreamResponse:
-        request_id = http[_REQUEST_ID] = new_request_id("chatcmpl" if chat else "cmpl")
-        request = http[_REQUEST] = await self._intake.submit(spec, request_id)
+        call = _call.get()
+        call.id = new_request_id("chatcmpl" if chat else "cmpl")
+        request = call.request = await self._intake.submit(spec, call.id)
         name, token_bytes = self._intake.model_name, self._intake.tokenizer.token_bytes
         writer = AnswerWriter(request, name, chat, include_usage, token_bytes)
         try:
@@ -141,14 +154,15 @@ class HttpApi:
         @web.middleware
         async def outermost(http: web.Request, handler: Handler) -> web.StreamResponse:
             started_s = time.monotonic()
-            http[_REQUEST_ID] = new_request_id("req")
+            call = _Call(new_request_id("req"))
+            _call.set(call)
             code = 499  # nginx's word for a client that hung up
             try:
-                response = await _answered(http, handler)
+                response = await _answered(http, handler, call)
                 code = response.status
                 return response
             finally:
-                _log_access(http, code, started_s)
+                _log_access(http, call, code, started_s)
 
         return outermost
 
@@ -178,7 +192,7 @@ async def _stream(http: web.Request, request: Request, writer: AnswerWriter) -> 
     return response
 
 
-async def _answered(http: web.Request, handler: Handler) -> web.StreamResponse:
+async def _answered(http: web.Request, handler: Handler, call: _Call) -> web.StreamResponse:
     """The handler's response, or the error body for what it raised."""
     try:
         response = await handler(http)
@@ -194,10 +208,10 @@ async def _answered(http: web.Request, handler: Handler) -> web.StreamResponse:
     except Exception as error:  # noqa: BLE001 - logged, without its message
         # The exception's message is left out: it might quote a prompt.
         where = "".join(traceback.format_tb(error.__traceback__))
-        access.error("%s failed on %s\n%s", http[_REQUEST_ID], type(error).__name__, where)
+        access.error("%s failed on %s\n%s", call.id, type(error).__name__, where)
         response = _error(500, "internal error; the log has it under the request id", "server_error", None, None)
     if not response.prepared:
-        response.headers["X-Request-Id"] = http[_REQUEST_ID]
+        response.headers["X-Request-Id"] = call.id
     return response
 
 
@@ -245,15 +259,22 @@ def _operators_only(http: web.Request) -> None:
     """Only this machine sees workers, and not through a proxy that speaks for somebody else."""
     peer = http.transport.get_extra_info("peername") if http.transport is not None else None
     forwarded = "X-Forwarded-For" in http.headers or "Forwarded" in http.headers
-    if peer is None or forwarded or not ipaddress.ip_address(peer[0].partition("%")[0]).is_loopback:
+    if peer is None or forwarded or not _is_loopback(peer[0]):
         raise web.HTTPForbidden(reason="this path answers only on the machine itself")
 
 
-def _log_access(http: web.Request, code: int, started_s: float) -> None:
+def _is_loopback(host: str) -> bool:
+    address = ipaddress.ip_address(host.partition("%")[0])
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
+
+
+def _log_access(http: web.Request, call: _Call, code: int, started_s: float) -> None:
     ms = (time.monotonic() - started_s) * 1e3
-    request = http.get(_REQUEST)
+    request = call.request
     if request is None:
-        access.info("%s %r %d %s %.1f ms", http.method, http.path[:200], code, http[_REQUEST_ID], ms)
+        level = logging.DEBUG if http.path in _PROBES and code == 200 else logging.INFO
+        access.log(level, "%s %r %d %s %.1f ms", http.method, http.path[:200], code, call.id, ms)
         return
     usage = request.usage()
     first = request.first_token_s

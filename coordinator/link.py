@@ -54,7 +54,7 @@ class LinkServicer(rpc.WorkerLinkServicer):
         try:
             first = await asyncio.wait_for(context.read(), self._options.heartbeat_timeout_s)
         except TimeoutError:
-            await _refuse(context, "no registration arrived in time")
+            await _refuse(context, "no registration arrived in time", grpc.StatusCode.DEADLINE_EXCEEDED)
         if not isinstance(first, wire.WorkerMessage) or first.WhichOneof("message") != "registration":
             await _refuse(context, "the first message must be a registration")
         try:
@@ -111,6 +111,9 @@ class LinkServicer(rpc.WorkerLinkServicer):
                     worker.send(_HEARTBEAT)
 
 
-async def _refuse(context: _Context, reason: str) -> NoReturn:
-    await context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
+async def _refuse(
+    context: _Context, reason: str, code: grpc.StatusCode = grpc.StatusCode.FAILED_PRECONDITION
+) -> NoReturn:
+    """FAILED_PRECONDITION tells the worker that dialling again cannot help."""
+    await context.abort(code, reason)
     raise AssertionError("abort always raises")

@@ -107,9 +107,16 @@ class TextPart(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True):
+    """With the empty fields of an answer of ours, which clients send back as it came."""
+
     role: str
     content: str | list[TextPart]
     name: str | None = None
+    refusal: None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
 
 
 class ChatRequest(_Sampled, forbid_unknown_fields=True, kw_only=True):

@@ -18,7 +18,8 @@ class WorkerLoad:
     waiting_prefill_tokens: int
     free_blocks: int
     """Free, or cached and evictable, less those that assignments since the last heartbeat will take."""
-    total_blocks: int
+    context_tokens: int
+    """Longest prompt plus output that it can hold."""
     page_size_tokens: int
 
 
@@ -26,6 +27,8 @@ class WorkerLoad:
 class Work:
     num_tokens: int
     """To be in the KV cache before the next token: the prompt and what earlier attempts delivered."""
+    total_tokens: int
+    """The prompt and the longest answer."""
     uncached_tokens: int
     """An estimate of how many of them no cache of the decode worker holds."""
     avoid: Collection[str] = ()
@@ -52,7 +55,7 @@ class Route:
 class RoutingPolicy(ABC):
     @abstractmethod
     def choose(self, work: Work, workers: Sequence[WorkerLoad]) -> Route | None:
-        """None if no worker can decode."""
+        """None if no worker can decode this."""
 
 
 class LeastLoaded(RoutingPolicy):
@@ -67,14 +70,15 @@ class LeastLoaded(RoutingPolicy):
 
     def choose(self, work: Work, workers: Sequence[WorkerLoad]) -> Route | None:
         self._turn += 1
-        decode = self._pick(work, [worker for worker in workers if worker.decodes], _decode_cost)
+        able = [worker for worker in workers if worker.decodes and work.total_tokens <= worker.context_tokens]
+        decode = self._pick(work, able, _decode_cost)
         if decode is None:
             return None
         if decode.prefills:
             return Route(decode.id, None, PrefillChoice.LOCAL_MIXED)
         if work.uncached_tokens <= self._local_prefill_tokens:
             return Route(decode.id, None, PrefillChoice.LOCAL_SHORT)
-        fit = [worker for worker in workers if worker.prefills and _blocks(work, worker) <= worker.total_blocks]
+        fit = [worker for worker in workers if worker.prefills and work.num_tokens < worker.context_tokens]
         prefill = self._pick(work, fit, _prefill_cost)
         if prefill is None:
             return Route(decode.id, None, PrefillChoice.LOCAL_NO_WORKER)

@@ -7,8 +7,6 @@ clients --gRPC------> GrpcApi --+--> Intake --> Dispatcher --> Registry --+
 import asyncio
 import contextlib
 import logging
-import os
-import signal
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from aiohttp import web
 from baton.config import CoordinatorOptions, ModelOptions
 from baton.errors import ConfigurationError
 from baton.model_folder import served_name
+from baton.processes import stop_signals, watch_parent
 from baton.v1 import worker_link_pb2_grpc as link_rpc
 from coordinator.dispatch import Dispatcher
 from coordinator.failures import unavailable
@@ -34,8 +33,6 @@ from coordinator.workers import WorkerRegistry
 
 events = logging.getLogger("baton.events")
 _STOP_GRACE_S = 1.0
-_PARENT_CHECK_S = 0.5
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +109,12 @@ class Coordinator:
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            events.error("a background task of the coordinator failed: %r", task.exception())
 
     def _readiness_changed(self) -> None:
         if self._grpc.ready is not self.intake.ready:
@@ -140,56 +142,19 @@ class Coordinator:
 async def serve(
     options: CoordinatorOptions, model: ModelOptions, model_folder: Path, on_ready: Callable[[Ports], None]
 ) -> None:
-    """Run a coordinator until SIGTERM or SIGINT, which drain it, or until its parent is gone.
+    """Run a coordinator until SIGTERM, SIGINT or the end of its parent, and then drain it.
 
-    A second signal ends the drain at once. Raises ConfigurationError before anything is served.
+    A second signal ends the process at once. Raises ConfigurationError before anything is served.
     """
     coordinator = Coordinator(options, model, model_folder)
-    drain, hurry = asyncio.Event(), asyncio.Event()
-
-    def on_signal() -> None:
-        (hurry if drain.is_set() else drain).set()
-
-    loop = asyncio.get_running_loop()
-    for number in _SIGNALS:
-        loop.add_signal_handler(number, on_signal)
-    tasks = [loop.create_task(_watch_parent(options.parent_pid, drain, hurry))]
+    stop = stop_signals()
+    watch_parent(options.parent_pid, stop.set)
     try:
         on_ready(await coordinator.start())
-        await drain.wait()
-        tasks += [loop.create_task(coordinator.drain()), loop.create_task(_wait(hurry))]
-        await asyncio.wait(tasks[1:], return_when=asyncio.FIRST_COMPLETED)
+        await stop.wait()
+        await coordinator.drain()
     finally:
-        for task in tasks:
-            task.cancel()
         await coordinator.stop()
-        for number in _SIGNALS:
-            loop.remove_signal_handler(number)
-
-
-async def _wait(event: asyncio.Event) -> None:
-    await event.wait()
-
-
-async def _watch_parent(pid: int, *gone: asyncio.Event) -> None:
-    """Set the events when process `pid` no longer exists. 0 watches nobody."""
-    direct = os.getppid() == pid
-    while pid and (os.getppid() == pid if direct else _exists(pid)):  # noqa: ASYNC110 - the system tells nobody
-        await asyncio.sleep(_PARENT_CHECK_S)
-    if pid:
-        events.warning("the parent process %d is gone", pid)
-        for event in gone:
-            event.set()
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _bind(server: grpc.aio.Server, host: str, port: int, flag: str) -> int:

@@ -23,7 +23,7 @@ events = logging.getLogger("baton.events")
 class Leg:
     """One worker's part in an attempt: computing the prompt for another, or decoding."""
 
-    __slots__ = ("attempt", "choice", "decode", "handle", "waiting_tokens", "worker")
+    __slots__ = ("admitted", "attempt", "choice", "decode", "handle", "waiting_tokens", "worker")
 
     def __init__(self, choice: "Choice", attempt: int, worker: "Worker", decode: bool, handle: int) -> None:
         self.choice = choice
@@ -31,6 +31,7 @@ class Leg:
         self.worker = worker
         self.decode = decode
         self.handle = handle
+        self.admitted = False
         self.waiting_tokens = 0
         """Prompt tokens this worker still has to compute, as far as it told."""
 
@@ -85,7 +86,9 @@ class Worker:
         if self.lost.is_set():
             return
         self.lost.set()
-        events.warning("worker %s lost: %s (%d attempts)", self.id, reason, len(self.legs))
+        expected = self.heartbeat.draining and not self.legs
+        level = logging.INFO if expected else logging.WARNING
+        events.log(level, "worker %s lost: %s (%d attempts)", self.id, reason, len(self.legs))
         asyncio.get_running_loop().call_soon(self._on_lost, self)
 
     def open(self, leg: Leg, num_tokens: int, waiting_tokens: int) -> None:
@@ -120,7 +123,7 @@ class Worker:
             requests=max(len(self.legs), beat.running_requests + beat.waiting_requests),
             waiting_prefill_tokens=max(own_tokens, beat.waiting_prefill_tokens),
             free_blocks=beat.blocks.free + beat.blocks.cached - self._blocks_assigned,
-            total_blocks=self.registration.total_blocks,
+            context_tokens=self.context_tokens,
             page_size_tokens=self.registration.page_size_tokens,
         )
 
@@ -162,6 +165,8 @@ class WorkerRegistry:
             raise PeerError("roles must be prefill, decode or both")
         if not (new.page_size_tokens and new.total_blocks and new.max_model_tokens):
             raise PeerError("page_size_tokens, total_blocks and max_model_tokens must be positive")
+        if wire.ROLE_PREFILL in new.roles and not new.handover_address:
+            raise PeerError("handover_address must be set for the prefill role")
         if new.model != self._served_model:
             raise PeerError(f"model is '{new.model}', this coordinator serves '{self._served_model}'")
         others = (worker for worker in self.workers.values() if worker.id != new.worker_id)

@@ -59,8 +59,8 @@ class Oracle:
 
 
 def test_it_is_ready_in_ten_seconds_on_a_quiet_machine(cluster: Cluster) -> None:
-    # Twice that here: tests run side by side on two cores.
-    assert cluster.ready_after_s < 20
+    # Three times that here: tests run side by side, and start clusters of their own.
+    assert cluster.ready_after_s < 30
     assert cluster.get("/health")
     assert cluster.get("/ready")
 

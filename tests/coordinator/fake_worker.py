@@ -1,0 +1,184 @@
+"""A worker without an engine: it speaks the worker link, and its tokens are a function of (prompt, index).
+
+Knobs make it misbehave: pause, refuse, fail, repeat itself, lie, fall silent, die.
+"""
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+
+import grpc
+
+from baton.v1 import worker_link_pb2 as wire
+from baton.v1 import worker_link_pb2_grpc as rpc
+
+FIRST_TOKEN, NUM_TOKENS = 300, 3000
+_incarnations = itertools.count(1000)
+
+
+def token_at(prompt: Sequence[int], index: int) -> int:
+    """The token that every honest fake worker has at `index` of the answer to `prompt`."""
+    digest = blake2b(repr((list(prompt), index)).encode(), digest_size=8).digest()
+    return FIRST_TOKEN + int.from_bytes(digest, "little") % NUM_TOKENS
+
+
+class FakeWorker:
+    def __init__(
+        self,
+        link_port: int,
+        worker_id: str = "decode-0",
+        roles: Sequence[int] = (wire.ROLE_DECODE,),
+        token_at: Callable[[Sequence[int], int], int] = token_at,
+        **registration: object,
+    ) -> None:
+        self.id = worker_id
+        self.token_at = token_at
+        self.registration = wire.Registration(
+            **{
+                "protocol_version": 1, "worker_id": worker_id, "incarnation": next(_incarnations), "roles": roles,
+                "pid": 4242, "host": "127.0.0.1", "handover_address": f"tcp://127.0.0.1:1/{worker_id}", "model": "demo",
+                "model_fingerprint": "f", "page_size_tokens": 16, "total_blocks": 4096, "max_model_tokens": 2048,
+                "block_bytes": 1024, "lanes": ["shm", "tcp"],
+            }
+            | registration
+        )  # fmt: skip
+        self.heartbeat = wire.WorkerHeartbeat(
+            blocks=wire.BlockCounts(total=4096, free=4096), counters={"generated_tokens": 7}, lanes_in_use={"p": "shm"}
+        )
+        # Knobs.
+        self.refuse = ""
+        self.pause_at: int | None = None  # generates up to this index, then waits for `go`
+        self.go = asyncio.Event()
+        self.fail_at: int | None = None  # ends with an error instead of this index
+        self.lie_at: int | None = None  # reports another token at this index
+        self.skip_at: int | None = None  # forgets this index
+        self.repeat = 1  # sends each token so many times
+        self.resend_all = False  # sends everything again from index 0 of the attempt with each token
+        self.send_heartbeats = True
+        self.end_early_at: int | None = None  # claims LENGTH at this index
+        self.keeps_lease = False  # does not say that a hand-over is over
+        self.heals = False  # misbehaves only in a request's first attempt
+        # What it saw.
+        self.assignments: list[wire.Assignment] = []
+        self.aborts: list[wire.AttemptId] = []
+        self.welcome: wire.Welcome | None = None
+        self.heard = asyncio.Condition()
+        self.closed = asyncio.Event()
+        self._link_port = link_port
+        self._outbox: asyncio.Queue[wire.WorkerMessage] = asyncio.Queue()
+        self._runs: dict[tuple[str, int], asyncio.Task[None]] = {}
+
+    async def start(self) -> "FakeWorker":
+        """Returns when welcomed; raises grpc.aio.AioRpcError when refused."""
+        self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{self._link_port}")
+        self._call = rpc.WorkerLinkStub(self._channel).Connect()
+        await self._call.write(wire.WorkerMessage(registration=self.registration))
+        message = await self._call.read()
+        assert isinstance(message, wire.CoordinatorMessage)
+        self.welcome = message.welcome
+        await self.beat()
+        self._tasks = [asyncio.create_task(work) for work in (self._read(), self._write(), self._beat())]
+        return self
+
+    async def stop(self) -> None:
+        """Dies: the link breaks at once. Idempotent."""
+        for task in [*self._tasks, *self._runs.values()]:
+            task.cancel()
+        self._call.cancel()
+        await self._channel.close()
+        self.closed.set()
+
+    async def wait_for(self, condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+        """Until `condition` holds; it is looked at whenever a message comes in."""
+        async with asyncio.timeout(timeout_s), self.heard:
+            await self.heard.wait_for(condition)
+
+    async def send(self, **message: object) -> None:
+        self._outbox.put_nowait(wire.WorkerMessage(**message))
+
+    async def _write(self) -> None:
+        """One task writes: cancelling a task in the middle of a write would break the whole link."""
+        with contextlib.suppress(grpc.aio.UsageError, grpc.RpcError, asyncio.InvalidStateError):
+            while True:
+                await self._call.write(await self._outbox.get())
+
+    async def beat(self) -> None:
+        await self.send(heartbeat=self.heartbeat)
+
+    async def _beat(self) -> None:
+        assert self.welcome is not None
+        while True:
+            await asyncio.sleep(self.welcome.heartbeat_interval_s)
+            if self.send_heartbeats:
+                await self.beat()
+
+    async def _read(self) -> None:
+        while True:
+            message = await self._call.read()
+            if not isinstance(message, wire.CoordinatorMessage):
+                self.closed.set()
+                return
+            kind = message.WhichOneof("message")
+            if kind == "assignment":
+                assignment = message.assignment
+                self.assignments.append(assignment)
+                key = (assignment.id.request_id, assignment.id.attempt)
+                self._runs[key] = asyncio.create_task(self._serve(assignment))
+            elif kind == "abort":
+                self.aborts.append(message.abort.id)
+                run = self._runs.pop((message.abort.id.request_id, message.abort.id.attempt), None)
+                if run is not None:
+                    run.cancel()
+            async with self.heard:
+                self.heard.notify_all()
+
+    async def _serve(self, assignment: wire.Assignment) -> None:
+        id = assignment.id
+        well = self.heals and id.attempt > 1
+        if self.refuse and not well:
+            await self.send(admission=wire.Admission(id=id, accepted=False, reason=self.refuse))
+            return
+        for cached_tokens in (3, 900):  # the second, as after a preemption, is not the client's business
+            await self.send(admission=wire.Admission(id=id, accepted=True, cached_tokens=cached_tokens))
+        prompt = list(assignment.token_ids)[: assignment.num_prompt_tokens]
+        sampling, first = assignment.sampling, len(assignment.token_ids) - len(prompt)
+        sent, reason = first, wire.END_REASON_LENGTH
+        for index in range(first, sampling.max_tokens):
+            if index == self.pause_at and not well:
+                await self.go.wait()
+            if index == self.fail_at and not well:
+                await self.send(
+                    ending=wire.Ending(id=id, reason=wire.END_REASON_ERROR, num_tokens=index, detail="oops")
+                )
+                return
+            if index == self.end_early_at and not well:
+                break
+            token_id = self.token_at(prompt, index)
+            if index != self.skip_at or well:
+                for at in range(first if self.resend_all else index, index + 1):
+                    lie = 1 if at == self.lie_at and not well else 0
+                    for _ in range(self.repeat):
+                        await self._token(assignment, at, self.token_at(prompt, at) + lie)
+            sent = index + 1
+            if token_id in sampling.stop_token_ids and index >= sampling.min_tokens:
+                reason = wire.END_REASON_STOP
+                break
+            if assignment.role == wire.ROLE_PREFILL:
+                reason = wire.END_REASON_HANDED_OVER
+                break
+        if not self.keeps_lease:
+            await self.send(ending=wire.Ending(id=id, reason=reason, num_tokens=sent))
+
+    async def _token(self, assignment: wire.Assignment, index: int, token_id: int) -> None:
+        step = wire.StepTokens(handles=[assignment.handle], indices=[index], token_ids=[token_id])
+        if assignment.sampling.HasField("logprobs"):
+            count = assignment.sampling.logprobs
+            step.logprobs.add(
+                entry=0,
+                logprob=-0.5 - index / 100,
+                alternative_ids=[token_id + at for at in range(count)],
+                alternative_logprobs=[-0.5 - index / 100 - at for at in range(count)],
+            )
+        await self.send(tokens=step)

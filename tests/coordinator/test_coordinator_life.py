@@ -1,0 +1,128 @@
+"""Starting, draining and ending a coordinator."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from coordinator_harness import DEMO_FOLDER, OPTIONS, running
+
+from baton.config import CoordinatorOptions, ModelOptions
+from baton.errors import ConfigurationError, ModelError
+from coordinator.server import Coordinator
+
+
+@pytest.mark.parametrize("flag", ["--port", "--grpc-port", "--link-port"])
+def test_a_port_in_use_is_named_by_its_flag_and_nothing_stays_open(run, flag: str) -> None:
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            name = flag.removeprefix("--").replace("-", "_")
+            options = CoordinatorOptions(**(OPTIONS | {name: port}))
+            with pytest.raises(ConfigurationError, match=f"{flag} {port} .*choose another with {flag}"):
+                await Coordinator(options, ModelOptions(), DEMO_FOLDER).start()
+
+    run(main())
+
+
+def test_a_second_coordinator_on_the_same_grpc_port_is_refused(run) -> None:
+    async def main() -> None:
+        async with running() as system:
+            for name, port in (("grpc_port", system.ports.grpc), ("link_port", system.ports.link)):
+                options = CoordinatorOptions(**(OPTIONS | {name: port}))
+                with pytest.raises(ConfigurationError, match="in use"):
+                    await Coordinator(options, ModelOptions(), DEMO_FOLDER).start()
+
+    run(main())
+
+
+def test_a_bad_model_folder_is_refused_before_any_port_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"tokenizer\.json"):
+        Coordinator(CoordinatorOptions(**OPTIONS), ModelOptions(), tmp_path)
+
+
+def test_draining_finishes_what_runs_and_refuses_what_is_new(run) -> None:
+    async def main() -> None:
+        async with running() as system:
+            worker = await system.worker()
+            worker.pause_at = 3
+            body = {"prompt": "x", "max_tokens": 6}
+            held = asyncio.create_task(system.http.post("/v1/completions", json=body))
+            await worker.wait_for(lambda: bool(worker.assignments))
+            drain = asyncio.create_task(system.coordinator.drain())
+            await asyncio.sleep(0)
+            for path in ("/ready", "/health"):
+                async with system.http.get(path) as response:
+                    assert response.status == (503 if path == "/ready" else 200)
+            async with system.http.post("/v1/completions", json=body) as response:
+                assert response.status == 503
+            assert not drain.done()
+            worker.go.set()
+            response = await held
+            assert (await response.json())["usage"]["completion_tokens"] == 6
+            await asyncio.wait_for(drain, 2)
+
+    run(main())
+
+
+def test_what_does_not_finish_in_time_is_told_so(run) -> None:
+    async def main() -> None:
+        async with running(drain_timeout_s=0.1) as system:
+            worker = await system.worker()
+            worker.pause_at = 1
+            body = {"prompt": "x", "max_tokens": 6, "stream": True}
+            response = await system.http.post("/v1/completions", json=body)
+            await system.coordinator.drain()
+            stop = asyncio.create_task(system.coordinator.stop())
+            text = await response.text()
+            assert json.loads(text.strip().split("\n\n")[-1].removeprefix("data: "))["error"]["code"] == "unavailable"
+            await stop
+
+    run(main())
+
+
+SERVE = """
+import asyncio, sys, uvloop
+from pathlib import Path
+from baton.config import CoordinatorOptions, ModelOptions
+from coordinator.server import serve
+options = CoordinatorOptions(port=0, grpc_port=0, link_port=0, parent_pid=int(sys.argv[2]))
+ready = lambda ports: print(ports.http, ports.grpc, ports.link, flush=True)
+uvloop.run(serve(options, ModelOptions(), Path(sys.argv[1]), ready))
+print("ended", flush=True)
+"""
+
+
+def spawn(parent_pid: int) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", SERVE, str(DEMO_FOLDER), str(parent_pid)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_an_idle_coordinator_cleanly(number: signal.Signals) -> None:
+    with spawn(0) as process:
+        assert process.stdout is not None
+        assert len(process.stdout.readline().split()) == 3
+        process.send_signal(number)
+        assert process.stdout.readline() == "ended\n"
+        assert process.wait(10) == 0
+
+
+def test_a_coordinator_whose_parent_is_gone_ends() -> None:
+    with subprocess.Popen(["sleep", "60"]) as parent, spawn(parent.pid) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        parent.kill()
+        parent.wait(5)
+        assert process.stdout.readline() == "ended\n"
+        assert process.wait(10) == 0
+
+
+def test_the_coordinator_needs_neither_torch_nor_transformers() -> None:
+    code = "import sys, coordinator.server; sys.exit(bool({'torch', 'transformers', 'engine'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ, timeout=60, check=False).returncode == 0

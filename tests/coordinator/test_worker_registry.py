@@ -1,0 +1,59 @@
+"""What the coordinator believes of a worker between two heartbeats."""
+
+import asyncio
+from types import SimpleNamespace
+
+from baton.v1 import worker_link_pb2 as wire
+from coordinator import workers
+from coordinator.workers import Leg, Worker
+
+
+def registered(**changes: object) -> Worker:
+    usual = {"worker_id": "w", "roles": [1, 2], "total_blocks": 100, "page_size_tokens": 16, "max_model_tokens": 4096}
+    return Worker(wire.Registration(**(usual | changes)), lambda worker: None)
+
+
+def leg_on(worker: Worker, handle: int) -> Leg:
+    return Leg(SimpleNamespace(stream_id=f"s{handle}"), 1, worker, True, handle)
+
+
+def test_load_counts_what_was_assigned_since_the_last_heartbeat() -> None:
+    worker = registered()
+    worker.beat(wire.WorkerHeartbeat(blocks=wire.BlockCounts(total=100, free=60, cached=30), running_requests=1))
+    assert (worker.load().requests, worker.load().free_blocks) == (1, 90)
+    for handle in range(3):
+        worker.open(leg_on(worker, handle), num_tokens=160, waiting_tokens=100)
+    load = worker.load()
+    assert (load.requests, load.free_blocks, load.waiting_prefill_tokens) == (3, 90 - 3 * 11, 300)
+    worker.beat(wire.WorkerHeartbeat(blocks=wire.BlockCounts(total=100, free=50), running_requests=7))
+    assert (worker.load().requests, worker.load().free_blocks) == (7, 50)
+
+
+def test_a_closed_leg_is_no_load_and_is_not_found_any_more() -> None:
+    worker = registered()
+    leg = leg_on(worker, 5)
+    worker.open(leg, 10, 10)
+    assert worker.leg(leg.id) is leg
+    for _ in range(2):
+        worker.close(leg)
+    assert worker.leg(leg.id) is None
+    assert worker.load().requests == 0
+
+
+def test_the_context_is_no_longer_than_the_pool() -> None:
+    assert registered().context_tokens == 1600
+    assert registered(max_model_tokens=512).context_tokens == 512
+
+
+def test_a_worker_that_does_not_read_is_lost_once() -> None:
+    async def main() -> None:
+        lost: list[Worker] = []
+        worker = Worker(wire.Registration(worker_id="slow", total_blocks=1, page_size_tokens=1), lost.append)
+        for _ in range(workers.OUTBOX_MESSAGES + 2):
+            worker.send(wire.CoordinatorMessage())
+        worker.lose("said twice")
+        await asyncio.sleep(0)
+        assert lost == [worker]
+        assert not worker.accepts
+
+    asyncio.run(main())
