@@ -24,7 +24,6 @@ from kvtransfer.memory import PoolMemory
 from kvtransfer.offers import OfferServer
 from kvtransfer.wire import PeerIdentity
 from prefill.role import PrefillRole
-from worker.link import PROTOCOL_VERSION
 from worker.shell import WorkerShell
 
 MIN_BLOCKS = 2
@@ -43,7 +42,7 @@ class Parts:
     def registration(self) -> wire.Registration:
         """What the coordinator learns about this engine; the process adds who and where it is."""
         return wire.Registration(
-            protocol_version=PROTOCOL_VERSION,
+            protocol_version=wire.LINK_PROTOCOL_VERSION,
             model_fingerprint=self.model.fingerprint,
             page_size_tokens=self.layout.page_size_tokens,
             total_blocks=self.memory.num_blocks,

@@ -42,11 +42,14 @@ from worker.shell import WorkerShell
 log = logging.getLogger(__name__)
 PROGRESS_INTERVAL_S = 2.0
 EXIT_CRASHED = 70
-ROLES: dict[str, list["wire.Role.ValueType"]] = {
+Roles = list["wire.Role.ValueType"]
+ROLES: dict[str, Roles] = {
     "prefill": [wire.ROLE_PREFILL],
     "decode": [wire.ROLE_DECODE],
     "mixed": [wire.ROLE_PREFILL, wire.ROLE_DECODE],
 }
+STANDBY: dict[str, Roles] = {"prefill": [wire.ROLE_DECODE], "decode": [], "mixed": []}
+"""Carried as well: a decode worker prefills by itself, but without decode workers somebody has to decode."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +91,7 @@ async def _live(settings: Settings, worker_id: str, folder: Path) -> int:
 
     late_link: list[CoordinatorLink] = []
     wiring = wire_up(
-        parts, me, ROLES[settings.kind], settings.handover, settings.worker.host,
+        parts, me, ROLES[settings.kind] + STANDBY[settings.kind], settings.handover, settings.worker.host,
         lambda message: late_link[0].send(message), on_crash,
     )  # fmt: skip
     async with wiring as wired:
@@ -131,6 +134,7 @@ def _registration(settings: Settings, parts: Parts, me: PeerIdentity, wired: Wir
             worker_id=me.worker_id,
             incarnation=me.incarnation,
             roles=ROLES[settings.kind],
+            standby_roles=STANDBY[settings.kind],
             pid=os.getpid(),
             host=settings.worker.host,
             handover_address=wired.handover_address,

@@ -13,6 +13,8 @@ class WorkerLoad:
     id: str
     prefills: bool
     decodes: bool
+    stands_in: bool
+    """Decodes while no decode worker accepts work."""
     requests: int
     """Running or waiting."""
     waiting_prefill_tokens: int
@@ -42,6 +44,7 @@ class PrefillChoice(Enum):
     LOCAL_MIXED = "local_mixed_worker"
     LOCAL_SHORT = "local_short_prompt"
     LOCAL_NO_WORKER = "local_no_prefill_worker"
+    STAND_IN = "local_no_decode_worker"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,8 @@ class LeastLoaded(RoutingPolicy):
 
     def choose(self, work: Work, workers: Sequence[WorkerLoad]) -> Route | None:
         self._turn += 1
+        if not any(worker.decodes for worker in workers):
+            return self._stand_in(work, workers)
         able = [worker for worker in workers if worker.decodes and work.total_tokens <= worker.context_tokens]
         decode = self._pick(work, able, _decode_cost)
         if decode is None:
@@ -83,6 +88,11 @@ class LeastLoaded(RoutingPolicy):
         if prefill is None:
             return Route(decode.id, None, PrefillChoice.LOCAL_NO_WORKER)
         return Route(decode.id, prefill.id, PrefillChoice.REMOTE)
+
+    def _stand_in(self, work: Work, workers: Sequence[WorkerLoad]) -> Route | None:
+        able = [worker for worker in workers if worker.stands_in and work.total_tokens <= worker.context_tokens]
+        decode = self._pick(work, able, _decode_cost)
+        return None if decode is None else Route(decode.id, None, PrefillChoice.STAND_IN)
 
     def _pick(
         self, work: Work, workers: list[WorkerLoad], cost: Callable[[Work, WorkerLoad], tuple[int, ...]]

@@ -13,7 +13,6 @@ from coordinator.routing import WorkerLoad
 if TYPE_CHECKING:
     from coordinator.delivery import Choice
 
-PROTOCOL_VERSION = 1
 OUTBOX_MESSAGES = 4096
 """Messages that may wait for a worker. One that reads slower than this is not serving anyone."""
 
@@ -48,6 +47,8 @@ class Worker:
         self.registration = registration
         self.prefills = wire.ROLE_PREFILL in registration.roles
         self.decodes = wire.ROLE_DECODE in registration.roles
+        self.stands_in = wire.ROLE_DECODE in registration.standby_roles
+        """Decodes while no decode worker accepts work."""
         self.heartbeat = wire.WorkerHeartbeat()
         self.heartbeat.blocks.total = self.heartbeat.blocks.free = registration.total_blocks
         self.last_seen_s = time.monotonic()
@@ -120,6 +121,7 @@ class Worker:
             id=self.id,
             prefills=self.prefills,
             decodes=self.decodes,
+            stands_in=self.stands_in,
             requests=max(len(self.legs), beat.running_requests + beat.waiting_requests),
             waiting_prefill_tokens=max(own_tokens, beat.waiting_prefill_tokens),
             free_blocks=beat.blocks.free + beat.blocks.cached - self._blocks_assigned,
@@ -157,8 +159,10 @@ class WorkerRegistry:
         return worker
 
     def _check(self, new: wire.Registration) -> None:
-        if new.protocol_version != PROTOCOL_VERSION:
-            raise PeerError(f"protocol_version is {new.protocol_version}, this coordinator speaks {PROTOCOL_VERSION}")
+        if new.protocol_version != wire.LINK_PROTOCOL_VERSION:
+            raise PeerError(
+                f"protocol_version is {new.protocol_version}, this coordinator speaks {wire.LINK_PROTOCOL_VERSION}"
+            )
         if not new.worker_id or not new.incarnation:
             raise PeerError("worker_id and incarnation must be set")
         if not new.roles or not set(new.roles) <= {wire.ROLE_PREFILL, wire.ROLE_DECODE}:
@@ -191,10 +195,12 @@ class WorkerRegistry:
 
     @property
     def ready(self) -> bool:
-        """A worker that can decode accepts work."""
-        return any(worker.decodes and worker.accepts for worker in self.workers.values())
+        """A worker that decodes, or stands in for those that do, accepts work."""
+        return any((worker.decodes or worker.stands_in) and worker.accepts for worker in self.workers.values())
 
     @property
     def context_tokens(self) -> int:
-        """Longest prompt plus output that every decode worker can hold; 0 without one."""
-        return min((worker.context_tokens for worker in self.workers.values() if worker.decodes), default=0)
+        """Longest prompt plus output that every decode worker, or else every stand-in, can hold; 0 without any."""
+        decoding = [worker for worker in self.workers.values() if worker.decodes]
+        standing_in = [worker for worker in self.workers.values() if worker.stands_in]
+        return min((worker.context_tokens for worker in decoding or standing_in), default=0)

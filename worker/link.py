@@ -17,7 +17,6 @@ from baton.v1 import worker_link_pb2 as wire
 from baton.v1.worker_link_pb2_grpc import WorkerLinkStub
 
 log = logging.getLogger(__name__)
-PROTOCOL_VERSION = 1
 MAX_OUTGOING = 8192
 MAX_MESSAGE_BYTES = 64 << 20
 WELCOME_TIMEOUT_S = 10.0

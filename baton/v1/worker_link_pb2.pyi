@@ -19,6 +19,22 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _LinkProtocol:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LinkProtocolEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LinkProtocol.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LINK_PROTOCOL_UNSPECIFIED: _LinkProtocol.ValueType  # 0
+    LINK_PROTOCOL_VERSION: _LinkProtocol.ValueType  # 1
+
+class LinkProtocol(_LinkProtocol, metaclass=_LinkProtocolEnumTypeWrapper):
+    """What both ends must speak; a coordinator refuses any other number."""
+
+LINK_PROTOCOL_UNSPECIFIED: LinkProtocol.ValueType  # 0
+LINK_PROTOCOL_VERSION: LinkProtocol.ValueType  # 1
+Global___LinkProtocol: _TypeAlias = LinkProtocol  # noqa: Y015
+
 class _Role:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -186,6 +202,7 @@ class Registration(_message.Message):
     MAX_MODEL_TOKENS_FIELD_NUMBER: _builtins.int
     BLOCK_BYTES_FIELD_NUMBER: _builtins.int
     LANES_FIELD_NUMBER: _builtins.int
+    STANDBY_ROLES_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     worker_id: _builtins.str
     """stable name, unique in the cluster"""
@@ -209,6 +226,10 @@ class Registration(_message.Message):
     def lanes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """names of the lanes this worker offers, best first"""
 
+    @_builtins.property
+    def standby_roles(self) -> _containers.RepeatedScalarFieldContainer[Global___Role.ValueType]:
+        """roles it takes on while no worker of that role accepts work"""
+
     def __init__(
         self,
         *,
@@ -226,10 +247,11 @@ class Registration(_message.Message):
         max_model_tokens: _builtins.int = ...,
         block_bytes: _builtins.int = ...,
         lanes: _abc.Iterable[_builtins.str] | None = ...,
+        standby_roles: _abc.Iterable[Global___Role.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "handover_address", b"handover_address", "host", b"host", "incarnation", b"incarnation", "lanes", b"lanes", "max_model_tokens", b"max_model_tokens", "model", b"model", "model_fingerprint", b"model_fingerprint", "page_size_tokens", b"page_size_tokens", "pid", b"pid", "protocol_version", b"protocol_version", "roles", b"roles", "total_blocks", b"total_blocks", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "handover_address", b"handover_address", "host", b"host", "incarnation", b"incarnation", "lanes", b"lanes", "max_model_tokens", b"max_model_tokens", "model", b"model", "model_fingerprint", b"model_fingerprint", "page_size_tokens", b"page_size_tokens", "pid", b"pid", "protocol_version", b"protocol_version", "roles", b"roles", "standby_roles", b"standby_roles", "total_blocks", b"total_blocks", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,6 +7,7 @@ from coordinator.routing import LeastLoaded, PrefillChoice, Work, WorkerLoad
 
 def worker(id: str, *, prefills: bool = False, decodes: bool = False, **changes: Any) -> WorkerLoad:
     usual = {
+        "stands_in": False,
         "requests": 0,
         "waiting_prefill_tokens": 0,
         "free_blocks": 100,
@@ -32,6 +33,16 @@ def test_without_a_worker_that_decodes_there_is_no_route() -> None:
     assert policy.choose(LONG, []) is None
     assert policy.choose(LONG, [prefill("p")]) is None
     assert policy.choose(LONG, [decode("too small", context_tokens=599)]) is None
+
+
+def test_a_prefill_worker_that_stands_by_decodes_only_while_no_decode_worker_is_there() -> None:
+    standby = [prefill("p0", stands_in=True, requests=3), prefill("p1", stands_in=True)]
+    route = policy.choose(LONG, standby)
+    assert route is not None
+    assert (route.decode, route.prefill, route.choice) == ("p1", None, PrefillChoice.STAND_IN)
+    route = policy.choose(LONG, [*standby, decode("d", requests=99)])
+    assert route is not None
+    assert route.decode == "d"
 
 
 def test_a_long_prompt_is_prefilled_by_the_worker_with_the_shortest_queue() -> None:

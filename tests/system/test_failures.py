@@ -103,6 +103,20 @@ def test_streams_of_a_killed_decode_worker_go_on_in_the_other(undisturbed: list[
         cluster.wait_for(cluster.is_whole, "every block of the workers left is free or cached")
 
 
+def test_streams_of_the_only_decode_worker_go_on_in_the_prefill_worker(undisturbed: list[str]) -> None:
+    with Cluster(*FLOAT32) as cluster:
+        load = Load(cluster)
+        cluster.wait_for(
+            lambda: cluster.metric("baton_worker_generated_tokens_total", worker="decode-0") > 3, "decode-0 decodes"
+        )
+        kill(cluster, "decode-0")
+        check(load.outcomes(), undisturbed)
+        assert cluster.metric("baton_prefill_choice_total", choice="local_no_decode_worker") > 0
+        assert cluster.get("/ready")
+        check(Load(cluster).outcomes(), undisturbed)
+        cluster.wait_for(cluster.is_whole, "every block of the prefill worker is free or cached")
+
+
 @pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])
 def test_a_hung_worker_counts_as_dead_within_the_stated_bound(undisturbed: list[str], victim: str) -> None:
     with Cluster("--decode", "2", *FLOAT32) as cluster:
