@@ -8,15 +8,11 @@ max_tokens. The front end is woken once for all tokens that a step brought.
 import asyncio
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.detokenizer import TextStream
+from coordinator.failures import RequestFailed
 from coordinator.stream import TokenStream
-
-if TYPE_CHECKING:
-    from coordinator.failures import RequestFailed
-    from coordinator.workers import Leg
 
 STOP, LENGTH, ABORTED = "stop", "length", "abort"
 _MISSING_LOGPROB = -9999.0  # as OpenAI writes a logprob too small to matter; JSON has no infinity
@@ -46,7 +42,7 @@ class Delta:
 
 
 class Choice:
-    """One stream of a request: its prompt, its tokens and text so far, and the legs of its current attempt."""
+    """One stream of a request: its prompt, its tokens and text so far."""
 
     __slots__ = (
         "_delta",
@@ -55,7 +51,6 @@ class Choice:
         "fingerprint",
         "finish_reason",
         "last_token_s",
-        "legs",
         "number",
         "prompt",
         "prompt_index",
@@ -85,7 +80,6 @@ class Choice:
         self.stream_id = f"{request.id}-{self.number}"
         self.text = text
         self.show_stop_token = show_stop_token
-        self.legs: list[Leg] = []
         self.avoid: set[str] = set()
         self.cached_tokens = 0
         self.fingerprint = ""

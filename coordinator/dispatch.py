@@ -13,7 +13,7 @@ import asyncio
 import itertools
 import logging
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from baton.config import CoordinatorOptions
 from baton.v1 import worker_link_pb2 as wire
@@ -23,9 +23,6 @@ from coordinator.metrics import Metrics
 from coordinator.routing import Route, RoutingPolicy, Work
 from coordinator.stream import ABANDON, COMPLETE, Outcome
 from coordinator.workers import Leg, Worker, WorkerRegistry
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 log = logging.getLogger("baton.requests")
 
@@ -39,6 +36,8 @@ class Dispatcher:
         self._policy = policy
         self._metrics = metrics
         self._handles = itertools.count(1)
+        self._legs: dict[Choice, list[Leg]] = {}
+        """Of the current attempt at each choice."""
         self.requests: dict[str, Request] = {}
         self.num_streams = 0
         self.draining = False
@@ -127,7 +126,7 @@ class Dispatcher:
             parts.insert(0, (prefill, wire.ROLE_PREFILL))
         for worker, role in parts:
             leg = Leg(choice, attempt, worker, role == wire.ROLE_DECODE, next(self._handles))
-            choice.legs.append(leg)
+            self._legs.setdefault(choice, []).append(leg)
             computes = worker is prefill or prefill is None
             worker.open(leg, len(tokens), len(tokens) if computes else 0)
             message = wire.CoordinatorMessage()
@@ -160,11 +159,10 @@ class Dispatcher:
 
     def _drop_legs(self, choice: Choice) -> None:
         """Abort the current attempt in every worker that has a part in it."""
-        for leg in choice.legs:
+        for leg in self._legs.pop(choice, ()):
             if leg.handle in leg.worker.legs:
                 leg.worker.close(leg)
                 leg.worker.send(wire.CoordinatorMessage(abort=wire.AbortAttempt(id=leg.id)))
-        choice.legs.clear()
 
     def _complete(self, choice: Choice, reason: str, by: Leg, workers_know: bool) -> None:
         """A choice has all its tokens. `workers_know`: the leg's worker ends by the same rule, without being told.
@@ -173,7 +171,7 @@ class Dispatcher:
         first token was the last one, decode still waits for blocks that nobody needs.
         """
         if workers_know:
-            for leg in choice.legs:
+            for leg in self._legs.get(choice, ()):
                 if leg is by or (by.decode and not leg.decode):
                     leg.worker.close(leg)
         self._drop_legs(choice)

@@ -2,17 +2,14 @@
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from baton.metrics import WORKER_COUNTERS
-
-if TYPE_CHECKING:
-    from coordinator.delivery import Choice, Request
-    from coordinator.workers import Worker, WorkerRegistry
+from coordinator.delivery import Choice, Request
+from coordinator.workers import Worker, WorkerRegistry
 
 _BLOCK_STATES = ("free", "cached", "held", "leased", "quarantined")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)

@@ -4,14 +4,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from baton.errors import PeerError
 from baton.v1 import worker_link_pb2 as wire
+from coordinator.delivery import Choice
 from coordinator.routing import WorkerLoad
-
-if TYPE_CHECKING:
-    from coordinator.delivery import Choice
 
 OUTBOX_MESSAGES = 4096
 """Messages that may wait for a worker. One that reads slower than this is not serving anyone."""
