@@ -15,12 +15,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 OBJECTS = {
-    "function": "function", "method": "method", "class": "class", "data": "variable",
-    "exception": "exception", "attribute": "attribute", "decorator": "decorator",
-    "classmethod": "class method", "staticmethod": "static method", "option": "option",
-    "cmdoption": "option", "describe": "item", "envvar": "environment variable",
-    "opcode": "bytecode instruction", "coroutinefunction": "coroutine function",
-    "c:function": "C function", "c:type": "C type", "c:macro": "C macro", "c:var": "C variable",
+    "function": "function",
+    "method": "method",
+    "class": "class",
+    "data": "variable",
+    "exception": "exception",
+    "attribute": "attribute",
+    "decorator": "decorator",
+    "classmethod": "class method",
+    "staticmethod": "static method",
+    "option": "option",
+    "cmdoption": "option",
+    "describe": "item",
+    "envvar": "environment variable",
+    "opcode": "bytecode instruction",
+    "coroutinefunction": "coroutine function",
+    "c:function": "C function",
+    "c:type": "C type",
+    "c:macro": "C macro",
+    "c:var": "C variable",
 }
 CODE = {"code-block", "code", "doctest", "testcode", "sourcecode", "parsed-literal"}
 ASIDES = {"note": "Note: ", "warning": "Warning: ", "tip": "Tip: ", "impl-detail": "Detail: "}
@@ -54,8 +67,11 @@ def inline(text: str) -> str:
     """Strip the inline markup of reStructuredText, keeping code in backticks."""
     text = re.sub(r":[\w:+.-]+:`([^`<]+?)\s*<[^`>]+>`", r"\1", text)
     text = re.sub(r":(pep|rfc):`(\d+)", lambda m: f":rfc:`{m[1].upper()} {m[2]}", text)
-    text = re.sub(r":(?:term|ref|doc|pep|rfc|abbr|keyword|kbd|dfn|source|manpage):`!?~?([^`]+)`",
-                  lambda m: m[1].rsplit("/", 1)[-1] if "/" in m[1] else m[1], text)
+    text = re.sub(
+        r":(?:term|ref|doc|pep|rfc|abbr|keyword|kbd|dfn|source|manpage):`!?~?([^`]+)`",
+        lambda m: m[1].rsplit("/", 1)[-1] if "/" in m[1] else m[1],
+        text,
+    )
     text = re.sub(r":[\w:+.-]+:`~([^`]*\.)?([^`.]+)`", r"`\2`", text)
     text = re.sub(r":[\w:+.-]+:`!?([^`]+)`", r"`\1`", text)
     text = re.sub(r"`([^`<]+?)\s*<[^`>]+>`__?", r"\1", text)
@@ -309,20 +325,48 @@ def read_stdlib(root: Path) -> tuple[list[str], list[Entry]]:
 
 
 ASK_OBJECT = (
-    "What does {n} do?", "What is {n}?", "Explain {n}.", "How does {n} work?", "What is {n} for?",
-    "Tell me about {n}.", "Describe {n}.", "What does the {n} {k} do?", "How do I use {n}?",
-    "Explain the {k} {n}.", "What is the {n} {k}?", "Can you explain {n}?", "{n}",
-    "When should I use {n}?", "Please explain what {n} does.", "What does {n}() do in Python?",
+    "What does {n} do?",
+    "What is {n}?",
+    "Explain {n}.",
+    "How does {n} work?",
+    "What is {n} for?",
+    "Tell me about {n}.",
+    "Describe {n}.",
+    "What does the {n} {k} do?",
+    "How do I use {n}?",
+    "Explain the {k} {n}.",
+    "What is the {n} {k}?",
+    "Can you explain {n}?",
+    "{n}",
+    "When should I use {n}?",
+    "Please explain what {n} does.",
+    "What does {n}() do in Python?",
 )
 ASK_MODULE = (
-    "What is the {n} module?", "Explain the {n} module.", "What does the {n} module do?",
-    "What is {n}?", "Tell me about the {n} module.", "What can I do with {n}?", "Explain {n}.",
-    "What is the {n} module for?", "Describe the Python {n} module.", "When should I use {n}?",
+    "What is the {n} module?",
+    "Explain the {n} module.",
+    "What does the {n} module do?",
+    "What is {n}?",
+    "Tell me about the {n} module.",
+    "What can I do with {n}?",
+    "Explain {n}.",
+    "What is the {n} module for?",
+    "Describe the Python {n} module.",
+    "When should I use {n}?",
 )
 ASK_TERM = (
-    "What is {a}?", "What is {a} in Python?", "Explain {n}.", "Define {n}.", "Tell me about {n}.",
-    "What does {n} mean?", "Can you explain what {a} is?", "Explain what {a} is.", "What's {a}?",
-    "Please explain {n} in Python.", "What does the term {n} mean in Python?", "{n}",
+    "What is {a}?",
+    "What is {a} in Python?",
+    "Explain {n}.",
+    "Define {n}.",
+    "Tell me about {n}.",
+    "What does {n} mean?",
+    "Can you explain what {a} is?",
+    "Explain what {a} is.",
+    "What's {a}?",
+    "Please explain {n} in Python.",
+    "What does the term {n} mean in Python?",
+    "{n}",
 )
 ASK_SECTION = ("Explain this topic: {n}.", "Tell me about {n}.", "{n}", "What about {n} in Python?")
 
@@ -355,9 +399,13 @@ def read_smalltalk(path: Path) -> list[Entry]:
 
 
 SYSTEM = (
-    "You are a helpful assistant.", "You are a helpful assistant that answers questions about Python.",
-    "You are the Baton demo model.", "Answer in a few words.", "You are an expert Python programmer.",
-    "Be brief and friendly.", "You answer questions about the Python standard library.",
+    "You are a helpful assistant.",
+    "You are a helpful assistant that answers questions about Python.",
+    "You are the Baton demo model.",
+    "Answer in a few words.",
+    "You are an expert Python programmer.",
+    "Be brief and friendly.",
+    "You answer questions about the Python standard library.",
 )
 
 
