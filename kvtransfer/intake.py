@@ -31,6 +31,8 @@ from kvtransfer.wire import PeerIdentity, PeerRef, spawn
 
 log = logging.getLogger(__name__)
 
+_STOPS = "the worker stops"
+
 __all__ = ["CANCELLED", "Intake", "IntakeResult"]
 
 
@@ -60,6 +62,7 @@ class Intake:
         self._users: dict[PeerLink, set[str]] = {}  # connected links and the hand-overs that use them
         self._closing: set[asyncio.Task[None]] = set()
         self._lane_names: dict[str, str] = {}
+        self._stopped = False
         self._batch_blocks = max(1, MAX_BATCH_BYTES // memory.block_bytes)
 
     def lanes_in_use(self) -> dict[str, str]:
@@ -76,6 +79,8 @@ class Intake:
         """
         if handover_id in self._takings:
             raise ValueError(f"hand-over {handover_id} is being taken already")
+        if self._stopped:
+            return IntakeResult(first_block, failure=_STOPS)
         taking = self._takings[handover_id] = Taking(handover_id, block_ids, first_block)
         work = asyncio.get_running_loop().create_task(self._take(taking, peer, deadline))
         self._working.add(work)
@@ -99,8 +104,9 @@ class Intake:
 
     async def stop(self) -> None:
         """End every hand-over and close every connection."""
+        self._stopped = True
         for taking in list(self._takings.values()):
-            taking.end("the worker stops")
+            taking.end(_STOPS)
         await asyncio.gather(*self._working, *self._links.values(), return_exceptions=True)
         for link in list(self._users):
             self._retire(link)

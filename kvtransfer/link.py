@@ -85,19 +85,10 @@ class PeerLink:
 
         Raises PeerError; the link is then of no use and must be closed.
         """
-        socket = context.socket(zmq.DEALER)
-        self._socket = socket
-        socket.setsockopt(zmq.LINGER, 200)  # long enough for the last Release
-        socket.setsockopt(zmq.RECONNECT_IVL, -1)
-        socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-        socket.setsockopt(zmq.IPV6, 1)
-        self._monitor_socket = socket.get_monitor_socket(_GONE)
-        self._tasks = [spawn(self._monitor(self._monitor_socket)), spawn(self._receive(socket))]
         try:
-            socket.connect(self.peer.address)
+            self._dial(context)
         except zmq.ZMQError as error:
-            raise PeerError(f"'{self.peer.address}' is no address: {error}") from error
+            raise PeerError(f"'{self.peer.address}' cannot be dialled: {error}") from error
         self.send(hello(self._me, self.peer, layout, [lane.name for lane in lanes]))
         try:
             async with asyncio.timeout(self._options.heartbeat_timeout_s):
@@ -109,6 +100,17 @@ class PeerLink:
         self._lane = await self._open_lane(reply, memory, lanes)
         if self.lost:
             raise PeerError(self.lost)
+
+    def _dial(self, context: zmq.asyncio.Context) -> None:
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 200)  # long enough for the last Release
+        self._socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        self._socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self._socket.setsockopt(zmq.IPV6, 1)
+        self._monitor_socket = self._socket.get_monitor_socket(_GONE)
+        self._tasks = [spawn(self._monitor(self._monitor_socket)), spawn(self._receive(self._socket))]
+        self._socket.connect(self.peer.address)
 
     async def _open_lane(self, reply: pb.HelloReply, memory: PoolMemory, lanes: Sequence[Lane]) -> LaneClient:
         loop = asyncio.get_running_loop()

@@ -17,7 +17,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import xxhash
 import zmq
@@ -31,11 +30,11 @@ from kvtransfer.lanes.base import LaneServer
 from kvtransfer.layout import BlockLayout
 from kvtransfer.leases import LeaseBook, LeaseChange, LeaseEvent
 from kvtransfer.memory import PoolMemory
+from kvtransfer.outgoing import Connection, Outgoing, Parked
 from kvtransfer.wire import (
     HIGH_WATER_MARK,
     MAX_FRAME_BYTES,
     MAX_ID_BYTES,
-    MAX_OFFER_BLOCKS,
     Numbering,
     PeerIdentity,
     PeerRef,
@@ -47,37 +46,6 @@ log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 1024
 MAX_PARKED = 4096
-
-
-@dataclass(slots=True)
-class _Connection:
-    """One peer that said Hello. `routing_id` is ZeroMQ's name for its socket."""
-
-    routing_id: bytes
-    peer: PeerIdentity
-    numbering: Numbering
-    last_heard: float
-
-
-@dataclass(slots=True)
-class _Outgoing:
-    """What has been offered for one hand-over, and how much of it the peer was told."""
-
-    ready: list[pb.OfferedBlock] = field(default_factory=list)
-    closed: pb.OfferClosed | None = None
-    connection: _Connection | None = None
-    num_sent: int = 0
-    finished: bool = False
-    """Nothing more is to be sent: closed, failed or revoked."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Parked:
-    """A Want that came before its hand-over was opened."""
-
-    connection: _Connection
-    first_block: int
-    expires_at: float
 
 
 class OfferServer:
@@ -110,17 +78,20 @@ class OfferServer:
         self._on_resolved = on_resolved
         # A reader's batch lasts at most pull_timeout_s, and its own clock is checked well within the silence allowed.
         self._book = LeaseBook(options.lease_s, options.pull_timeout_s + options.heartbeat_timeout_s)
-        self._outgoing: dict[str, _Outgoing] = {}
-        self._parked: dict[str, _Parked] = {}
-        self._connections: dict[bytes, _Connection] = {}
+        self._outgoing: dict[str, Outgoing] = {}
+        self._parked: dict[str, Parked] = {}
+        self._connections: dict[bytes, Connection] = {}
         self._endpoints: list[pb.LaneEndpoint] = []
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="kv-checksum")
         self._tasks: list[asyncio.Task[None]] = []
         self._context: zmq.asyncio.Context | None = None
         self._socket: zmq.asyncio.Socket | None = None
 
-    async def start(self, host: str) -> str:
-        """Serve lanes and control messages; returns the address for peers. Raises ConfigurationError."""
+    async def start(self, host: str, port: int = 0) -> str:
+        """Serve lanes and control messages; returns the address for peers. Raises ConfigurationError.
+
+        Port 0 takes a free one.
+        """
         for lane in self._lanes:
             try:
                 endpoint = lane.start(self._memory)
@@ -138,11 +109,12 @@ class OfferServer:
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         self._socket.setsockopt(zmq.IPV6, int(":" in host))
         try:
-            port = self._socket.bind_to_random_port(f"tcp://[{host}]" if ":" in host else f"tcp://{host}")
+            self._socket.bind(f"tcp://{_bracketed(host)}:{port or '*'}")
         except zmq.ZMQError as error:
             raise ConfigurationError(f"offers cannot be served on {host}: {error}; change --host") from error
         self._tasks = [spawn(self._receive(self._socket)), spawn(self._watch())]
-        return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+        bound = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        return f"tcp://{_bracketed(host)}:{bound.rpartition(':')[2]}"
 
     async def stop(self) -> None:
         """Close every lane, end every hand-over, and return once no thread of this object runs."""
@@ -168,7 +140,7 @@ class OfferServer:
     def open(self, handover_id: str, peer: PeerRef) -> None:
         """Begin a hand-over that only `peer` may want. Raises ValueError for an id used before."""
         change = self._book.open(handover_id, peer.identity, time.monotonic())
-        outgoing = self._outgoing[handover_id] = _Outgoing()
+        outgoing = self._outgoing[handover_id] = Outgoing()
         parked = self._parked.pop(handover_id, None)
         if change is not None:
             asyncio.get_running_loop().call_soon(self._apply, [change])  # never from inside open()
@@ -233,22 +205,14 @@ class OfferServer:
         outgoing.ready += done.result()
         self._flush(handover_id, outgoing)
 
-    def _flush(self, handover_id: str, outgoing: _Outgoing) -> None:
+    def _flush(self, handover_id: str, outgoing: Outgoing) -> None:
         """Tell the peer what it does not know yet."""
-        connection = outgoing.connection
-        if connection is None or outgoing.finished:
-            return
-        while outgoing.num_sent < len(outgoing.ready):
-            blocks = outgoing.ready[outgoing.num_sent : outgoing.num_sent + MAX_OFFER_BLOCKS]
-            offer = pb.Offer(handover_id=handover_id, first_block=outgoing.num_sent, blocks=blocks)
-            outgoing.num_sent += len(blocks)
-            if not self._send(connection, pb.HandoverMessage(offer=offer)):
-                return
-        if outgoing.closed is not None and len(outgoing.ready) == outgoing.closed.num_blocks:
-            outgoing.finished = True
-            self._send(connection, pb.HandoverMessage(closed=outgoing.closed))
+        if outgoing.connection is not None:
+            for message in outgoing.news(handover_id):
+                if not self._send(outgoing.connection, message):
+                    return
 
-    def _send(self, connection: _Connection, message: pb.HandoverMessage) -> bool:
+    def _send(self, connection: Connection, message: pb.HandoverMessage) -> bool:
         """Queue a message; a peer that is gone or does not read loses its connection, and False is returned."""
         if self._socket is None or connection.routing_id not in self._connections:
             return False
@@ -260,7 +224,7 @@ class OfferServer:
             asyncio.get_running_loop().call_soon(self._drop, connection, reason, False)
         return error is None
 
-    def _send_failed(self, connection: _Connection | None, handover_id: str, reason: str) -> None:
+    def _send_failed(self, connection: Connection | None, handover_id: str, reason: str) -> None:
         if connection is not None:
             self._send(connection, pb.HandoverMessage(failed=pb.OfferFailed(handover_id=handover_id, reason=reason)))
 
@@ -294,7 +258,7 @@ class OfferServer:
         if reason is None:
             peer = PeerIdentity(hello.worker_id, hello.incarnation)
             self._forget_older_lives(peer)
-            self._connections[routing_id] = _Connection(routing_id, peer, numbering, time.monotonic())
+            self._connections[routing_id] = Connection(routing_id, peer, numbering, time.monotonic())
             reply.pool_epoch = self._memory.epoch
             reply.lanes.extend(self._endpoints)
             reply.lease_s = self._options.lease_s
@@ -310,7 +274,7 @@ class OfferServer:
             if known.peer.worker_id == peer.worker_id and known.peer.incarnation != peer.incarnation:
                 self._drop(known, "it was restarted", True)
 
-    def _handle(self, connection: _Connection, message: pb.HandoverMessage) -> None:
+    def _handle(self, connection: Connection, message: pb.HandoverMessage) -> None:
         now = connection.last_heard = time.monotonic()
         match message.WhichOneof("message"):
             case "want":
@@ -330,11 +294,11 @@ class OfferServer:
                     parked = self._parked.get(handover_id)
                     if parked is not None and parked.connection is connection:
                         expires_at = now + self._options.lease_s
-                        self._parked[handover_id] = _Parked(connection, parked.first_block, expires_at)
+                        self._parked[handover_id] = Parked(connection, parked.first_block, expires_at)
             case kind:
                 raise PeerError(f"the peer sent '{kind}', which is not for it to send")
 
-    def _on_want(self, connection: _Connection, want: pb.Want, now: float) -> None:
+    def _on_want(self, connection: Connection, want: pb.Want, now: float) -> None:
         handover_id = want.handover_id
         if len(handover_id) > MAX_ID_BYTES:
             raise PeerError("the peer names an impossible hand-over")
@@ -344,9 +308,9 @@ class OfferServer:
         elif self._book.has_ended(handover_id) or len(self._parked) >= MAX_PARKED:
             self._send_failed(connection, handover_id, "the offer has ended")
         else:
-            self._parked[handover_id] = _Parked(connection, want.first_block, now + self._options.lease_s)
+            self._parked[handover_id] = Parked(connection, want.first_block, now + self._options.lease_s)
 
-    def _want(self, connection: _Connection, handover_id: str, first_block: int, outgoing: _Outgoing) -> None:
+    def _want(self, connection: Connection, handover_id: str, first_block: int, outgoing: Outgoing) -> None:
         if not self._book.want(handover_id, connection.peer):
             self._send_failed(connection, handover_id, "the offer has ended, or is for another worker")
             return
@@ -378,7 +342,7 @@ class OfferServer:
                     del self._parked[handover_id]
                     self._send_failed(parked.connection, handover_id, "nothing was offered in time")
 
-    def _drop(self, connection: _Connection, reason: str, dead: bool) -> None:
+    def _drop(self, connection: Connection, reason: str, dead: bool) -> None:
         """Forget a connection and end what was pulled over it; of a dead peer also what it has not asked for yet."""
         if self._connections.pop(connection.routing_id, None) is None:
             return
@@ -421,3 +385,8 @@ class OfferServer:
 
     def _count(self, name: str, amount: float) -> None:
         self._counters[name] = self._counters.get(name, 0.0) + amount
+
+
+def _bracketed(host: str) -> str:
+    """A host as addresses spell it: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host

@@ -22,7 +22,7 @@ import numpy as np
 
 from baton.errors import ConfigurationError, TransferError
 from kvtransfer.lanes.base import POLL_S, BlockRead, LaneClient, LaneEndpoint, LaneServer, check_still_wanted
-from kvtransfer.lanes.copying import coalesce, max_run_blocks
+from kvtransfer.lanes.copying import BlockIds, coalesce, max_run_blocks
 from kvtransfer.memory import PoolMemory
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ MAX_REQUEST_BYTES = 64 << 20
 _MAX_VECTORS = 64  # memory ranges in one system call
 _SEND_STALL_S = 10.0  # a receiver that takes nothing for so long loses its connection
 _JOIN_S = 2.0
+_LOCAL_BUFFER_BYTES = 256 << 10
 
 _REQUEST = struct.Struct("<QII")
 _ANSWER = struct.Struct("<IIQ")
@@ -146,12 +147,7 @@ def _answer(connection: socket.socket, memory: PoolMemory) -> bool:
     if status != _OK:
         return False
     if num_blocks:
-        reads = [BlockRead(block, 0, block) for block in wanted["block"].tolist()]
-        slabs = [
-            memory.blocks[run.remote_block : run.remote_block + run.num_blocks].data.cast("B")
-            for run in coalesce(reads, max_run_blocks(memory.block_bytes))
-        ]
-        _send_all(connection, slabs)
+        _send_all(connection, _slabs(memory, wanted["block"]))
         status = _judge(memory, wanted)
     connection.sendall(_STATUS.pack(status))
     return status == _OK
@@ -234,16 +230,18 @@ class TcpLaneClient(LaneClient):
             raise TransferError(_REASONS.get(status, f"lane tcp: the peer answered {status}"))
         if block_bytes != self._local.block_bytes:
             raise TransferError(f"a block has {block_bytes} bytes at the peer and {self._local.block_bytes} here")
-        local = [BlockRead(read.local_block, 0, read.local_block) for read in reads]
-        slabs = [
-            self._local.blocks[run.local_block : run.local_block + run.num_blocks].data.cast("B")
-            for run in coalesce(local, max_run_blocks(block_bytes))
-        ]
+        slabs = _slabs(self._local, np.array([read.local_block for read in reads], np.int64))
         tail = bytearray(_STATUS.size)
         _receive_all(connection, [*slabs, memoryview(tail)], deadline, cancelled)
         (status,) = _STATUS.unpack(tail)
         if status != _OK:
             raise TransferError(_REASONS.get(status, f"lane tcp: the peer answered {status}"))
+
+
+def _slabs(memory: PoolMemory, ids: BlockIds) -> list[memoryview]:
+    """The memory of these blocks in this order, neighbours joined."""
+    runs = coalesce(ids, ids, max_run_blocks(memory.block_bytes))
+    return [memory.blocks[run.local_block : run.local_block + run.num_blocks].data.cast("B") for run in runs]
 
 
 def _send_all(connection: socket.socket, parts: list[memoryview]) -> None:
@@ -280,6 +278,11 @@ def _advance(parts: list[memoryview], count: int) -> None:
 
 def _tune(connection: socket.socket) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if connection.getpeername()[0] == connection.getsockname()[0]:
+        # Within one host small buffers stay in cache: 4.4 GB/s against 3.0 with what the kernel chooses. Between
+        # hosts the kernel's own tuning follows the delay of the network.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LOCAL_BUFFER_BYTES)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _LOCAL_BUFFER_BYTES)
 
 
 def _timeval(seconds: float) -> bytes:

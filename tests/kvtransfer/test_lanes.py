@@ -1,0 +1,303 @@
+import itertools
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from baton.errors import ConfigurationError, TransferError
+from kvtransfer.lanes import copying, tcp
+from kvtransfer.lanes.base import BlockRead, LaneClient, LaneEndpoint, LaneServer
+from kvtransfer.lanes.copying import coalesce
+from kvtransfer.lanes.registry import LANES, parse_lanes
+from kvtransfer.memory import PoolMemory
+from tests.kvtransfer.world import BLOCK_BYTES, NUM_BLOCKS, new_memory, scattered
+
+NAMES = ("shm", "tcp", "fake")
+
+
+def soon(seconds: float = 5.0) -> float:
+    return time.monotonic() + seconds
+
+
+class Served:
+    """A pool served by a lane, and an empty one connected to it."""
+
+    def __init__(self, name: str) -> None:
+        self.source, self.target = new_memory(seed=1), new_memory()
+        self.server: LaneServer = LANES[name].serve("127.0.0.1")
+        self.endpoint = self.server.start(self.source)
+        self.client: LaneClient = LANES[name].connect(self.endpoint, self.target, soon())
+
+    def reads(self, remote: list[int], local: list[int]) -> list[BlockRead]:
+        generations = self.source.generations[remote].tolist()
+        return [BlockRead(*read) for read in zip(remote, generations, local, strict=True)]
+
+    def close(self) -> None:
+        self.client.close()
+        self.server.close()
+
+
+@pytest.fixture(params=NAMES)
+def served(request: pytest.FixtureRequest) -> Iterator[Served]:
+    world = Served(request.param)
+    yield world
+    world.close()
+
+
+blocks = st.lists(st.integers(0, 12), max_size=12)
+
+
+@given(blocks, st.integers(1, 4))
+def test_coalescing_keeps_every_block_in_order_and_joins_all_neighbours(remote, max_blocks):
+    local = [index if index < 6 else index + 3 for index in range(len(remote))]
+    runs = coalesce(np.array(remote, np.uint64), np.array(local, np.int64), max_blocks)
+    expanded = [(run.remote_block + k, run.local_block + k) for run in runs for k in range(run.num_blocks)]
+    assert expanded == list(zip(remote, local, strict=True))
+    assert all(1 <= run.num_blocks <= max_blocks for run in runs)
+    for run, after in itertools.pairwise(runs):
+        follows = (after.remote_block - run.remote_block, after.local_block - run.local_block)
+        assert follows != (run.num_blocks, run.num_blocks) or run.num_blocks == max_blocks
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+@pytest.mark.parametrize("name", NAMES)
+def test_every_lane_copies_exactly_the_blocks_asked_for(name, data):
+    served = _shared(name)
+    count = data.draw(st.integers(0, NUM_BLOCKS))
+    remote = data.draw(st.permutations(range(NUM_BLOCKS)))[:count]
+    local = data.draw(st.sampled_from([list(range(NUM_BLOCKS)), scattered(NUM_BLOCKS, 3)]))[:count]
+    served.target.blocks[:] = 0
+    served.client.pull(served.reads(list(remote), local), soon())
+    expected = np.zeros_like(served.target.blocks)
+    expected[local] = served.source.blocks[list(remote)]
+    assert (served.target.blocks == expected).all()
+
+
+_kept: dict[str, Served] = {}
+
+
+def _shared(name: str) -> Served:
+    """One pair for all examples of a property."""
+    if name not in _kept:
+        _kept[name] = Served(name)
+    return _kept[name]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _end_shared() -> Iterator[None]:
+    yield
+    for world in _kept.values():
+        world.close()
+
+
+def test_a_block_of_another_generation_is_refused(served):
+    reads = served.reads([1, 2], [3, 4])
+    served.source.generations[2] += 1
+    with pytest.raises(TransferError, match="no longer holds"):
+        served.client.pull(reads, soon())
+    served.client.pull(served.reads([1, 2], [3, 4]), soon())  # the lane is still good
+
+
+def test_a_block_that_changes_while_it_is_copied_is_refused(served, monkeypatch):
+    def bump_after(copy):
+        def copy_then_bump(*arguments):
+            copy(*arguments)
+            served.source.generations[5] += 1
+
+        return copy_then_bump
+
+    monkeypatch.setattr(copying, "_copy_runs", bump_after(copying._copy_runs))
+    monkeypatch.setattr(tcp, "_send_all", bump_after(tcp._send_all))
+    with pytest.raises(TransferError, match="no longer holds"):
+        served.client.pull(served.reads([5], [0]), soon())
+
+
+def test_a_block_outside_of_the_peers_pool_is_refused(served):
+    with pytest.raises(TransferError):
+        served.client.pull([BlockRead(NUM_BLOCKS, 0, 0)], soon())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wrong_token_is_refused(name):
+    served = Served(name)
+    with pytest.raises(TransferError):
+        LANES[name].connect(replace(served.endpoint, token=served.endpoint.token ^ 1), served.target, soon())
+    served.client.pull(served.reads([0], [0]), soon())
+    served.close()
+
+
+@pytest.mark.parametrize("name", ["shm", "tcp"])
+def test_a_pool_with_blocks_of_another_size_is_refused(name):
+    served = Served(name)
+    with pytest.raises(TransferError, match="bytes"):
+        LANES[name].connect(served.endpoint, new_memory(block_bytes=BLOCK_BYTES * 2), soon())
+    served.close()
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        LaneEndpoint("shm", "baton-kv-of-another-host", 1),
+        LaneEndpoint("fake", "fake-of-another-process", 1),
+        LaneEndpoint("tcp", "127.0.0.1:1", 1),
+        LaneEndpoint("tcp", "not an address", 1),
+    ],
+)
+def test_a_peer_that_a_lane_does_not_reach_is_a_transfer_error(endpoint):
+    with pytest.raises(TransferError):
+        LANES[endpoint.lane].connect(endpoint, new_memory(), soon(1))
+
+
+def test_nothing_can_be_pulled_once_the_server_is_closed(served):
+    served.client.pull(served.reads([0], [0]), soon())
+    served.server.close()
+    with pytest.raises(TransferError):
+        served.client.pull(served.reads([1], [1]), soon(1))
+
+
+def test_an_expired_or_cancelled_pull_copies_nothing(served):
+    cancelled = threading.Event()
+    cancelled.set()
+    with pytest.raises(TransferError, match="cancelled"):
+        served.client.pull(served.reads([1], [1]), soon(), cancelled)
+    with pytest.raises(TransferError, match="deadline"):
+        served.client.pull(served.reads([1], [1]), soon(-1))
+    assert not served.target.blocks.any()
+
+
+def test_threads_pull_side_by_side(served):
+    rows = [scattered(16, seed) for seed in range(8)]
+    errors: list[Exception] = []
+
+    def pull(index: int) -> None:
+        local = list(range(index * 8, index * 8 + 8))
+        try:
+            for _ in range(10):
+                served.client.pull(served.reads(rows[index][:8], local), soon())
+        except TransferError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=pull, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not errors
+    for index, row in enumerate(rows):
+        assert (served.target.blocks[index * 8 : index * 8 + 8] == served.source.blocks[row[:8]]).all()
+
+
+def test_tcp_splits_what_is_too_much_for_one_request():
+    source, target = PoolMemory.create(3000, 64), PoolMemory.create(3000, 64)
+    source.blocks[:] = np.random.default_rng(0).integers(0, 256, source.blocks.shape, np.uint8)
+    server = LANES["tcp"].serve("127.0.0.1")
+    client = LANES["tcp"].connect(server.start(source), target, soon())
+    client.pull([BlockRead(block, 0, 2999 - block) for block in range(3000)], soon())
+    assert (target.blocks[::-1] == source.blocks).all()
+    client.close()
+    server.close()
+
+
+@pytest.mark.parametrize("name", ["shm", "tcp"])
+def test_strangers_and_garbage_do_not_disturb_the_others(name):
+    served = Served(name)
+    for payload in (b"", b"GET / HTTP/1.1\r\n\r\n", bytes(4096)):
+        if name == "shm":
+            stranger = socket.socket(socket.AF_UNIX)
+            stranger.connect("\0" + served.endpoint.address)
+        else:
+            host, _, port = served.endpoint.address.rpartition(":")
+            stranger = socket.create_connection((host, int(port)))
+        stranger.sendall(payload)
+        stranger.close()
+    served.client.pull(served.reads([0], [0]), soon())
+    assert LANES[name].connect(served.endpoint, served.target, soon()) is not None
+    served.close()
+
+
+class MuteServer:
+    """Takes a tcp lane's request, answers with `answer`, then says nothing more until it is closed."""
+
+    def __init__(self, answer: bytes) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = LaneEndpoint("tcp", f"127.0.0.1:{self._listener.getsockname()[1]}", 1)
+        self.answer = answer
+        self.connections: list[socket.socket] = []
+        self.answered = threading.Event()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        probe, _ = self._listener.accept()
+        self.connections.append(probe)
+        probe.recv(65536)
+        probe.sendall(tcp._ANSWER.pack(0, 0, BLOCK_BYTES) + tcp._STATUS.pack(0))
+        probe.recv(65536)
+        probe.sendall(self.answer)
+        self.answered.set()
+
+    def close(self) -> None:
+        for open_socket in (*self.connections, self._listener):
+            open_socket.close()
+
+
+HALF_A_BLOCK = tcp._ANSWER.pack(0, 0, BLOCK_BYTES) + bytes(BLOCK_BYTES // 2)
+
+
+@pytest.mark.parametrize("answer", [b"", HALF_A_BLOCK])
+def test_a_stalled_tcp_peer_is_left_at_the_deadline_and_on_cancellation(answer):
+    mute, target = MuteServer(answer), new_memory()
+    client = tcp.TcpLaneClient.connect(mute.endpoint, target, soon())
+    cancelled = threading.Event()
+    threading.Timer(0.1, cancelled.set).start()
+    start = time.monotonic()
+    with pytest.raises(TransferError, match="cancelled"):
+        client.pull([BlockRead(0, 0, 0)], soon(), cancelled)
+    assert time.monotonic() - start < 1.5
+    mute.close()
+
+    mute = MuteServer(answer)
+    client = tcp.TcpLaneClient.connect(mute.endpoint, target, soon())
+    with pytest.raises(TransferError, match="deadline"):
+        client.pull([BlockRead(0, 0, 0)], soon(0.2))
+    mute.close()
+
+
+def test_a_tcp_peer_that_dies_in_mid_block_is_a_transfer_error():
+    mute = MuteServer(HALF_A_BLOCK)
+    client = tcp.TcpLaneClient.connect(mute.endpoint, new_memory(), soon())
+    threading.Thread(target=lambda: mute.answered.wait(5) and mute.close(), daemon=True).start()
+    with pytest.raises(TransferError, match=r"closed|lost"):
+        client.pull([BlockRead(0, 0, 0)], soon())
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "empty"),
+        ("shm,rdma", "'rdma'"),
+        ("shm,shm", "once"),
+        ("shm,faulty:shm", "once"),
+        ("faulty:rdma", "'rdma'"),
+        ("faulty:shm?explode=1", "'explode'"),
+        ("faulty:shm?corrupt=often", "corrupt=often"),
+        ("faulty", "'faulty'"),
+    ],
+)
+def test_an_unknown_lane_is_a_configuration_error_that_says_why(text, says):
+    with pytest.raises(ConfigurationError, match=says):
+        parse_lanes(text)
+
+
+def test_lanes_are_parsed_in_order_and_a_faulty_lane_keeps_its_name_on_the_wire():
+    lanes = parse_lanes(" faulty:shm?corrupt=3&seed=5 , tcp")
+    assert [lane.name for lane in lanes] == ["shm", "tcp"]
+    assert lanes[0].faults is not None
+    assert lanes[0].faults.seed == 5
+    assert lanes[1].faults is None

@@ -1,0 +1,83 @@
+import fcntl
+import mmap
+import os
+import tempfile
+
+import numpy as np
+import pytest
+
+from baton.errors import ConfigurationError, TransferError
+from kvtransfer.memory import PAGE_BYTES, PoolMemory, header_bytes
+
+
+def test_a_view_sees_the_owners_blocks_and_generations_but_cannot_write():
+    owner = PoolMemory.create(600, 100)
+    view = PoolMemory.attach(owner.open_readonly(), 600, 100)
+    owner.blocks[599] = 7
+    owner.generations[599] = 5
+    assert (view.blocks[599] == 7).all()
+    assert view.generations[599] == 5
+    with pytest.raises(ValueError, match="read-only"):
+        view.blocks[0, 0] = 1
+    with pytest.raises(PermissionError):
+        mmap.mmap(view.fd, PAGE_BYTES, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def test_blocks_lie_behind_the_generations_on_a_page_boundary():
+    memory = PoolMemory.create(513, 64)
+    assert header_bytes(513) == 2 * PAGE_BYTES
+    assert memory.blocks.ctypes.data % PAGE_BYTES == 0
+    assert memory.blocks.ctypes.data - memory.generations.ctypes.data == 2 * PAGE_BYTES
+    assert len(memory.buffer) == 513 * 64
+    np.frombuffer(memory.buffer, np.uint8)[64] = 9
+    assert memory.blocks[1, 0] == 9
+
+
+def test_a_pool_has_no_name_that_a_killed_process_could_leave_behind():
+    memory = PoolMemory.create(1, 1)
+    assert os.readlink(f"/proc/self/fd/{memory.fd}").startswith("/memfd:")
+
+
+def test_each_pool_has_an_epoch_and_a_token_of_its_own():
+    pools = [PoolMemory.create(1, 1) for _ in range(4)]
+    assert len({memory.epoch for memory in pools} | {memory.token for memory in pools}) == 8
+
+
+def test_a_pool_cannot_shrink_under_its_readers():
+    memory = PoolMemory.create(4, PAGE_BYTES)
+    with pytest.raises(PermissionError):
+        os.ftruncate(memory.fd, PAGE_BYTES)
+
+
+@pytest.mark.parametrize("shape", [(5, PAGE_BYTES), (3, PAGE_BYTES), (4, PAGE_BYTES + 1)])
+def test_memory_of_another_size_than_stated_is_refused(shape):
+    memory = PoolMemory.create(4, PAGE_BYTES)
+    with pytest.raises(TransferError, match="size"):
+        PoolMemory.attach(memory.open_readonly(), *shape)
+
+
+def test_an_ordinary_file_or_memory_that_may_shrink_is_refused():
+    with tempfile.TemporaryFile() as file:
+        file.truncate(2 * PAGE_BYTES)
+        with pytest.raises(TransferError):
+            PoolMemory.attach(os.dup(file.fileno()), 1, PAGE_BYTES)
+    fd = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, 2 * PAGE_BYTES)
+    assert not fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    with pytest.raises(TransferError):
+        PoolMemory.attach(fd, 1, PAGE_BYTES)
+
+
+def test_an_array_outlives_the_pool_it_views():
+    memory = PoolMemory.create(2, PAGE_BYTES)
+    row = memory.blocks[1]
+    memory.close()
+    memory.close()
+    row[:] = 3
+    assert (row == 3).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 1), (1, 0), (1, -1), (1 << 40, 1 << 30)])
+def test_an_impossible_pool_is_a_configuration_error(shape):
+    with pytest.raises(ConfigurationError):
+        PoolMemory.create(*shape)
