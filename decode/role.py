@@ -41,6 +41,8 @@ class DecodeRole(RoleHandler):
         handover = Handover.TAKE if remote else Handover.NONE
         request = engine_request(attempt.assignment, attempt.key, self._shell.model_fingerprint, handover)
         self._shell.submit(attempt, request)
+        if remote:
+            self._intake.expect(attempt.key, _peer(attempt))
 
     def on_reserved(self, attempt: Attempt, reserved: Reserved) -> None:
         task = asyncio.create_task(self._take(attempt, reserved))
@@ -54,14 +56,14 @@ class DecodeRole(RoleHandler):
             self._shell.crash(error)
 
     async def _take(self, attempt: Attempt, reserved: Reserved) -> None:
-        key, peer = attempt.key, attempt.assignment.prefill
+        key = attempt.key
         num_tokens = len(attempt.assignment.token_ids)
         num_blocks = -(-num_tokens // self._page_size)
         deadline_s = attempt.assignment.deadline_s or DEFAULT_DEADLINE_S
         try:
             result = await self._intake.take(
                 key,
-                PeerRef(peer.worker_id, peer.incarnation, peer.handover_address),
+                _peer(attempt),
                 reserved.block_ids[:num_blocks],
                 reserved.num_cached_blocks,
                 time.monotonic() + deadline_s,
@@ -89,9 +91,9 @@ class DecodeRole(RoleHandler):
     def abort(self, attempt: Attempt) -> None:
         key = attempt.key
         self._shell.steps.submit(lambda engine: engine.abort(key))
+        self._intake.cancel(key)
         if key in self._takes:
             self._aborted.add(key)
-            self._intake.cancel(key)
         else:
             # A reservation may be on its way from the engine; no transfer has begun, so none can touch its blocks.
             self._shell.steps.submit(lambda engine: engine.resolve(key))
@@ -101,3 +103,8 @@ class DecodeRole(RoleHandler):
 
     def unfinished(self) -> int:
         return len(self._takes)
+
+
+def _peer(attempt: Attempt) -> PeerRef:
+    peer = attempt.assignment.prefill
+    return PeerRef(peer.worker_id, peer.incarnation, peer.handover_address)

@@ -58,6 +58,7 @@ class Intake:
         self._context = zmq.asyncio.Context()
         self._links: dict[PeerRef, asyncio.Task[PeerLink]] = {}
         self._takings: dict[str, Taking] = {}
+        self._expected: dict[str, PeerRef] = {}
         self._working: set[asyncio.Task[IntakeResult]] = set()
         self._users: dict[PeerLink, set[str]] = {}  # connected links and the hand-overs that use them
         self._closing: set[asyncio.Task[None]] = set()
@@ -81,6 +82,7 @@ class Intake:
             raise ValueError(f"hand-over {handover_id} is being taken already")
         if self._stopped:
             return IntakeResult(first_block, failure=_STOPS)
+        self._expected.pop(handover_id, None)
         taking = self._takings[handover_id] = Taking(handover_id, block_ids, first_block)
         work = asyncio.get_running_loop().create_task(self._take(taking, peer, deadline))
         self._working.add(work)
@@ -96,8 +98,18 @@ class Intake:
             raise interrupted
         return work.result()
 
+    def expect(self, handover_id: str, peer: PeerRef) -> None:
+        """`take` will follow, once there is room: connect meanwhile, and keep the lease alive.
+
+        Without this, what waits here for longer than a lease would have been computed over there for nothing. Ends
+        with `take` or `cancel`.
+        """
+        self._expected[handover_id] = peer
+        self._dial(peer)
+
     def cancel(self, handover_id: str) -> None:
         """`take` returns soon with failure CANCELLED. An unknown id is no error."""
+        self._expected.pop(handover_id, None)
         taking = self._takings.get(handover_id)
         if taking is not None:
             taking.end(CANCELLED)
@@ -135,10 +147,7 @@ class Intake:
     async def _connected(self, taking: Taking, peer: PeerRef) -> PeerLink | None:
         """The link to the peer, shared by all its hand-overs; None when `taking` ended first."""
         while taking.failure is None:
-            attempt = self._links.get(peer)
-            if attempt is None:
-                attempt = self._links[peer] = asyncio.get_running_loop().create_task(self._connect(peer))
-                attempt.add_done_callback(lambda done: done.exception())  # seen, also when nobody waits any more
+            attempt = self._dial(peer)
             ended = asyncio.get_running_loop().create_task(_ended(taking))
             await asyncio.wait([attempt, ended], return_when=asyncio.FIRST_COMPLETED)
             ended.cancel()
@@ -187,6 +196,7 @@ class Intake:
         self._count("handover_blocks_received", outcome.num_verified)
         self._count("handover_bytes_received", outcome.num_verified * self._memory.block_bytes)
         self._count("handover_seconds", outcome.seconds)
+        self._count("handover_blocks_retried", outcome.num_retried)
         self._count("handover_checksum_failures", outcome.num_mismatched)
         if outcome.failure is not None and taking.failure is None:
             taking.end(outcome.failure)
@@ -194,6 +204,14 @@ class Intake:
             self._retire(link)
 
     # -- links -------------------------------------------------------------------------------------------------------
+
+    def _dial(self, peer: PeerRef) -> "asyncio.Task[PeerLink]":
+        """The connection to a peer, or the attempt at one that is under way; a new one where there is none."""
+        attempt = self._links.get(peer)
+        if attempt is None:
+            attempt = self._links[peer] = asyncio.get_running_loop().create_task(self._connect(peer))
+            attempt.add_done_callback(lambda done: done.exception())  # seen, also when nobody waits any more
+        return attempt
 
     async def _connect(self, peer: PeerRef) -> PeerLink:
         link = PeerLink(self._me, peer, self._options, self._on_message, self._on_lost, self._active_ids)
@@ -249,7 +267,8 @@ class Intake:
         closing.add_done_callback(self._closing.discard)
 
     def _active_ids(self, link: PeerLink) -> list[str]:
-        return sorted(self._users.get(link, ()))
+        expected = (handover_id for handover_id, peer in self._expected.items() if peer == link.peer)
+        return sorted({*self._users.get(link, ()), *expected})
 
     def _count(self, name: str, amount: float) -> None:
         self._counters[name] = self._counters.get(name, 0.0) + amount

@@ -28,7 +28,10 @@ class PullOutcome:
     """`num_verified` leading blocks of the batch are right; `failure` says why the rest is not, or is None."""
 
     num_verified: int
+    num_retried: int
+    """Blocks that arrived with wrong bytes and were pulled once more."""
     num_mismatched: int
+    """Those of them that were wrong again."""
     seconds: float
     failure: str | None
 
@@ -43,10 +46,11 @@ def pull_and_verify(
     """Pull a batch and check every block; what differs is pulled once more. Raises nothing for peer trouble."""
     start = time.monotonic()
     wrong: list[WantedBlock] = []
-    num_verified, failure = 0, None
+    num_verified, num_retried, failure = 0, 0, None
     try:
         client.pull([block.read for block in wanted], deadline, cancelled)
         wrong = _mismatched(memory, wanted)
+        num_retried = len(wrong)
         if wrong:
             client.pull([block.read for block in wrong], deadline, cancelled)
             wrong = _mismatched(memory, wrong)
@@ -55,7 +59,7 @@ def pull_and_verify(
             failure = f"{len(wrong)} blocks arrived twice with other bytes than were offered"
     except TransferError as error:
         failure = str(error)
-    return PullOutcome(num_verified, len(wrong), time.monotonic() - start, failure)
+    return PullOutcome(num_verified, num_retried, len(wrong), time.monotonic() - start, failure)
 
 
 def _mismatched(memory: PoolMemory, wanted: Sequence[WantedBlock]) -> list[WantedBlock]:
