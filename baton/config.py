@@ -49,7 +49,9 @@ class EngineOptions:
     max_model_tokens: int = setting(0, "longest prompt plus output served; 0 takes the model's context length")
     max_batch_tokens: int = setting(512, "tokens computed in one step: decodes first, prefill chunks fill the rest")
     max_running: int = setting(64, "requests computed side by side")
-    threads: int = setting(0, "CPU threads of one worker; 0 shares the machine between the workers started together")
+    threads: int = setting(
+        0, "CPU threads of one worker; 0 shares the cores between the workers started together, small models get 1"
+    )
 
 
 @dataclass(frozen=True)

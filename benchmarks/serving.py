@@ -26,7 +26,7 @@ class Serving:
         ports = ["--port", "0", "--grpc-port", "0", "--link-port", "0"]
         started_at = time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "cli.main", "serve", *ports, *words],
+            [sys.executable, "-P", "-m", "cli.main", "serve", *ports, *words],
             stdout=subprocess.PIPE, stderr=self._log, text=True, env={**os.environ, **(env or {})},
         )  # fmt: skip
         self.url, self.grpc = self._addresses()

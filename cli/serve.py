@@ -36,7 +36,7 @@ from baton.config import (
 from baton.errors import BatonError, ConfigurationError
 from baton.model_folder import served_name
 from baton.processes import log_to_stderr, stop_signals
-from cli.model import model_folder
+from cli.model import model_folder, threads_for
 from engine.weights import check_model
 from kvtransfer.lanes.registry import parse_lanes
 
@@ -71,8 +71,9 @@ class Child:
     async def start(self, pass_fds: Sequence[int] = ()) -> None:
         self.started_at = time.monotonic()
         # A session of its own: a Ctrl-C at the terminal must reach this command alone, which then drains in order.
+        # -P: folders of the place where it was started must not pass for packages of ours.
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "cli.main", *self.words, pass_fds=pass_fds, start_new_session=True
+            sys.executable, "-P", "-m", "cli.main", *self.words, pass_fds=pass_fds, start_new_session=True
         )
 
     async def stop(self, timeout_s: float) -> None:
@@ -104,11 +105,6 @@ def pool_sizes(arguments: argparse.Namespace) -> dict[str, int]:
     return sizes
 
 
-def share_threads(options: EngineOptions, num_workers: int) -> EngineOptions:
-    cores = len(os.sched_getaffinity(0))
-    return dataclasses.replace(options, threads=options.threads or max(1, cores // num_workers))
-
-
 class Cluster:
     """The processes of one `baton serve`."""
 
@@ -117,11 +113,12 @@ class Cluster:
         self.restart = not arguments.no_restart
         self.coordinator_options = from_arguments(CoordinatorOptions, arguments)
         self.model = from_arguments(ModelOptions, arguments)
-        self.engine = share_threads(from_arguments(EngineOptions, arguments), sum(self.sizes.values()))
         self.handover = from_arguments(HandoverOptions, arguments)
         parse_lanes(self.handover.lanes)
         folder = model_folder(self.model)
         check_model(folder)
+        engine = from_arguments(EngineOptions, arguments)
+        self.engine = dataclasses.replace(engine, threads=threads_for(engine, folder, sum(self.sizes.values())))
         self.model = dataclasses.replace(
             self.model, model=str(folder), revision="", served_name=served_name(self.model)
         )

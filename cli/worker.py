@@ -33,7 +33,7 @@ from baton.model_folder import served_name
 from baton.processes import log_to_stderr, stop_signals, watch_parent
 from baton.v1 import worker_link_pb2 as wire
 from cli.assembly import Parts, Wired, assemble, wire_up
-from cli.model import model_folder
+from cli.model import model_folder, threads_for
 from engine.runner import load_model
 from kvtransfer.wire import PeerIdentity
 from worker.link import CoordinatorLink
@@ -104,7 +104,7 @@ async def _live(settings: Settings, worker_id: str, folder: Path) -> int:
 def _load(settings: Settings, folder: Path) -> Parts:
     """Model, pool and engine, ready to run. In a thread of its own, as it takes seconds."""
     started = time.monotonic()
-    torch.set_num_threads(settings.engine.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(threads_for(settings.engine, folder))
     model = load_model(folder, settings.engine.dtype, _log_progress())
     parts = assemble(model, settings.engine)
     log.info(

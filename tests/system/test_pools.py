@@ -40,7 +40,7 @@ class Parts:
 
     def start(self, name: str, *words: str) -> None:
         log = (self._folder / f"{name}.log").open("ab")
-        command = [sys.executable, "-m", "cli.main", name.split("-")[0], *words]
+        command = [sys.executable, "-P", "-m", "cli.main", name.split("-")[0], *words]
         self.processes[name] = subprocess.Popen(command, stdout=log, stderr=log)
         log.close()
 

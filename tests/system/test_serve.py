@@ -138,7 +138,7 @@ def test_grpc_streams_the_same_tokens_as_http(cluster: Cluster, client: OpenAI) 
 
 def baton(*words: str) -> str:
     run = subprocess.run(
-        [sys.executable, "-m", "cli.main", *words], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-P", "-m", "cli.main", *words], capture_output=True, text=True, timeout=120, check=True
     )
     return run.stdout
 
@@ -199,7 +199,11 @@ def test_no_process_outlives_serve(number: signal.Signals) -> None:
 )
 def test_a_bad_flag_is_explained_before_anything_starts(words: list[str], message: str) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "cli.main", "serve", *words], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-P", "-m", "cli.main", "serve", *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert run.returncode == 2
     assert message in run.stderr
@@ -213,7 +217,7 @@ def test_a_broken_model_folder_is_explained_before_a_port_opens(tmp_path: Path) 
     weights = (DEMO_FOLDER / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     run = subprocess.run(
-        [sys.executable, "-m", "cli.main", "serve", "--model", str(tmp_path)],
+        [sys.executable, "-P", "-m", "cli.main", "serve", "--model", str(tmp_path)],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert run.returncode == 2
