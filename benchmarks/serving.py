@@ -59,9 +59,9 @@ class Serving:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.stop()
         if error is not None:
             print(self.log())
-        self.stop()
 
     def log(self) -> str:
         """The end of what its processes wrote."""

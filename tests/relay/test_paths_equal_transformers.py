@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,17 +92,19 @@ def test_handed_over(oracle: Oracle, lane: str) -> None:
     asyncio.run(run())
 
 
-def test_preempted_and_resumed(oracle: Oracle) -> None:
-    """A pool that holds about two of the eight requests at their full length."""
-    shape = BlockShape.of(oracle.model.config, PAGE, oracle.model.dtype).block_bytes
-    small = EngineOptions(dtype="float32", page_size=PAGE, kv_memory=str(12 * shape), max_batch_tokens=96)
-    numbers = range(len(LENGTHS), len(LENGTHS) + 8)
+@pytest.mark.parametrize("number", range(len(LENGTHS)))
+def test_preempted_and_resumed(oracle: Oracle, number: int) -> None:
+    """An older request grows into the second block of a pool that holds no more than both had at first."""
+    older = LENGTHS.index(PAGE - 1)
+    num_blocks = 1 + (LENGTHS[number] + PAGE) // PAGE
+    block_bytes = BlockShape.of(oracle.model.config, PAGE, oracle.model.dtype).block_bytes
+    options = replace(BIG, kv_memory=str(num_blocks * block_bytes))
 
     async def run() -> None:
-        async with relay(oracle.model, decode=small) as pair:
-            streams = [pair.start(oracle.prompts[number], NEW_TOKENS, remote=False)[1] for number in numbers]
-            for number, stream in zip(numbers, streams, strict=True):
-                oracle.check(number, await pair.finished(stream))
+        async with relay(oracle.model, decode=options) as pair:
+            streams = [pair.start(oracle.prompts[each], NEW_TOKENS, remote=False)[1] for each in (older, number)]
+            oracle.check(older, await pair.finished(streams[0]))
+            oracle.check(number, await pair.finished(streams[1]))
             await pair.whole()
             assert pair.decode.counters()["preemptions"] > 0
 

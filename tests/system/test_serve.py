@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
-from openai import OpenAI
+from openai import APIError, OpenAI
 
 from baton.v1 import inference_pb2, inference_pb2_grpc
 from cli.model import DEMO_FOLDER
@@ -163,6 +164,37 @@ def test_a_client_that_hangs_up_frees_its_blocks(cluster: Cluster, client: OpenA
     assert cluster.worker("decode-0")["blocks"]["held"] >= 0
     stream.close()
     cluster.wait_for(cluster.is_whole, "the aborted request's blocks are free")
+
+
+def test_no_text_of_a_prompt_is_in_the_log(cluster: Cluster, client: OpenAI) -> None:
+    secret = "xylophone zeppelin"
+    client.completions.create(model="demo", prompt=f"{secret} " * 40, max_tokens=2)
+    client.chat.completions.create(model="demo", messages=[{"role": "user", "content": secret}], max_tokens=2)
+    for bad in ({"prompt": secret, "max_tokens": -1}, {"prompt": [secret, 3]}, {"prompt": secret * 10_000}):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            cluster.post("/v1/completions", {"model": "demo", **bad})
+        assert refused.value.code == 400
+        assert secret.split()[0] not in refused.value.read().decode()
+    assert "POST '/v1/completions' 400" in cluster.log(), "the log is read to its end"
+    assert secret.split()[0] not in cluster.log()
+
+
+def test_sigterm_lets_a_stream_end_and_takes_no_new_one() -> None:
+    with Cluster(*FLOAT32) as cluster:
+        client = OpenAI(base_url=cluster.url + "/v1", api_key="unused", max_retries=0, timeout=60)
+        stream = client.completions.create(
+            model="demo", prompt=LONG_QUESTION, max_tokens=400, stream=True, extra_body={"ignore_eos": True},
+            stream_options={"include_usage": True},
+        )  # fmt: skip
+        chunks = [next(stream)]
+        cluster.process.send_signal(signal.SIGTERM)
+        cluster.wait_for(lambda: "draining" in cluster.log(), "it drains")
+        with pytest.raises(APIError):
+            client.completions.create(model="demo", prompt="Hello", max_tokens=1)
+        chunks += stream
+        assert chunks[-1].usage is not None
+        assert chunks[-1].usage.completion_tokens == 400
+        assert cluster.process.wait(30) == 0
 
 
 def test_mixed_workers_serve_without_any_hand_over() -> None:
