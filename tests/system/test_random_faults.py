@@ -1,4 +1,4 @@
-"""Workers die, hang and drain at random while clients ask: every answer is the undisturbed one, and nothing is left over.
+"""Workers die, hang and drain at random while clients ask: each answer is the undisturbed one, and nothing is left.
 
 The number of seconds can be raised for a soak: BATON_FAULT_SECONDS=600.
 """
@@ -66,7 +66,7 @@ def test_random_faults_cost_pauses_and_nothing_else() -> None:
     cases = [(prompt, sampling) for prompt in range(len(PROMPTS)) for sampling in range(len(SAMPLINGS))]
     with Cluster("--mixed", "1", *OPTIONS) as cluster:
         expected = {case: answer(cluster, *case) for case in cases}
-    with Cluster("--prefill", "2", "--decode", "2", *OPTIONS) as cluster:
+    with Cluster("--prefill", "2", "--decode", "2", "--max-attempts", "8", *OPTIONS) as cluster:
         end, chance, faults = time.monotonic() + SECONDS, random.Random(1), Counter[str]()
         clients = [Client(cluster, seed, expected, end) for seed in range(NUM_CLIENTS)]
         for client in clients:
