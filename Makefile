@@ -26,10 +26,12 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m kernels.cpu.build
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m kernels.cpu.build
 	touch $@ $(VENV)/.installed
 
 test: lint types contracts proto-check unit  ## everything CI runs

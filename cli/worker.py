@@ -108,8 +108,9 @@ def _load(settings: Settings, folder: Path) -> Parts:
     model = load_model(folder, settings.engine.dtype, _log_progress())
     parts = assemble(model, settings.engine)
     log.info(
-        "loaded and warm after %.1f s: %s, %d blocks of %d KiB, %d threads", time.monotonic() - started,
-        parts.layout.dtype, parts.memory.num_blocks, parts.memory.block_bytes // 1024, torch.get_num_threads(),
+        "loaded and warm after %.1f s: %s, %s kernels on %d threads, %d blocks of %d KiB",
+        time.monotonic() - started, parts.layout.dtype, model.ops.name, torch.get_num_threads(),
+        parts.memory.num_blocks, parts.memory.block_bytes // 1024,
     )  # fmt: skip
     return parts
 

@@ -10,20 +10,12 @@ only change the frequencies:
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.model_config import RopeConfig
-
-
-@dataclass(frozen=True, slots=True)
-class CosSin:
-    """float32 [tokens, 1, head_dim / 2] each, ready to broadcast over heads."""
-
-    cos: Tensor
-    sin: Tensor
+from kernels.ops import Rotation
 
 
 class Rotary:
@@ -35,14 +27,14 @@ class Rotary:
         self._exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         self._inverse_frequencies = self._fixed_frequencies()
 
-    def cos_sin(self, positions: Tensor, prompt_lengths: Tensor) -> CosSin:
+    def cos_sin(self, positions: Tensor, prompt_lengths: Tensor) -> Rotation:
         """For int64 [tokens] positions, and the length of the prompt that each token's request came with."""
         frequencies: Tensor = self._inverse_frequencies
         if self._rope.kind == "dynamic":
             frequencies = self._dynamic_frequencies(torch.maximum(prompt_lengths, positions + 1))
         angles = positions.float()[:, None] * frequencies
         scale = self._rope.attention_factor
-        return CosSin((angles.cos() * scale)[:, None], (angles.sin() * scale)[:, None])
+        return Rotation((angles.cos() * scale)[:, None], (angles.sin() * scale)[:, None])
 
     def _fixed_frequencies(self) -> Tensor:
         """float32 [head_dim / 2]."""

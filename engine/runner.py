@@ -1,8 +1,10 @@
 """Executes a StepPlan: builds the ragged batch, runs the model over it, samples."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,14 +16,21 @@ from engine.pool import KVPool
 from engine.requests import SamplingParams
 from engine.rotary import Rotary
 from engine.sampler import sample
-from engine.weights import Weights, load_weights, model_fingerprint, resolve_dtype
-from kernels.paged_attention import SequenceSpan, plan_attention, plan_write
+from engine.weights import Weights, expected_tensors, load_weights, model_fingerprint, resolve_dtype
+from kernels.cpu.build import Unavailable
+from kernels.cpu.native import NativeOps
+from kernels.ops import Ops, TorchOps
+from kernels.paged_attention import SequenceSpan, plan_write
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     config: ModelConfig
     weights: Weights
+    ops: Ops[Any]
+    """The kernels that its weights are laid out for."""
     dtype: torch.dtype
     fingerprint: str
     """Equal for models that compute equal KV."""
@@ -32,7 +41,26 @@ def load_model(folder: Path, dtype: str = "auto", on_progress: Callable[[float],
     config = ModelConfig.load(folder)
     resolved = resolve_dtype(dtype, config)
     fingerprint = model_fingerprint(folder, config, resolved)
-    return LoadedModel(config, load_weights(folder, config, resolved, on_progress), resolved, fingerprint)
+    ops = choose_ops(config, resolved)
+    return LoadedModel(config, load_weights(folder, config, resolved, ops, on_progress), ops, resolved, fingerprint)
+
+
+def choose_ops(config: ModelConfig, dtype: torch.dtype) -> Ops[Any]:
+    """The fastest kernels that this processor has for this model."""
+    if dtype != torch.bfloat16:
+        return TorchOps()
+    shapes = [shape for shape in expected_tensors(config).values() if len(shape) == 2]
+    reason = NativeOps.unsupported(
+        [rows for rows, _ in shapes], [columns for _, columns in shapes], config.head_dim,
+        config.num_heads // config.num_kv_heads,
+    )  # fmt: skip
+    try:
+        if reason is None:
+            return NativeOps()
+    except Unavailable as unavailable:
+        reason = str(unavailable)
+    log.warning("native CPU kernels cannot be used, torch is slower: %s", reason)
+    return TorchOps()
 
 
 class ModelRunner:
@@ -40,7 +68,7 @@ class ModelRunner:
 
     def __init__(self, loaded: LoadedModel, pool: KVPool) -> None:
         self.pool = pool
-        self._model = Model(loaded.config, loaded.weights)
+        self._model = Model(loaded.config, loaded.weights, loaded.ops)
         self._rotary = Rotary(loaded.config.rope, loaded.config.head_dim)
         self._windows = set(loaded.config.sliding_windows)
 
@@ -89,6 +117,6 @@ class ModelRunner:
             token_ids=torch.tensor(token_ids),
             rotation=self._rotary.cos_sin(where, torch.from_numpy(np.concatenate(prompt_lengths))),
             write=plan_write(slabs, torch.from_numpy(np.concatenate(blocks)), where % page_size),
-            attention={window: plan_attention(slabs, spans, window) for window in self._windows},
+            attention={window: self._model.ops.plan_attention(slabs, spans, window) for window in self._windows},
             sample_rows=torch.tensor(sample_rows, dtype=torch.int64),
         )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from baton.errors import ModelError
 from engine.model_config import ModelConfig
+from kernels.ops import HeadNorms, Matrix, Ops
 
 FLOAT_DTYPES = ("F32", "BF16", "F16")
 INDEX = "model.safetensors.index.json"
@@ -29,22 +30,17 @@ SAMPLED_ROWS = 16
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One decoder layer; matrices are [out, in]. None: the model has no such tensor."""
+    """One decoder layer. None: the model has no such tensors."""
 
     input_norm: Tensor
-    qkv: Tensor
+    qkv: Matrix
     """Rows of the queries' heads, then the keys', then the values'."""
-    qkv_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    output: Tensor
-    output_bias: Tensor | None
+    head_norms: HeadNorms | None
+    output: Matrix
     mlp_norm: Tensor
-    gate_up: Tensor
+    gate_up: Matrix
     """Rows of the gate, then of the up projection."""
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    down: Matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +49,8 @@ class Weights:
     """[vocab_size, hidden_size]."""
     layers: tuple[LayerWeights, ...]
     norm: Tensor
-    head: Tensor
-    """[vocab_size, hidden_size]; the embedding itself where the two are tied."""
+    head: Matrix
+    """hidden_size -> vocab_size; of the embedding itself where the two are tied."""
 
 
 def resolve_dtype(name: str, config: ModelConfig) -> torch.dtype:
@@ -128,15 +124,22 @@ def check_weights(folder: Path, config: ModelConfig) -> dict[str, Path]:
 
 
 def load_weights(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, on_progress: Callable[[float], None] | None = None
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    ops: Ops[Any],
+    on_progress: Callable[[float], None] | None = None,
 ) -> Weights:
-    """Checks as `check_weights`, then reads. `on_progress` gets the fraction done after each layer, ending with 1."""
+    """Checks as `check_weights`, then reads, each matrix in the order that `ops` wants it.
+
+    `on_progress` gets the fraction done after each layer, ending with 1.
+    """
     with _Reader(check_weights(folder, config), dtype) as reader:
         embedding = reader.get("model.embed_tokens.weight")
-        head = embedding if config.tie_word_embeddings else reader.get("lm_head.weight")
+        head = ops.matrix(embedding if config.tie_word_embeddings else reader.get("lm_head.weight"), None)
         layers = []
         for layer in range(config.num_layers):
-            layers.append(_load_layer(reader, f"model.layers.{layer}."))
+            layers.append(_load_layer(reader, ops, f"model.layers.{layer}."))
             if on_progress is not None:
                 on_progress((layer + 1) / config.num_layers)
         return Weights(embedding, tuple(layers), reader.get("model.norm.weight"), head)
@@ -202,22 +205,23 @@ class _Reader:
         return self._open[path]
 
 
-def _load_layer(reader: _Reader, prefix: str) -> LayerWeights:
-    queries_keys_values = [f"{prefix}self_attn.{name}_proj" for name in ("q", "k", "v")]
-    gate_up = [f"{prefix}mlp.{name}_proj" for name in ("gate", "up")]
+def _load_layer(reader: _Reader, ops: Ops[Any], prefix: str) -> LayerWeights:
+    def matrix(*names: str) -> Matrix:
+        """Linear layers that multiply the same input, stacked."""
+        return ops.matrix(
+            reader.get(*(f"{prefix}{name}.weight" for name in names)),
+            reader.maybe(*(f"{prefix}{name}.bias" for name in names)),
+        )
+
+    q_norm, k_norm = (reader.maybe(f"{prefix}self_attn.{name}_norm.weight") for name in ("q", "k"))
     return LayerWeights(
         input_norm=reader.get(f"{prefix}input_layernorm.weight"),
-        qkv=reader.get(*(f"{name}.weight" for name in queries_keys_values)),
-        qkv_bias=reader.maybe(*(f"{name}.bias" for name in queries_keys_values)),
-        q_norm=reader.maybe(f"{prefix}self_attn.q_norm.weight"),
-        k_norm=reader.maybe(f"{prefix}self_attn.k_norm.weight"),
-        output=reader.get(f"{prefix}self_attn.o_proj.weight"),
-        output_bias=reader.maybe(f"{prefix}self_attn.o_proj.bias"),
+        qkv=matrix("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        head_norms=None if q_norm is None or k_norm is None else HeadNorms(q_norm, k_norm),
+        output=matrix("self_attn.o_proj"),
         mlp_norm=reader.get(f"{prefix}post_attention_layernorm.weight"),
-        gate_up=reader.get(*(f"{name}.weight" for name in gate_up)),
-        gate_up_bias=reader.maybe(*(f"{name}.bias" for name in gate_up)),
-        down=reader.get(f"{prefix}mlp.down_proj.weight"),
-        down_bias=reader.maybe(f"{prefix}mlp.down_proj.bias"),
+        gate_up=matrix("mlp.gate_proj", "mlp.up_proj"),
+        down=matrix("mlp.down_proj"),
     )
 
 

@@ -73,7 +73,7 @@ def test_bfloat16_models_load_as_bfloat16(tmp_path):
     folder = write_tiny_model(tmp_path, "qwen3", dtype=torch.bfloat16)
     loaded = load_model(folder)
     assert loaded.dtype == torch.bfloat16
-    assert loaded.weights.layers[0].qkv.dtype == torch.bfloat16
+    assert loaded.weights.layers[0].qkv.data.dtype == torch.bfloat16
     assert loaded.fingerprint != load_model(folder, "float32").fingerprint
 
 
@@ -98,3 +98,41 @@ def test_null_means_absent_in_config(tmp_path):
     before = ModelConfig.load(folder)
     edit_config(folder, rope_scaling=None, mlp_bias=None, head_dim=None, rms_norm_eps=None, sliding_window=None)
     assert ModelConfig.load(folder) == before
+
+
+NATIVE_SIZES = {"vocab_size": 224, "intermediate_size": 96, "head_dim": 32}
+
+
+@pytest.mark.parametrize(
+    "family", ["llama3", "llama-biased", "llama-tied", "mistral", "qwen2", "qwen2-window", "qwen3"]
+)
+def test_native_kernels_are_as_close_to_float32_as_transformers_is(tmp_path, family):
+    sizes = NATIVE_SIZES if family != "qwen2" else NATIVE_SIZES | {"hidden_size": 128}
+    folder = write_tiny_model(tmp_path, family, **sizes)
+    loaded = load_model(folder, "bfloat16")
+    if loaded.ops.name == "torch":
+        pytest.skip("no native kernels on this machine")
+    prompts = [[3 + (7 * row + column) % 200 for column in range(43 + row)] for row in range(3)]
+    ours, theirs = [], []
+    exact_model, their_model = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
+    for prompt in prompts:
+        with torch.inference_mode():
+            exact = exact_model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+            theirs.append((their_model(torch.tensor([prompt])).logits[0, -1].float().log_softmax(-1) - exact).abs())
+        ours.append((decoded_logprobs(loaded, prompt) - exact).abs())
+    assert float(torch.stack(ours).mean()) < 1.5 * float(torch.stack(theirs).mean())
+
+
+def decoded_logprobs(loaded, prompt):
+    """After a prefill of all but the last three tokens, and decode steps for those."""
+    runner = ModelRunner(loaded, KVPool(BlockShape.of(loaded.config, 16, loaded.dtype), 16))
+    size = loaded.config.vocab_size
+    spec = SampleSpec(SamplingParams(logprobs=size), prompt, [])
+    for start, end in ((0, len(prompt) - 3), *((at, at + 1) for at in range(len(prompt) - 3, len(prompt)))):
+        plan = StepPlan([PlannedSequence("a", prompt[start:end], start, [3, 1, 2, 7], len(prompt), spec)], [])
+        found = runner.run(plan).sampled["a"].logprobs
+    result = torch.empty(size)
+    result[list(found.alternative_ids)] = torch.tensor(found.alternative_logprobs)
+    return result

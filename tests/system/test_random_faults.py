@@ -3,11 +3,13 @@
 The number of seconds can be raised for a soak: BATON_FAULT_SECONDS=600.
 """
 
+import json
 import os
 import random
 import signal
 import threading
 import time
+import urllib.error
 from collections import Counter
 from typing import Any
 
@@ -46,6 +48,8 @@ class Client(threading.Thread):
                 if answer(self._cluster, *case) != self._expected[case]:
                     self.trouble.append(f"another answer to {case}")
                 self.num_answers += 1
+            except urllib.error.HTTPError as error:
+                self.trouble.append(f"{case}: {error.code} {json.load(error)['error']['message']}")
             except OSError as error:
                 self.trouble.append(f"{case}: {error}")
 

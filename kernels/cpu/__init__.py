@@ -1,0 +1,1 @@
+"""Kernels in C++ for processors with AVX512-BF16, compiled on the machine that runs them."""

@@ -1,0 +1,146 @@
+"""The native kernels as Ops: bfloat16, AVX512-BF16. See native.cpp for layouts and what bounds each kernel."""
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import paged_attention
+from kernels.cpu.build import Unavailable, library
+from kernels.ops import HeadNorms, Matrix, Ops, Rotation
+from kernels.paged_attention import PrefillSpan, SequenceSpan, WritePlan
+
+COLUMNS = 32
+"""Output columns of a packed block; out_features must be a multiple."""
+MAX_GROUP, MAX_HEAD_DIM = 16, 256
+
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SIGNATURES: dict[str, list[type]] = {
+    "pack": [_P, _I, _I, _P],
+    "linear": [_P, _I, _I, _P, _I, _P, _P, _P],
+    "rms_norm": [_P, _P, _I, _I, _F, _P],
+    "silu_and_mul": [_P, _I, _I, _P],
+    "rotate_and_store": [_P, _I, _I, _I, _I, _P, _P, _P, _P, _F, _P, _P, _I, _I],
+    "decode_attention": [_P, _I, _I, _P, _P, _I, _P, _I, _I, _I, _I, _I, _P, _I, _I, _P],
+}
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The compiled library. Raises Unavailable."""
+    try:
+        # All symbols now: without torch's OpenMP runtime this must fail here, not in the first step.
+        native = ctypes.CDLL(str(library()), mode=os.RTLD_NOW)
+    except OSError as error:
+        raise Unavailable(f"the native kernels do not load: {error}") from error
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(native, name)
+        function.argtypes, function.restype = arguments, None
+    return native
+
+
+@dataclass(frozen=True, slots=True)
+class NativePlan:
+    """Single queries for the native kernel, longer runs of queries for torch."""
+
+    window: int | None
+    rows: Tensor
+    """int64 [B]: rows of the batch."""
+    block_ids: Tensor
+    """int32 [B, longest], padded with any block."""
+    lengths: Tensor
+    """int64 [B]: positions, the query's own included."""
+    prefills: list[PrefillSpan]
+
+
+class NativeOps(Ops[NativePlan]):
+    """Every tensor is bfloat16 and contiguous. `unsupported` says for which models."""
+
+    name = "native avx512-bf16"
+
+    def __init__(self) -> None:
+        """Raises Unavailable."""
+        self._native = load()
+
+    @staticmethod
+    def unsupported(out_features: Sequence[int], in_features: Sequence[int], head_dim: int, group: int) -> str | None:
+        """Why a model of these sizes cannot be served; `group` is query heads per kv head. None: it can."""
+        if any(size % COLUMNS for size in out_features) or any(size % 16 for size in in_features):
+            return f"a linear layer's output is no multiple of {COLUMNS}, or its input of 16"
+        if head_dim % 32 or head_dim > MAX_HEAD_DIM or group > MAX_GROUP:
+            return f"head_dim {head_dim} with {group} query heads per kv head"
+        return None
+
+    def matrix(self, weight: Tensor, bias: Tensor | None) -> Matrix:
+        rows, columns = weight.shape
+        packed = torch.empty_like(weight)
+        self._native.pack(weight.data_ptr(), rows, columns, packed.data_ptr())
+        return Matrix(packed, bias, rows, columns)
+
+    def linear(self, x: Tensor, matrix: Matrix, residual: Tensor | None = None) -> Tensor:
+        out = x.new_empty(x.shape[0], matrix.out_features)
+        self._native.linear(
+            x.data_ptr(), x.shape[0], matrix.in_features, matrix.data.data_ptr(), matrix.out_features,
+            None if matrix.bias is None else matrix.bias.data_ptr(),
+            None if residual is None else residual.data_ptr(), out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(x)
+        self._native.rms_norm(x.data_ptr(), weight.data_ptr(), x.shape[0], x.shape[1], eps, out.data_ptr())
+        return out
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+        self._native.silu_and_mul(gate_up.data_ptr(), gate_up.shape[0], out.shape[1], out.data_ptr())
+        return out
+
+    def rotate_and_store(
+        self, qkv: Tensor, slabs: Tensor, layer: int, rotation: Rotation, norms: HeadNorms | None, eps: float,
+        plan: WritePlan,
+    ) -> Tensor:  # fmt: skip
+        _, _, kv_heads, _, page_size, head_dim = slabs.shape
+        heads = qkv.shape[1] // head_dim - 2 * kv_heads
+        self._native.rotate_and_store(
+            qkv.data_ptr(), qkv.shape[0], heads, kv_heads, head_dim,
+            rotation.cos.data_ptr(), rotation.sin.data_ptr(),
+            None if norms is None else norms.query.data_ptr(), None if norms is None else norms.key.data_ptr(), eps,
+            slabs.data_ptr(), plan.key_rows.data_ptr(), layer * kv_heads * 2 * page_size, page_size,
+        )  # fmt: skip
+        return qkv.view(len(qkv), -1, head_dim)[:, :heads]
+
+    def plan_attention(self, slabs: Tensor, spans: Sequence[SequenceSpan], window: int | None) -> NativePlan:
+        # The native kernel takes pages in steps of 16 slots; with smaller pages torch attends to single queries, too.
+        whole_steps = slabs.shape[4] % 16 == 0
+        single = [span for span in spans if whole_steps and span.count == 1]
+        longer = [span for span in spans if not (whole_steps and span.count == 1)]
+        longest = max((len(span.block_ids) for span in single), default=0)
+        block_ids = torch.zeros(len(single), longest, dtype=torch.int32)
+        for row, span in enumerate(single):
+            block_ids[row, : len(span.block_ids)] = torch.tensor(span.block_ids, dtype=torch.int32)
+        return NativePlan(
+            window,
+            torch.tensor([span.first_row for span in single], dtype=torch.int64),
+            block_ids,
+            torch.tensor([span.start + 1 for span in single], dtype=torch.int64),
+            [paged_attention.plan_prefill(slabs, span, window) for span in longer],
+        )
+
+    def attention(self, query: Tensor, slabs: Tensor, layer: int, plan: NativePlan) -> Tensor:
+        tokens, heads, head_dim = query.shape
+        _, num_layers, kv_heads, _, page_size, _ = slabs.shape
+        out = query.new_empty(tokens, heads, head_dim)
+        if len(plan.rows):
+            self._native.decode_attention(
+                query.data_ptr(), query.stride(0), len(plan.rows), plan.rows.data_ptr(), plan.block_ids.data_ptr(),
+                plan.block_ids.shape[1], plan.lengths.data_ptr(), plan.window or 0, heads, kv_heads, head_dim,
+                page_size, slabs.data_ptr(), layer, num_layers, out.data_ptr(),
+            )  # fmt: skip
+        for span in plan.prefills:
+            paged_attention.prefill(query, slabs, layer, span, plan.window, out)
+        return out.flatten(1)

@@ -1,0 +1,118 @@
+"""The native kernels against their references, in bfloat16. Slots that no query may see hold NaN."""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from kernels import reference
+from kernels.cpu.build import Unavailable
+from kernels.cpu.native import NativeOps
+from kernels.ops import HeadNorms, Rotation, TorchOps
+from kernels.paged_attention import SequenceSpan, plan_write
+
+LAYERS = 2
+EPS = 1e-5
+TOLERANCE = 2e-2
+
+
+@pytest.fixture(scope="module")
+def native() -> NativeOps:
+    try:
+        return NativeOps()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+def random_bf16(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 11, 12, 13, 25, 64])
+@pytest.mark.parametrize(("rows", "columns"), [(32, 16), (96, 64), (320, 1024)])
+@pytest.mark.parametrize("extras", [False, True])
+def test_a_linear_layer_is_the_product_and_its_bias_and_residual(
+    native: NativeOps, tokens: int, rows: int, columns: int, extras: bool
+) -> None:
+    x, weight = random_bf16(tokens, columns), random_bf16(rows, columns, seed=1, scale=columns**-0.5)
+    bias = random_bf16(rows, seed=2) if extras else None
+    residual = random_bf16(tokens, rows, seed=3) if extras else None
+    expected = x.float() @ weight.float().T
+    if bias is not None and residual is not None:
+        expected += bias.float() + residual.float()
+    result = native.linear(x, native.matrix(weight, bias), residual)
+    torch.testing.assert_close(result.float(), expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("rows", [1, 9, 40])
+@pytest.mark.parametrize("size", [16, 64, 1024])
+def test_norms_and_activations_equal_their_references(native: NativeOps, rows: int, size: int) -> None:
+    x, weight = random_bf16(rows, size, scale=3.0), random_bf16(size, seed=1)
+    expected = reference.rms_norm(x.float(), weight.float(), EPS)
+    torch.testing.assert_close(native.rms_norm(x, weight, EPS).float(), expected, atol=TOLERANCE, rtol=TOLERANCE)
+    gate_up = random_bf16(rows, 2 * size, seed=2, scale=20.0)
+    expected = reference.silu_and_mul(gate_up.float())
+    torch.testing.assert_close(native.silu_and_mul(gate_up).float(), expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_activations_of_huge_values_stay_finite(native: NativeOps) -> None:
+    gate_up = torch.tensor([[1e30, -1e30, 88.0, -88.0] * 4 + [1.0] * 16]).bfloat16()
+    result = native.silu_and_mul(gate_up)[0, :4].float()
+    torch.testing.assert_close(result, torch.tensor([1e30, 0.0, 88.0, 0.0]), atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("with_norms", [False, True])
+def test_heads_are_normed_rotated_and_stored_as_torch_does_it(
+    native: NativeOps, head_dim: int, with_norms: bool
+) -> None:
+    tokens, heads, kv_heads, page = 21, 6, 2, 16
+    qkv = random_bf16(tokens, (heads + 2 * kv_heads) * head_dim)
+    angles = torch.randn(tokens, 1, head_dim // 2, generator=torch.Generator().manual_seed(1))
+    rotation = Rotation(angles.cos(), angles.sin())
+    norms = HeadNorms(random_bf16(head_dim, seed=2), random_bf16(head_dim, seed=3)) if with_norms else None
+    slabs = torch.full((5, LAYERS, kv_heads, 2, page, head_dim), float("nan"), dtype=torch.bfloat16)
+    positions = torch.arange(7, 7 + tokens)
+    plan = plan_write(slabs, torch.tensor([3, 0])[positions // page], positions % page)
+    expected_slabs = slabs.clone()
+    expected = TorchOps().rotate_and_store(qkv.clone(), expected_slabs, 1, rotation, norms, EPS, plan)
+    result = native.rotate_and_store(qkv, slabs, 1, rotation, norms, EPS, plan)
+    torch.testing.assert_close(result.float(), expected.float(), atol=TOLERANCE, rtol=TOLERANCE)
+    torch.testing.assert_close(slabs, expected_slabs, atol=TOLERANCE, rtol=TOLERANCE, equal_nan=True)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (2, 3), (1, 16)])
+@pytest.mark.parametrize("window", [None, 1, 5, 40])
+@pytest.mark.parametrize("page", [16, 32, 64])
+def test_attention_equals_the_reference_and_sees_no_stale_slot(
+    native: NativeOps, head_dim: int, kv_heads: int, group: int, window: int | None, page: int
+) -> None:
+    lengths = [1, 2, 15, 16, 17, 33, 130]
+    counts = [-(-length // page) for length in lengths]
+    ids = random.Random(0).sample(range(sum(counts) + 3), sum(counts))
+    slabs = torch.full((sum(counts) + 3, LAYERS, kv_heads, 2, page, head_dim), float("nan"), dtype=torch.bfloat16)
+    spans = []
+    for row, (length, start) in enumerate(zip(lengths, itertools.accumulate(counts, initial=0), strict=False)):
+        blocks = ids[start : start + counts[row]]
+        key, value = (random_bf16(length, kv_heads, head_dim, seed=10 * row + part) for part in (0, 1))
+        reference.write_kv(slabs, 1, blocks, 0, key, value)
+        spans.append(SequenceSpan(row, 1, length - 1, blocks))
+    # Queries lie in a wider matrix, as they do after the linear layer that makes them.
+    wide = random_bf16(len(lengths), kv_heads * (group + 2), head_dim, seed=99)
+    query = wide[:, : kv_heads * group]
+    result = native.attention(query, slabs, 1, native.plan_attention(slabs, spans, window))
+    expected = [
+        reference.paged_attention(query[row : row + 1].float(), slabs, 1, span.block_ids, span.start, window)
+        for row, span in enumerate(spans)
+    ]
+    torch.testing.assert_close(result.float(), torch.cat(expected).flatten(1), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_models_of_odd_sizes_are_left_to_torch() -> None:
+    assert NativeOps.unsupported([64, 96], [64, 128], 64, 4) is None
+    assert NativeOps.unsupported([199], [64], 64, 4)
+    assert NativeOps.unsupported([64], [24], 64, 4)
+    assert NativeOps.unsupported([64], [64], 80, 4)
+    assert NativeOps.unsupported([64], [64], 64, 17)
