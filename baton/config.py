@@ -49,6 +49,11 @@ class EngineOptions:
     max_model_tokens: int = setting(0, "longest prompt plus output served; 0 takes the model's context length")
     max_batch_tokens: int = setting(512, "tokens computed in one step: decodes first, prefill chunks fill the rest")
     max_running: int = setting(64, "requests computed side by side")
+    step_stretch: float = setting(
+        1.75,
+        "longest step while prompts are computed beside running requests, as a multiple of a step without them; "
+        "0 sets no bound",
+    )
     threads: int = setting(
         0, "CPU threads of one worker; 0 shares the cores between the workers started together, small models get 1"
     )
@@ -130,6 +135,8 @@ def validate(options: object) -> None:
         )
     if isinstance(options, EngineOptions):
         parse_bytes(options.kv_memory)
+        if options.step_stretch and not options.step_stretch > 1:
+            raise ConfigurationError(f"--step-stretch is {options.step_stretch}; it must be 0 or greater than 1")
         if options.page_size & (options.page_size - 1):
             raise ConfigurationError(f"--page-size is {options.page_size}; it must be a power of two")
 

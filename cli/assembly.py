@@ -73,6 +73,7 @@ def assemble(model: LoadedModel, options: EngineOptions) -> Parts:
         page_size=options.page_size,
         max_batch_tokens=max(options.max_batch_tokens, options.max_running),
         max_running=options.max_running,
+        step_stretch=options.step_stretch,
         max_model_tokens=max_model_tokens,
         shareable_tokens=model.config.shareable_tokens,
         generations=memory.generations,

@@ -105,7 +105,7 @@ def _load(settings: Settings, folder: Path) -> Parts:
     """Model, pool and engine, ready to run. In a thread of its own, as it takes seconds."""
     started = time.monotonic()
     torch.set_num_threads(threads_for(settings.engine, folder))
-    model = load_model(folder, settings.engine.dtype, _log_progress())
+    model = load_model(folder, settings.engine.dtype, _log_progress(), settings.engine.page_size)
     parts = assemble(model, settings.engine)
     log.info(
         "loaded and warm after %.1f s: %s, %s kernels on %d threads, %d blocks of %d KiB",

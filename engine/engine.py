@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from engine.blocks import BlockAllocator, Generations
+from engine.pace import Pace
 from engine.plan import Runner
 from engine.requests import EngineLoad, EngineRequest, StepOutput
 from engine.scheduler import Scheduler, SchedulerLimits
@@ -23,15 +24,17 @@ class Engine:
         max_model_tokens: int,
         shareable_tokens: Callable[[int], int],
         max_waiting: int = 1024,
+        step_stretch: float = 0.0,
         generations: Generations | None = None,
     ) -> None:
         """`shareable_tokens` maps a prompt's length to the number of leading tokens whose KV other requests may share.
 
-        `generations`, uint64 `[num_blocks]`, is written in place and may lie in shared memory. Raises
-        ConfigurationError when the limits contradict each other.
+        `step_stretch`: see `engine.pace.Pace`. `generations`, uint64 `[num_blocks]`, is written in place and may lie in
+        shared memory. Raises ConfigurationError when the limits contradict each other.
         """
         limits = SchedulerLimits(page_size, max_batch_tokens, max_running, max_model_tokens, max_waiting)
         self._runner = runner
+        self._pace = Pace(step_stretch)
         self._scheduler = Scheduler(BlockAllocator(num_blocks, generations), limits, shareable_tokens)
         self.counters = self._scheduler.counters
         """The engine's share of `baton.metrics.WORKER_COUNTERS`."""
@@ -73,13 +76,15 @@ class Engine:
         What the runner raises passes through and leaves the engine unusable: the KV of that step's requests is
         undefined. The process must end where everybody sees it, so that others take the requests over.
         """
-        plan = self._scheduler.plan()
+        plan = self._scheduler.plan(self._pace.prompt_tokens())
         if not plan.sequences:
             return self._scheduler.take_events()
         start = time.perf_counter()
         result = self._runner.run(plan)
+        seconds = time.perf_counter() - start
+        self._pace.observe(plan, seconds)
         self.counters["engine_steps"] += 1
-        self.counters["engine_step_seconds"] += time.perf_counter() - start
+        self.counters["engine_step_seconds"] += seconds
         return self._scheduler.apply(plan, result)
 
     def has_work(self) -> bool:

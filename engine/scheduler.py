@@ -167,10 +167,16 @@ class Scheduler:
 
     # -- Steps ---------------------------------------------------------------------------------------------------
 
-    def plan(self) -> StepPlan:
-        """What to compute now; no sequences when there is nothing to compute. Run it, then `apply`."""
+    def plan(self, prompt_tokens: int | None = None) -> StepPlan:
+        """What to compute now; no sequences when there is nothing to compute. Run it, then `apply`.
+
+        Beside single tokens at most `prompt_tokens` of prompts are computed; None leaves them what the batch has room
+        for.
+        """
         draft = _Draft(self._limits.max_batch_tokens)
         self._plan_singles(draft)
+        if draft.singles and prompt_tokens is not None:
+            draft.budget = min(draft.budget, prompt_tokens)
         for sequence in self._running:
             if draft.budget and sequence.num_uncomputed > 1:
                 draft.schedule(sequence)

@@ -101,7 +101,7 @@ def write_kv(slabs: Tensor, layer: int, plan: WritePlan, key: Tensor, value: Ten
 
 def plan_attention(slabs: Tensor, spans: Sequence[SequenceSpan], window: int | None) -> AttentionPlan:
     """`window`: each query sees that many latest positions, its own included; None sees all."""
-    prefills = [plan_prefill(slabs, span, window) for span in spans if span.count > 1]
+    prefills = [_plan_prefill(slabs, span, window) for span in spans if span.count > 1]
     singles = [span for span in spans if span.count == 1]
     _, _, kv_heads, _, page_size, head_dim = slabs.shape
     max_blocks = MAX_GROUP_KEYS // (kv_heads * page_size * head_dim)
@@ -126,7 +126,8 @@ def paged_attention(query: Tensor, slabs: Tensor, layer: int, plan: AttentionPla
     for group in plan.decodes:
         output.index_copy_(0, group.rows, _decode(query.index_select(0, group.rows), slabs, layer, group))
     for span in plan.prefills:
-        prefill(query, slabs, layer, span, plan.window, output)
+        rows = slice(span.first_row, span.first_row + span.count)
+        _prefill(query[rows], slabs, layer, span, plan.window, output[rows])
     return output
 
 
@@ -198,16 +199,15 @@ def _scores(query: Tensor, keys: Tensor) -> Tensor:
     return torch.baddbmm(query.new_empty(1, 1, 1), query, keys.transpose(1, 2), beta=0, alpha=scale)
 
 
-def plan_prefill(slabs: Tensor, span: SequenceSpan, window: int | None) -> PrefillSpan:
-    """Of one sequence, for `prefill`."""
+def _plan_prefill(slabs: Tensor, span: SequenceSpan, window: int | None) -> PrefillSpan:
     needed = _block_range(slabs, span, window)
     blocks = torch.tensor(span.block_ids[needed.start : needed.stop])
     gathered_from = needed.start * slabs.shape[4]
     return PrefillSpan(span.first_row, span.count, span.start, gathered_from, _rows(slabs, blocks[None]))
 
 
-def prefill(query: Tensor, slabs: Tensor, layer: int, span: PrefillSpan, window: int | None, output: Tensor) -> None:
-    """Attention of the span's rows of query [tokens, heads, head_dim] into the same rows of output, of that shape.
+def _prefill(query: Tensor, slabs: Tensor, layer: int, span: PrefillSpan, window: int | None, output: Tensor) -> None:
+    """[count, heads, head_dim] into output of the same shape.
 
     A tile of queries sees the keys from the window of its first query up to its own last position; among those only
     its own positions, and the edge of the window, need a mask:
@@ -217,8 +217,6 @@ def prefill(query: Tensor, slabs: Tensor, layer: int, span: PrefillSpan, window:
     kv_heads, head_dim = slabs.shape[2], slabs.shape[5]
     group = query.shape[1] // kv_heads
     keys, values = (each.view(kv_heads, -1, head_dim) for each in _gather(slabs, layer, span.key_rows))
-    own = slice(span.first_row, span.first_row + span.count)
-    query, output = query[own], output[own]
     stacked = query.view(-1, kv_heads, group, head_dim).permute(1, 2, 0, 3)
     end = span.start + span.count
     tile = max(1, min(QUERY_TILE, MAX_TILE_SCORES // (query.shape[1] * end)))

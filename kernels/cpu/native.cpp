@@ -217,7 +217,7 @@ static void attend(const bf16* query, const bf16* keys, int64_t block_stride, co
             const __m512 scores = _mm512_mul_ps(_mm512_load_ps(score), scale);
             const float highest = std::max(top[g], _mm512_mask_reduce_max_ps(seen, scores));
             const __m512 p = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(scores, _mm512_set1_ps(highest))));
-            const float shrink = std::exp(top[g] - highest);
+            const float shrink = highest > top[g] ? std::exp(top[g] - highest) : 1.0f;
             total[g] = total[g] * shrink + _mm512_reduce_add_ps(p);
             _mm512_store_ps(weight[g], p);
             if (shrink != 1.0f)
@@ -251,5 +251,143 @@ extern "C" void decode_attention(const bf16* query, int64_t query_stride, int64_
         attend(query + rows[i] * query_stride + first_head, slabs + (layer * kv_heads + kv_head) * head_stride,
                block_stride, block_ids + i * max_blocks, window > 0 ? std::max<int64_t>(0, lengths[i] - window) : 0,
                lengths[i], group, head_dim, page_size, out + rows[i] * heads * head_dim + first_head);
+    }
+}
+
+// Attention of many queries of one sequence over its paged keys and values, after FlashAttention-2 (Dao, 2023): a tile of
+// queries (rows: the query heads of a kv head at successive positions) walks the pages, 16 keys at a time. These are
+// brought into the order of vdpbf16ps once for the whole tile:
+//
+//     keys[head_dim / 2][16][2]       so that a broadcast pair of a query meets 16 keys
+//     values[8][head_dim][2]          so that a broadcast pair of probabilities meets 16 dimensions
+static const int TILE = 64;  // rows of a tile, rounded up to whole positions
+static const int STRIP = 8;  // rows that share a load
+
+static void arrange(const bf16* key, const bf16* value, int64_t head_dim, int written, bf16* keys, bf16* values) {
+    for (int i = 0; i < 16; i++)
+        for (int64_t pair = 0; pair < head_dim / 2; pair++)
+            memcpy(keys + (pair * 16 + i) * 2, key + i * head_dim + pair * 2, 4);
+    for (int pair = 0; pair < 8; pair++)
+        for (int64_t d = 0; d < head_dim; d += 16) {
+            // Slots not written yet hold anything; times a probability of 0 it must be 0.
+            const bf16* at = value + pair * 2 * head_dim + d;
+            __m512i both = _mm512_setzero_si512();
+            if (2 * pair < written) both = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at));
+            if (2 * pair + 1 < written)
+                both = _mm512_or_si512(
+                    both, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(at + head_dim))), 16));
+            _mm512_storeu_si512(values + (pair * head_dim + d) * 2, both);
+        }
+}
+
+static inline __m512bh broadcast(const bf16* two) {
+    int32_t bits;
+    memcpy(&bits, two, 4);
+    return (__m512bh)_mm512_set1_epi32(bits);
+}
+
+struct Row {
+    const bf16* query;
+    int64_t position;
+    float top, total;
+};
+
+// One strip of rows against 16 keys that begin at position `start`.
+static void attend_strip(Row* rows, float* sum, const bf16* keys, const bf16* values, int64_t start, int64_t window,
+                         int64_t head_dim) {
+    __m512 scores[STRIP];
+    for (int r = 0; r < STRIP; r++) scores[r] = _mm512_setzero_ps();
+    for (int64_t pair = 0; pair < head_dim / 2; pair++) {
+        const __m512bh key = pairs(keys + pair * 32);
+#pragma GCC unroll 8
+        for (int r = 0; r < STRIP; r++)
+            scores[r] = _mm512_dpbf16_ps(scores[r], broadcast(rows[r].query + pair * 2), key);
+    }
+    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(float(head_dim)));
+    alignas(64) bf16 weights[STRIP][16];
+    for (int r = 0; r < STRIP; r++) {
+        const int64_t oldest = window > 0 ? rows[r].position - window + 1 : 0;
+        const int from = int(std::clamp<int64_t>(oldest - start, 0, 16));
+        const int to = int(std::clamp<int64_t>(rows[r].position + 1 - start, 0, 16));
+        const __mmask16 seen = from < to ? __mmask16(((1u << to) - 1) & ~((1u << from) - 1)) : 0;
+        if (!seen) {
+            memset(weights[r], 0, sizeof weights[r]);
+            continue;
+        }
+        const __m512 scaled = _mm512_mul_ps(scores[r], scale);
+        const float highest = std::max(rows[r].top, _mm512_mask_reduce_max_ps(seen, scaled));
+        const __m512 p = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(scaled, _mm512_set1_ps(highest))));
+        const float shrink = highest > rows[r].top ? std::exp(rows[r].top - highest) : 1.0f;
+        rows[r].total = rows[r].total * shrink + _mm512_reduce_add_ps(p);
+        rows[r].top = highest;
+        narrow(weights[r], p);
+        if (shrink != 1.0f)
+            for (int64_t d = 0; d < head_dim; d += 16) {
+                float* at = sum + r * head_dim + d;
+                _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_loadu_ps(at), _mm512_set1_ps(shrink)));
+            }
+    }
+    for (int64_t d = 0; d < head_dim; d += 32) {
+        __m512 low[STRIP], high[STRIP];
+        for (int r = 0; r < STRIP; r++) {
+            low[r] = _mm512_loadu_ps(sum + r * head_dim + d);
+            high[r] = _mm512_loadu_ps(sum + r * head_dim + d + 16);
+        }
+        for (int pair = 0; pair < 8; pair++) {
+            const bf16* value = values + (pair * head_dim + d) * 2;
+            const __m512bh first = pairs(value), second = pairs(value + 32);
+#pragma GCC unroll 8
+            for (int r = 0; r < STRIP; r++) {
+                const __m512bh weight = broadcast(weights[r] + pair * 2);
+                low[r] = _mm512_dpbf16_ps(low[r], weight, first);
+                high[r] = _mm512_dpbf16_ps(high[r], weight, second);
+            }
+        }
+        for (int r = 0; r < STRIP; r++) {
+            _mm512_storeu_ps(sum + r * head_dim + d, low[r]);
+            _mm512_storeu_ps(sum + r * head_dim + d + 16, high[r]);
+        }
+    }
+}
+
+// Rows first_row to first_row + count of query [tokens][...] (query_stride numbers apart) and of out
+// [tokens][heads][head_dim] are the positions start to start + count of one sequence.
+extern "C" void prefill_attention(const bf16* query, int64_t query_stride, int64_t first_row, int64_t count,
+                                  int64_t start, const int32_t* blocks, int64_t window, int64_t heads,
+                                  int64_t kv_heads, int64_t head_dim, int64_t page_size, const bf16* slabs,
+                                  int64_t layer, int64_t num_layers, bf16* out) {
+    const int64_t group = heads / kv_heads, head_stride = 2 * page_size * head_dim;
+    const int64_t block_stride = num_layers * kv_heads * head_stride;
+    const int64_t tile = (TILE + group - 1) / group, num_tiles = (count + tile - 1) / tile;
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t task = 0; task < num_tiles * kv_heads; task++) {
+        // The last tiles see the most keys: they come first, so that no thread is left with one at the end.
+        const int64_t begin = (num_tiles - 1 - task / kv_heads) * tile, kv_head = task % kv_heads;
+        const int64_t end = std::min(begin + tile, count), num_rows = (end - begin) * group;
+        const int64_t padded = (num_rows + STRIP - 1) / STRIP * STRIP;
+        alignas(64) float sum[(TILE + 16 + STRIP) * 256];
+        alignas(64) bf16 keys[16 * 256], values[16 * 256];
+        Row rows[TILE + 16 + STRIP];
+        memset(sum, 0, padded * head_dim * sizeof(float));
+        for (int64_t r = 0; r < padded; r++) {
+            const int64_t token = begin + std::min(r, num_rows - 1) / group, head = kv_head * group + r % group;
+            rows[r] = {query + (first_row + token) * query_stride + head * head_dim, start + token, -INFINITY, 0.0f};
+        }
+        const int64_t last = start + end - 1, oldest = window > 0 ? std::max<int64_t>(0, start + begin - window + 1) : 0;
+        for (int64_t at = oldest / 16 * 16; at <= last; at += 16) {
+            const bf16* key = slabs + blocks[at / page_size] * block_stride +
+                              (layer * kv_heads + kv_head) * head_stride + at % page_size * head_dim;
+            arrange(key, key + page_size * head_dim, head_dim, int(std::min<int64_t>(16, start + count - at)), keys, values);
+            for (int64_t r = 0; r < padded; r += STRIP)
+                if (rows[r + STRIP - 1].position >= at)
+                    attend_strip(rows + r, sum + r * head_dim, keys, values, at, window, head_dim);
+        }
+        for (int64_t r = 0; r < num_rows; r++) {
+            const int64_t token = begin + r / group, head = kv_head * group + r % group;
+            const __m512 total = _mm512_set1_ps(rows[r].total);
+            for (int64_t d = 0; d < head_dim; d += 16)
+                narrow(out + ((first_row + token) * heads + head) * head_dim + d,
+                       _mm512_div_ps(_mm512_loadu_ps(sum + r * head_dim + d), total));
+        }
     }
 }

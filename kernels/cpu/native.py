@@ -5,14 +5,14 @@ import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels import paged_attention
 from kernels.cpu.build import Unavailable, library
 from kernels.ops import HeadNorms, Matrix, Ops, Rotation
-from kernels.paged_attention import PrefillSpan, SequenceSpan, WritePlan
+from kernels.paged_attention import SequenceSpan, WritePlan
 
 COLUMNS = 32
 """Output columns of a packed block; out_features must be a multiple."""
@@ -25,6 +25,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "rms_norm": [_P, _P, _I, _I, _F, _P],
     "silu_and_mul": [_P, _I, _I, _P],
     "rotate_and_store": [_P, _I, _I, _I, _I, _P, _P, _P, _P, _F, _P, _P, _I, _I],
+    "prefill_attention": [_P, _I, _I, _I, _I, _P, _I, _I, _I, _I, _I, _P, _I, _I, _P],
     "decode_attention": [_P, _I, _I, _P, _P, _I, _P, _I, _I, _I, _I, _I, _P, _I, _I, _P],
 }
 
@@ -43,9 +44,19 @@ def load() -> ctypes.CDLL:
     return native
 
 
+class Prefill(NamedTuple):
+    """Several queries of one sequence."""
+
+    first_row: int
+    num_queries: int
+    start: int
+    block_ids: Tensor
+    """int32 [blocks]."""
+
+
 @dataclass(frozen=True, slots=True)
 class NativePlan:
-    """Single queries for the native kernel, longer runs of queries for torch."""
+    """Single queries of all sequences together, longer runs of queries one by one."""
 
     window: int | None
     rows: Tensor
@@ -54,7 +65,7 @@ class NativePlan:
     """int32 [B, longest], padded with any block."""
     lengths: Tensor
     """int64 [B]: positions, the query's own included."""
-    prefills: list[PrefillSpan]
+    prefills: list[Prefill]
 
 
 class NativeOps(Ops[NativePlan]):
@@ -67,8 +78,12 @@ class NativeOps(Ops[NativePlan]):
         self._native = load()
 
     @staticmethod
-    def unsupported(out_features: Sequence[int], in_features: Sequence[int], head_dim: int, group: int) -> str | None:
+    def unsupported(
+        out_features: Sequence[int], in_features: Sequence[int], head_dim: int, group: int, page_size: int
+    ) -> str | None:
         """Why a model of these sizes cannot be served; `group` is query heads per kv head. None: it can."""
+        if page_size % 16:
+            return f"--page-size {page_size} is no multiple of 16"
         if any(size % COLUMNS for size in out_features) or any(size % 16 for size in in_features):
             return f"a linear layer's output is no multiple of {COLUMNS}, or its input of 16"
         if head_dim % 32 or head_dim > MAX_HEAD_DIM or group > MAX_GROUP:
@@ -115,10 +130,7 @@ class NativeOps(Ops[NativePlan]):
         return qkv.view(len(qkv), -1, head_dim)[:, :heads]
 
     def plan_attention(self, slabs: Tensor, spans: Sequence[SequenceSpan], window: int | None) -> NativePlan:
-        # The native kernel takes pages in steps of 16 slots; with smaller pages torch attends to single queries, too.
-        whole_steps = slabs.shape[4] % 16 == 0
-        single = [span for span in spans if whole_steps and span.count == 1]
-        longer = [span for span in spans if not (whole_steps and span.count == 1)]
+        single = [span for span in spans if span.count == 1]
         longest = max((len(span.block_ids) for span in single), default=0)
         block_ids = torch.zeros(len(single), longest, dtype=torch.int32)
         for row, span in enumerate(single):
@@ -128,7 +140,11 @@ class NativeOps(Ops[NativePlan]):
             torch.tensor([span.first_row for span in single], dtype=torch.int64),
             block_ids,
             torch.tensor([span.start + 1 for span in single], dtype=torch.int64),
-            [paged_attention.plan_prefill(slabs, span, window) for span in longer],
+            [
+                Prefill(span.first_row, span.count, span.start, torch.tensor(span.block_ids, dtype=torch.int32))
+                for span in spans
+                if span.count > 1
+            ],
         )
 
     def attention(self, query: Tensor, slabs: Tensor, layer: int, plan: NativePlan) -> Tensor:
@@ -142,5 +158,9 @@ class NativeOps(Ops[NativePlan]):
                 page_size, slabs.data_ptr(), layer, num_layers, out.data_ptr(),
             )  # fmt: skip
         for span in plan.prefills:
-            paged_attention.prefill(query, slabs, layer, span, plan.window, out)
+            self._native.prefill_attention(
+                query.data_ptr(), query.stride(0), span.first_row, span.num_queries, span.start,
+                span.block_ids.data_ptr(), plan.window or 0, heads, kv_heads, head_dim, page_size,
+                slabs.data_ptr(), layer, num_layers, out.data_ptr(),
+            )  # fmt: skip
         return out.flatten(1)

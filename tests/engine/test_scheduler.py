@@ -8,6 +8,7 @@ import pytest
 from baton.block_names import root_name
 from baton.errors import ConfigurationError, InvalidRequestError
 from engine.blocks import BlockAllocator
+from engine.plan import Sampled, StepResult
 from engine.requests import EndReason, EngineRequest, Handover, SamplingParams
 from engine.scheduler import EngineFull, Scheduler, SchedulerLimits
 from tests.engine.stand_in import LONG_PROMPT, PAGE, World, make_request, undisturbed
@@ -51,6 +52,22 @@ def test_decodes_go_first_and_prompt_chunks_fill_the_budget() -> None:
     world.step()
     assert shape(world) == [("short", 5, 1, True), ("long", 14, 1, True), ("next", 4, 1, True)]
     world.run_to_the_end()
+
+
+def test_beside_running_requests_prompts_get_what_the_pace_allows_and_alone_the_whole_batch() -> None:
+    world = World(max_batch_tokens=10)
+    scheduler = world.engine._scheduler
+    world.add(make_request("long", list(range(14)), max_tokens=2))
+    plan = scheduler.plan(prompt_tokens=3)
+    assert [len(sequence.token_ids) for sequence in plan.sequences] == [10]
+    scheduler.apply(plan, StepResult({}))
+    world.add(make_request("short", [1], max_tokens=9))
+    plan = scheduler.plan(prompt_tokens=3)
+    assert [(s.request_id, len(s.token_ids)) for s in plan.sequences] == [("short", 1), ("long", 4)]
+    scheduler.apply(plan, StepResult({"long": Sampled(1), "short": Sampled(1)}))
+    world.add(make_request("next", list(range(20, 29)), max_tokens=2))
+    plan = scheduler.plan(prompt_tokens=3)
+    assert [(s.request_id, len(s.token_ids)) for s in plan.sequences] == [("long", 1), ("short", 1), ("next", 3)]
 
 
 def test_every_plan_stays_within_budget_and_number_of_running_requests() -> None:

@@ -89,7 +89,7 @@ def test_heads_are_normed_rotated_and_stored_as_torch_does_it(
 def test_attention_equals_the_reference_and_sees_no_stale_slot(
     native: NativeOps, head_dim: int, kv_heads: int, group: int, window: int | None, page: int
 ) -> None:
-    lengths = [1, 2, 15, 16, 17, 33, 130]
+    lengths, new = [1, 2, 15, 16, 17, 33, 130, 2, 40, 77, 131], [1] * 7 + [2, 40, 13, 70]
     counts = [-(-length // page) for length in lengths]
     ids = random.Random(0).sample(range(sum(counts) + 3), sum(counts))
     slabs = torch.full((sum(counts) + 3, LAYERS, kv_heads, 2, page, head_dim), float("nan"), dtype=torch.bfloat16)
@@ -98,21 +98,24 @@ def test_attention_equals_the_reference_and_sees_no_stale_slot(
         blocks = ids[start : start + counts[row]]
         key, value = (random_bf16(length, kv_heads, head_dim, seed=10 * row + part) for part in (0, 1))
         reference.write_kv(slabs, 1, blocks, 0, key, value)
-        spans.append(SequenceSpan(row, 1, length - 1, blocks))
+        spans.append(SequenceSpan(sum(new[:row]), new[row], length - new[row], blocks))
     # Queries lie in a wider matrix, as they do after the linear layer that makes them.
-    wide = random_bf16(len(lengths), kv_heads * (group + 2), head_dim, seed=99)
+    wide = random_bf16(sum(new), kv_heads * (group + 2), head_dim, seed=99)
     query = wide[:, : kv_heads * group]
     result = native.attention(query, slabs, 1, native.plan_attention(slabs, spans, window))
     expected = [
-        reference.paged_attention(query[row : row + 1].float(), slabs, 1, span.block_ids, span.start, window)
-        for row, span in enumerate(spans)
+        reference.paged_attention(
+            query[span.first_row : span.first_row + span.count].float(), slabs, 1, span.block_ids, span.start, window
+        )
+        for span in spans
     ]
     torch.testing.assert_close(result.float(), torch.cat(expected).flatten(1), atol=TOLERANCE, rtol=TOLERANCE)
 
 
 def test_models_of_odd_sizes_are_left_to_torch() -> None:
-    assert NativeOps.unsupported([64, 96], [64, 128], 64, 4) is None
-    assert NativeOps.unsupported([199], [64], 64, 4)
-    assert NativeOps.unsupported([64], [24], 64, 4)
-    assert NativeOps.unsupported([64], [64], 80, 4)
-    assert NativeOps.unsupported([64], [64], 64, 17)
+    assert NativeOps.unsupported([64, 96], [64, 128], 64, 4, 16) is None
+    assert NativeOps.unsupported([199], [64], 64, 4, 16)
+    assert NativeOps.unsupported([64], [24], 64, 4, 16)
+    assert NativeOps.unsupported([64], [64], 80, 4, 16)
+    assert NativeOps.unsupported([64], [64], 64, 17, 16)
+    assert NativeOps.unsupported([64], [64], 64, 4, 8)
