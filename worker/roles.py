@@ -1,12 +1,12 @@
-"""What a role is to the shell that carries it, and what the shell is to a role.
+"""What a role is to the shell that carries it.
 
 A role owns the attempts assigned to it: it turns assignments into engine requests and hand-overs, and it hears what
 the engine says about them. The shell owns the wires, the attempt table and how an attempt ends.
 """
 
+import asyncio
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 from baton.block_names import root_name
 from baton.v1 import worker_link_pb2 as wire
@@ -25,11 +25,7 @@ class Attempt:
     role: "RoleHandler"
     num_tokens: int = 0
     """Output tokens in the stream so far, those of earlier attempts included."""
-    timers: list["Cancellable"] = field(default_factory=list)
-
-
-class Cancellable(Protocol):
-    def cancel(self) -> object: ...
+    deadline: asyncio.TimerHandle | None = None
 
 
 class RoleHandler(ABC):

@@ -11,6 +11,7 @@ Life of an attempt in a worker:
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -78,7 +79,7 @@ class WorkerShell(LinkHandler):
             self._attempts[key] = attempt
             if assignment.deadline_s > 0:
                 loop = asyncio.get_running_loop()
-                attempt.timers.append(loop.call_later(assignment.deadline_s, self._expire, key))
+                attempt.deadline = loop.call_later(assignment.deadline_s, self._expire, key)
             role.assign(attempt)
 
     def on_abort(self, id: wire.AttemptId) -> None:
@@ -142,11 +143,8 @@ class WorkerShell(LinkHandler):
                 return False
             self._changed.clear()
             # Releases of hand-overs do not pass through the shell, so it looks again after a while.
-            with_timeout = asyncio.wait_for(self._changed.wait(), min(0.1, max(deadline - loop.time(), 0.0)))
-            try:
-                await with_timeout
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), min(0.1, max(deadline - loop.time(), 0.0)))
         return True
 
     # Inside
@@ -164,8 +162,8 @@ class WorkerShell(LinkHandler):
         if self._attempts.get(attempt.key) is not attempt:
             return False
         del self._attempts[attempt.key]
-        for timer in attempt.timers:
-            timer.cancel()
+        if attempt.deadline is not None:
+            attempt.deadline.cancel()
         self._changed.set()
         return True
 

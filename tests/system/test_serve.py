@@ -1,6 +1,7 @@
 """`baton serve` as a user meets it: one command, real processes, the clients that people use."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from cli.model import DEMO_FOLDER
 from tests.system.cluster import Cluster, alive
 
 FLOAT32 = ("--dtype", "float32", "--kv-memory", "64MiB", "--no-restart")
+ROOT = Path(__file__).resolve().parents[2]
 LONG_QUESTION = "What does os.path.join do? " * 40
 
 
@@ -154,6 +156,18 @@ def test_the_command_line_clients_answer(cluster: Cluster) -> None:
         assert alive(worker["pid"])
         assert worker["incarnation"]
         assert worker["address"]
+
+
+@pytest.mark.parametrize("language", ["python", ""])
+def test_the_first_requests_of_the_readme_work(cluster: Cluster, language: str) -> None:
+    blocks = re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    examples = [block for block in blocks if "127.0.0.1:" in block and "──" not in block]
+    assert len(examples) == (2 if language else 1)
+    for example in examples:
+        here = example.replace("http://127.0.0.1:8000", cluster.url).replace("127.0.0.1:50051", cluster.grpc)
+        command = [sys.executable, "-c", here] if language else ["bash", "-c", here]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        assert len(run.stdout) > 20, run.stderr
 
 
 def test_a_client_that_hangs_up_frees_its_blocks(cluster: Cluster, client: OpenAI) -> None:
