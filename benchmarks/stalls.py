@@ -85,7 +85,10 @@ def main() -> None:
     folder = random_model.write(arguments.folder)
     vocabulary = ModelConfig.load(folder).vocab_size
     report = Report("Gaps of 4 running streams while prompts of 3,500 tokens arrive, random 246 M model")
-    pools = (("one mixed worker", ["--mixed", "1"], "<= 2.5"), ("separate pools", [], "<= 1.5"))
+    pools: tuple[tuple[str, list[str], str], ...] = (
+        ("one mixed worker", ["--mixed", "1"], "<= 2.5"),
+        ("separate pools", [], "<= 1.5"),
+    )
     for name, words, goal in pools:
         with Serving("--model", str(folder), "--no-restart", *words) as serving:
             stall = asyncio.run(measure(serving.grpc, vocabulary, 3 if arguments.quick else 10))
