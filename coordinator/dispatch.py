@@ -232,6 +232,8 @@ class Dispatcher:
                 self._complete(choice, STOP, leg, workers_know=False)
 
     def _on_admission(self, worker: Worker, admission: wire.Admission) -> None:
+        if admission.draining:
+            worker.heartbeat.draining = True
         leg = worker.leg(admission.id)
         if leg is None:
             return

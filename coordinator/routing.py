@@ -14,7 +14,7 @@ class WorkerLoad:
     prefills: bool
     decodes: bool
     stands_in: bool
-    """Decodes while no decode worker accepts work."""
+    """Decodes while no decode worker accepts work, or all of them failed the request."""
     requests: int
     """Running or waiting."""
     waiting_prefill_tokens: int
@@ -73,8 +73,10 @@ class LeastLoaded(RoutingPolicy):
 
     def choose(self, work: Work, workers: Sequence[WorkerLoad]) -> Route | None:
         self._turn += 1
-        if not any(worker.decodes for worker in workers):
-            return self._stand_in(work, workers)
+        if not any(worker.decodes and worker.id not in work.avoid for worker in workers):
+            route = self._stand_in(work, workers)
+            if route is not None:
+                return route
         able = [worker for worker in workers if worker.decodes and work.total_tokens <= worker.context_tokens]
         decode = self._pick(work, able, _decode_cost)
         if decode is None:
@@ -90,7 +92,11 @@ class LeastLoaded(RoutingPolicy):
         return Route(decode.id, prefill.id, PrefillChoice.REMOTE)
 
     def _stand_in(self, work: Work, workers: Sequence[WorkerLoad]) -> Route | None:
-        able = [worker for worker in workers if worker.stands_in and work.total_tokens <= worker.context_tokens]
+        able = [
+            worker
+            for worker in workers
+            if worker.stands_in and worker.id not in work.avoid and work.total_tokens <= worker.context_tokens
+        ]
         decode = self._pick(work, able, _decode_cost)
         return None if decode is None else Route(decode.id, None, PrefillChoice.STAND_IN)
 

@@ -89,6 +89,7 @@ class WorkerShell(LinkHandler):
         if not self.draining:
             log.info("draining: %d attempts run on", len(self._attempts))
             self.draining = True
+            self._send(wire.WorkerMessage(heartbeat=self.heartbeat()))  # at once: whatever comes now is refused
 
     def on_lost(self) -> None:
         if self._attempts:
@@ -151,7 +152,8 @@ class WorkerShell(LinkHandler):
 
     def _refuse(self, id: wire.AttemptId, reason: str) -> None:
         self.counters["requests_refused"] += 1
-        self._send(wire.WorkerMessage(admission=wire.Admission(id=id, accepted=False, reason=reason)))
+        admission = wire.Admission(id=id, accepted=False, reason=reason, draining=self.draining)
+        self._send(wire.WorkerMessage(admission=admission))
 
     def _on_refused(self, attempt: Attempt, reason: str) -> None:
         if self._forget(attempt):

@@ -643,11 +643,14 @@ class Admission(_message.Message):
     ACCEPTED_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     accepted: _builtins.bool
     reason: _builtins.str
     """when refused; holds no text of the prompt"""
     cached_tokens: _builtins.int
     """of the prompt, found in the prefix cache"""
+    draining: _builtins.bool
+    """refused because the worker takes nothing new, ahead of the heartbeat that says so"""
     @_builtins.property
     def id(self) -> Global___AttemptId: ...
     def __init__(
@@ -657,10 +660,11 @@ class Admission(_message.Message):
         accepted: _builtins.bool = ...,
         reason: _builtins.str = ...,
         cached_tokens: _builtins.int = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "cached_tokens", b"cached_tokens", "id", b"id", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "cached_tokens", b"cached_tokens", "draining", b"draining", "id", b"id", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

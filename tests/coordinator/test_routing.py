@@ -1,5 +1,6 @@
 """Which workers serve a request: the least loaded that fit, and no hand-over where it cannot pay."""
 
+from dataclasses import replace
 from typing import Any
 
 from coordinator.routing import LeastLoaded, PrefillChoice, Work, WorkerLoad
@@ -41,6 +42,14 @@ def test_a_prefill_worker_that_stands_by_decodes_only_while_no_decode_worker_is_
     assert route is not None
     assert (route.decode, route.prefill, route.choice) == ("p1", None, PrefillChoice.STAND_IN)
     route = policy.choose(LONG, [*standby, decode("d", requests=99)])
+    assert route is not None
+    assert route.decode == "d"
+    failed_once = replace(LONG, avoid={"d"})
+    route = policy.choose(failed_once, [*standby, decode("d")])
+    assert route is not None
+    assert (route.decode, route.choice) == ("p1", PrefillChoice.STAND_IN)
+    failed_everywhere = replace(LONG, avoid={"d", "p0", "p1"})
+    route = policy.choose(failed_everywhere, [*standby, decode("d")])
     assert route is not None
     assert route.decode == "d"
 
