@@ -49,6 +49,7 @@ class FakeWorker:
         )
         # Knobs.
         self.refuse = ""
+        self.refuses_as_draining = False
         self.pause_at: int | None = None  # generates up to this index, then waits for `go`
         self.go = asyncio.Event()
         self.fail_at: int | None = None  # ends with an error instead of this index
@@ -138,7 +139,8 @@ class FakeWorker:
         id = assignment.id
         well = self.heals and id.attempt > 1
         if self.refuse and not well:
-            await self.send(admission=wire.Admission(id=id, accepted=False, reason=self.refuse))
+            draining = self.refuses_as_draining
+            await self.send(admission=wire.Admission(id=id, accepted=False, reason=self.refuse, draining=draining))
             return
         for cached_tokens in (3, 900):  # the second, as after a preemption, is not the client's business
             await self.send(admission=wire.Admission(id=id, accepted=True, cached_tokens=cached_tokens))

@@ -142,6 +142,18 @@ def test_whatever_is_wrong_with_one_worker_another_finishes_the_stream(run, knob
     run(main())
 
 
+def test_a_worker_that_refuses_because_it_drains_is_asked_once(run) -> None:
+    async def main() -> None:
+        async with running() as system:
+            workers = await pair(system)
+            vars(workers[0]).update(refuse="draining", refuses_as_draining=True, send_heartbeats=False)
+            for _ in range(4):
+                assert text_of(await collect(system, "hello", 5)) == right(system, "hello", 5)
+            assert len(workers[0].assignments) == 1
+
+    run(main())
+
+
 def test_a_worker_that_repeats_everything_changes_nothing(run) -> None:
     async def main() -> None:
         async with running() as system:
