@@ -41,7 +41,15 @@ def library() -> Path:
         raise Unavailable(f"the processor has no {', '.join(sorted(missing))}")
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
-        raise Unavailable("there is no C++ compiler (g++)")
+        raise Unavailable("there is no C++ compiler; install g++, or name one in CXX")
+    try:
+        return _compiled(compiler)
+    except (OSError, subprocess.SubprocessError) as error:
+        # Neither a full or read-only disk nor a broken compiler may keep a worker from starting.
+        raise Unavailable(f"{compiler} could not compile the native kernels: {error}") from error
+
+
+def _compiled(compiler: str) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
     key = "\n".join((SOURCE.read_text(), *FLAGS, version, platform.machine(), *sorted(processor_flags())))
     path = _cache() / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
@@ -71,10 +79,7 @@ def _compile(compiler: str, path: Path) -> None:
             [compiler, "-shared", str(object_file), "-o", str(result)],
         )
         for command in commands:
-            try:
-                subprocess.run(command, capture_output=True, timeout=COMPILE_TIMEOUT_S, check=True)
-            except (OSError, subprocess.SubprocessError) as error:
-                raise Unavailable(f"{compiler} does not compile the native kernels: {error}") from error
+            subprocess.run(command, capture_output=True, timeout=COMPILE_TIMEOUT_S, check=True)
         os.replace(result, path)  # several workers may get here at the same time
 
 
