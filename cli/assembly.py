@@ -15,8 +15,9 @@ from baton.errors import ConfigurationError
 from baton.v1 import worker_link_pb2 as wire
 from decode.role import DecodeRole
 from engine.engine import Engine
+from engine.loading import LoadedModel
 from engine.pool import BlockShape, KVPool
-from engine.runner import LoadedModel, ModelRunner
+from engine.runner import ModelRunner
 from kvtransfer.intake import Intake
 from kvtransfer.lanes.registry import parse_lanes
 from kvtransfer.layout import BlockLayout

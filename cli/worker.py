@@ -34,7 +34,7 @@ from baton.processes import log_to_stderr, stop_signals, watch_parent
 from baton.v1 import worker_link_pb2 as wire
 from cli.assembly import Parts, Wired, assemble, wire_up
 from cli.model import model_folder, threads_for
-from engine.runner import load_model
+from engine.loading import load_model
 from kvtransfer.wire import PeerIdentity
 from worker.link import CoordinatorLink
 from worker.shell import WorkerShell

@@ -33,6 +33,8 @@ class PlannedSequence:
     """Length of the prompt, which dynamic rotary scaling depends on."""
     sample: SampleSpec | None
     """None: the prompt goes on in a later step."""
+    num_drafts: int = 0
+    """How many of the last `token_ids` are guesses, to be verified (speculative decoding)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +57,8 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    sampled: dict[str, Sampled]
-    """By request id, one for each planned sequence with a SampleSpec."""
+    sampled: dict[str, list[Sampled]]
+    """By request id, for each planned sequence with a SampleSpec: the guesses that proved right, and one token more."""
 
 
 class Runner(Protocol):

@@ -1,68 +1,17 @@
 """Executes a StepPlan: builds the ragged batch, runs the model over it, samples."""
 
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import torch
+from torch import Tensor
 
+from engine.loading import LoadedModel
 from engine.model import Batch, Model
-from engine.model_config import ModelConfig
-from engine.plan import PlannedSequence, SampleSpec, StepPlan, StepResult
+from engine.plan import PlannedSequence, Sampled, SampleSpec, StepPlan, StepResult
 from engine.pool import KVPool
 from engine.requests import SamplingParams
 from engine.rotary import Rotary
-from engine.sampler import sample
-from engine.weights import Weights, expected_tensors, load_weights, model_fingerprint, resolve_dtype
-from kernels.cpu.build import Unavailable
-from kernels.cpu.native import NativeOps
-from kernels.ops import Ops, TorchOps
+from engine.sampler import sample, verify
 from kernels.paged_attention import SequenceSpan, plan_write
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    config: ModelConfig
-    weights: Weights
-    ops: Ops[Any]
-    """The kernels that its weights are laid out for."""
-    dtype: torch.dtype
-    fingerprint: str
-    """Equal for models that compute equal KV."""
-
-
-def load_model(
-    folder: Path, dtype: str = "auto", on_progress: Callable[[float], None] | None = None, page_size: int = 16
-) -> LoadedModel:
-    """Raises ModelError when the folder is unusable. `on_progress` gets the fraction done."""
-    config = ModelConfig.load(folder)
-    resolved = resolve_dtype(dtype, config)
-    fingerprint = model_fingerprint(folder, config, resolved)
-    ops = choose_ops(config, resolved, page_size)
-    return LoadedModel(config, load_weights(folder, config, resolved, ops, on_progress), ops, resolved, fingerprint)
-
-
-def choose_ops(config: ModelConfig, dtype: torch.dtype, page_size: int) -> Ops[Any]:
-    """The fastest kernels that this processor has for this model."""
-    if dtype != torch.bfloat16:
-        return TorchOps()
-    shapes = [shape for shape in expected_tensors(config).values() if len(shape) == 2]
-    reason = NativeOps.unsupported(
-        [rows for rows, _ in shapes], [columns for _, columns in shapes], config.head_dim,
-        config.num_heads // config.num_kv_heads, page_size,
-    )  # fmt: skip
-    try:
-        if reason is None:
-            return NativeOps()
-    except Unavailable as unavailable:
-        reason = str(unavailable)
-    log.warning("native CPU kernels cannot be used, torch is slower: %s", reason)
-    return TorchOps()
 
 
 class ModelRunner:
@@ -80,9 +29,7 @@ class ModelRunner:
         if not plan.sequences:
             return StepResult({})
         logits = self._model.forward(self._batch(plan.sequences), self.pool.slabs)
-        sampled = [(sequence.request_id, spec) for sequence in plan.sequences if (spec := sequence.sample) is not None]
-        tokens = sample(logits, [spec for _, spec in sampled])
-        return StepResult({request_id: token for (request_id, _), token in zip(sampled, tokens, strict=True)})
+        return StepResult(_choose(logits, [sequence for sequence in plan.sequences if sequence.sample is not None]))
 
     def warm_up(self, max_batch_tokens: int) -> None:
         """Runs a prompt of up to that many tokens and a decode step, so that the first request finds libraries ready.
@@ -99,14 +46,15 @@ class ModelRunner:
     def _batch(self, sequences: list[PlannedSequence]) -> Batch:
         page_size = self.pool.shape.page_size
         token_ids: list[int] = []
-        spans, sample_rows = [], []
+        spans: list[SequenceSpan] = []
+        sample_rows: list[int] = []
         positions, prompt_lengths, blocks = [], [], []
         for sequence in sequences:
             count = len(sequence.token_ids)
             spans.append(SequenceSpan(len(token_ids), count, sequence.start, sequence.block_ids))
             token_ids += sequence.token_ids
             if sequence.sample is not None:
-                sample_rows.append(len(token_ids) - 1)
+                sample_rows += range(len(token_ids) - 1 - sequence.num_drafts, len(token_ids))
             places = np.arange(sequence.start, sequence.start + count)
             first_block = sequence.start // page_size
             own = np.asarray(sequence.block_ids[first_block : (sequence.start + count - 1) // page_size + 1])
@@ -122,3 +70,23 @@ class ModelRunner:
             attention={window: self._model.ops.plan_attention(slabs, spans, window) for window in self._windows},
             sample_rows=torch.tensor(sample_rows, dtype=torch.int64),
         )
+
+
+def _choose(logits: Tensor, sequences: list[PlannedSequence]) -> dict[str, list[Sampled]]:
+    """Tokens by request id; the rows of `logits` are those of `Batch.sample_rows`."""
+    chosen: dict[str, list[Sampled]] = {}
+    plain: list[tuple[int, str, SampleSpec]] = []
+    row = 0
+    for sequence in sequences:
+        spec, count = sequence.sample, sequence.num_drafts
+        assert spec is not None, "only sequences that sample come here"
+        if count:
+            drafts = sequence.token_ids[-count:]
+            chosen[sequence.request_id] = verify(logits[row : row + count + 1], spec, drafts)
+        else:
+            plain.append((row, sequence.request_id, spec))
+        row += count + 1
+    rows = logits if len(plain) == row else logits[[each for each, _, _ in plain]]
+    for (_, request_id, _), token in zip(plain, sample(rows, [spec for _, _, spec in plain]), strict=True):
+        chosen[request_id] = [token]
+    return chosen

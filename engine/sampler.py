@@ -8,6 +8,7 @@ Order: repetition, presence and frequency penalties, logit bias, min_tokens, tem
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,6 +29,23 @@ def sample(logits: Tensor, specs: list[SampleSpec]) -> list[Sampled]:
         # The argmax of bfloat16 is not vectorised: widening first is five times faster.
         return [Sampled(token_id) for token_id in logits.float().argmax(-1).tolist()]
     return [_sample_one(row, spec) for row, spec in zip(logits, specs, strict=True)]
+
+
+def verify(logits: Tensor, spec: SampleSpec, drafts: list[int]) -> list[Sampled]:
+    """The tokens of one sequence from logits [len(drafts) + 1, vocab_size]: right guesses, and one token more.
+
+    Each is chosen as without guesses, with the random number that belongs to its index. So guesses change how many
+    tokens a step gives and never which: a stream is the same as without them, and as that of another attempt.
+    (Leviathan et al., 2023, accept by a draw of their own and keep the distribution alone.)
+    """
+    tokens: list[Sampled] = []
+    outputs = spec.output_token_ids
+    for row, draft in zip(logits, [*drafts, None], strict=True):
+        (token,) = sample(row[None], [replace(spec, output_token_ids=[*outputs, *(each.token_id for each in tokens)])])
+        tokens.append(token)
+        if token.token_id != draft:
+            break
+    return tokens
 
 
 def uniform(seed: int, index: int) -> float:

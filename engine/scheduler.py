@@ -196,7 +196,7 @@ class Scheduler:
             sequence.num_computed = end
             self.tables.publish(sequence)
             if planned.sample is not None:
-                sampled = result.sampled[planned.request_id]
+                (sampled,) = result.sampled[planned.request_id]
                 self.counters["generated_tokens"] += 1
                 self._accept_sample(sequence, sampled.token_id, sampled.logprobs)
             elif sequence.gives:

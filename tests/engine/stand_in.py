@@ -111,7 +111,7 @@ class StandInRunner:
             if sequence.sample is not None:
                 known = sequence.sample.prompt_token_ids + sequence.sample.output_token_ids
                 assert known == stream.tokens[:end]
-                sampled[sequence.request_id] = Sampled(sampled_token(stream.kv[end - 1]))
+                sampled[sequence.request_id] = [Sampled(sampled_token(stream.kv[end - 1]))]
         return StepResult(sampled)
 
     def _check_exclusive(self, plan: StepPlan) -> None:

@@ -5,10 +5,11 @@ import random
 import pytest
 import torch
 
+from engine.loading import load_model
 from engine.plan import PlannedSequence, SampleSpec, StepPlan
 from engine.pool import BlockShape, KVPool
 from engine.requests import SamplingParams
-from engine.runner import ModelRunner, load_model
+from engine.runner import ModelRunner
 from tests.engine.tiny_models import FAMILIES, VOCAB_SIZE, reference_generate, write_tiny_model
 
 PAGE = 16
@@ -68,7 +69,7 @@ class Driver:
         )
 
     def step(self, *sequences):
-        for name, sampled in self.runner.run(StepPlan(list(sequences), [])).sampled.items():
+        for name, (sampled,) in self.runner.run(StepPlan(list(sequences), [])).sampled.items():
             self.tokens[int(name)].append(sampled.token_id)
             self.logprobs[int(name)].append(sampled.logprobs.chosen)
 
@@ -138,7 +139,7 @@ def test_a_copied_block_serves_like_its_source(folder):
     target = next(block for block in range(NUM_BLOCKS) if block not in driver.blocks[0])
     driver.blocks[0] = [driver.blocks[0][0], target]
     sequence = driver.sequence(0, 20, 21)
-    sampled = driver.runner.run(StepPlan([sequence], [(source, target)])).sampled["0"]
+    sampled = driver.runner.run(StepPlan([sequence], [(source, target)])).sampled["0"][0]
     assert sampled.token_id == reference_generate(folder, [driver.prompts[0]], NEW_TOKENS)[0].tokens[1]
 
 

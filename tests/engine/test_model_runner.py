@@ -4,11 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from engine.loading import load_model
 from engine.model_config import ModelConfig
 from engine.plan import PlannedSequence, SampleSpec, StepPlan, StepResult
 from engine.pool import BlockShape, KVPool
 from engine.requests import SamplingParams
-from engine.runner import ModelRunner, load_model
+from engine.runner import ModelRunner
 from tests.engine.tiny_models import FAMILIES, VOCAB_SIZE, edit_config, write_tiny_model
 
 SHAPE = BlockShape(num_layers=2, kv_heads=3, page_size=4, head_dim=8, dtype=torch.bfloat16)
@@ -23,7 +24,7 @@ def logprobs_of(runner, prompt):
     """Of all tokens, by id, after the prompt."""
     spec = SampleSpec(SamplingParams(logprobs=VOCAB_SIZE), prompt, [])
     plan = StepPlan([PlannedSequence("a", prompt, 0, [3, 1, 2], len(prompt), spec)], [])
-    found = runner.run(plan).sampled["a"].logprobs
+    found = runner.run(plan).sampled["a"][0].logprobs
     result = torch.empty(VOCAB_SIZE)
     result[list(found.alternative_ids)] = torch.tensor(found.alternative_logprobs)
     return result
@@ -132,7 +133,7 @@ def decoded_logprobs(loaded, prompt):
     spec = SampleSpec(SamplingParams(logprobs=size), prompt, [])
     for start, end in ((0, len(prompt) - 3), *((at, at + 1) for at in range(len(prompt) - 3, len(prompt)))):
         plan = StepPlan([PlannedSequence("a", prompt[start:end], start, [3, 1, 2, 7], len(prompt), spec)], [])
-        found = runner.run(plan).sampled["a"].logprobs
+        found = runner.run(plan).sampled["a"][0].logprobs
     result = torch.empty(size)
     result[list(found.alternative_ids)] = torch.tensor(found.alternative_logprobs)
     return result

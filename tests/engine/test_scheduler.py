@@ -64,7 +64,7 @@ def test_beside_running_requests_prompts_get_what_the_pace_allows_and_alone_the_
     world.add(make_request("short", [1], max_tokens=9))
     plan = scheduler.plan(prompt_tokens=3)
     assert [(s.request_id, len(s.token_ids)) for s in plan.sequences] == [("short", 1), ("long", 4)]
-    scheduler.apply(plan, StepResult({"long": Sampled(1), "short": Sampled(1)}))
+    scheduler.apply(plan, StepResult({"long": [Sampled(1)], "short": [Sampled(1)]}))
     world.add(make_request("next", list(range(20, 29)), max_tokens=2))
     plan = scheduler.plan(prompt_tokens=3)
     assert [(s.request_id, len(s.token_ids)) for s in plan.sequences] == [("long", 1), ("short", 1), ("next", 3)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from baton.config import EngineOptions, HandoverOptions
 from baton.v1 import worker_link_pb2 as wire
 from cli.assembly import Parts, Wired, assemble, wire_up
-from engine.runner import LoadedModel, load_model
+from engine.loading import LoadedModel, load_model
 from kvtransfer.wire import PeerIdentity
 
 TIMEOUT_S = 120.0

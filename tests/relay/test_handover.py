@@ -9,7 +9,7 @@ import torch
 
 from baton.config import EngineOptions, HandoverOptions
 from baton.v1 import worker_link_pb2 as wire
-from engine.runner import LoadedModel
+from engine.loading import LoadedModel
 from tests.engine.tiny_models import VOCAB_SIZE, reference_generate, write_tiny_model
 from tests.relay.pair import Pair, load, relay
 

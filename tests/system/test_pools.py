@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,14 @@ class Parts:
     def logs(self) -> str:
         return "\n".join(path.read_text()[-3000:] for path in sorted(self._folder.glob("*.log")))
 
-    def ask(self, prompt: str, max_tokens: int = 8) -> str:
+    def ask(self, prompt: str, max_tokens: int = 8, on_text: Callable[[], None] = lambda: None) -> str:
+        """The whole answer; `on_text` is called with every piece of it."""
+        text = ""
         with Client(self.url) as client:
-            deltas = client.complete(prompt, max_tokens=max_tokens, temperature=0, ignore_eos=True)
-            return "".join(delta.text for delta in deltas)
+            for delta in client.complete(prompt, max_tokens=max_tokens, temperature=0, ignore_eos=True):
+                text += delta.text
+                on_text()
+        return text
 
     def stop(self) -> None:
         for process in self.processes.values():
@@ -123,12 +127,11 @@ def test_sigterm_lets_a_worker_finish_its_streams_and_take_no_new_ones(parts: Pa
     parts.start_worker("decode-a")
     parts.wait_for("decode-a")
     expected = parts.ask("The list type", 400)
+    running = threading.Event()
     answers: list[str] = []
-    stream = threading.Thread(target=lambda: answers.append(parts.ask("The list type", 400)))
+    stream = threading.Thread(target=lambda: answers.append(parts.ask("The list type", 400, running.set)))
     stream.start()
-    while parts.status()["requests"] == 0:
-        assert stream.is_alive()
-        time.sleep(0.01)
+    assert running.wait(TIMEOUT_S), "no token came"
     worker = parts.processes["decode-a"]
     worker.send_signal(signal.SIGTERM)
     with pytest.raises(ClientError, match="worker"):
