@@ -11,11 +11,13 @@
 // that there is one pool of threads, with the number that torch was told.
 
 #include <immintrin.h>
+#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 typedef uint16_t bf16;
 
@@ -187,97 +189,70 @@ extern "C" void rotate_and_store(bf16* qkv, int64_t tokens, int64_t heads, int64
     }
 }
 
-// Attention of one query a sequence over paged keys and values, with online softmax (Milakov and Gimelshein, 2018).
+// Causal attention over paged keys and values, after FlashAttention-2 (Dao, 2023), for prompts and single queries alike.
 //
-// query: rows of [heads][head_dim], `query_stride` numbers apart; sequence i uses row rows[i] of query and out.
-// slabs[block][layer][kv_head][2][page_size][head_dim]; block_ids[i][max_blocks]; lengths[i] positions, the newest is
-// the query's own. Only the latest `window` positions are seen, where window > 0. page_size and head_dim are multiples
-// of 16 and 32; head_dim is at most 256, heads / kv_heads at most 16.
-static void attend(const bf16* query, const bf16* keys, int64_t block_stride, const int32_t* blocks, int64_t first,
-                   int64_t length, int64_t group, int64_t head_dim, int64_t page_size, bf16* out) {
-    alignas(64) float sum[16 * 256], weight[16][16];
-    float top[16], total[16];
-    memset(sum, 0, group * head_dim * sizeof(float));
-    std::fill_n(top, group, -INFINITY);
-    std::fill_n(total, group, 0.0f);
-    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(float(head_dim)));
-    for (int64_t start = first / 16 * 16; start < length; start += 16) {
-        const bf16* key = keys + blocks[start / page_size] * block_stride + start % page_size * head_dim;
-        const bf16* value = key + page_size * head_dim;
-        const int from = int(std::max<int64_t>(first - start, 0)), to = int(std::min<int64_t>(16, length - start));
-        const __mmask16 seen = __mmask16(((1u << to) - 1) & ~((1u << from) - 1));
-        for (int64_t g = 0; g < group; g++) {
-            alignas(64) float score[16];
-            for (int i = from; i < to; i++) {
-                __m512 dot = _mm512_setzero_ps();
-                for (int64_t d = 0; d < head_dim; d += 32)
-                    dot = _mm512_dpbf16_ps(dot, pairs(query + g * head_dim + d), pairs(key + i * head_dim + d));
-                score[i] = _mm512_reduce_add_ps(dot);
-            }
-            const __m512 scores = _mm512_mul_ps(_mm512_load_ps(score), scale);
-            const float highest = std::max(top[g], _mm512_mask_reduce_max_ps(seen, scores));
-            const __m512 p = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(scores, _mm512_set1_ps(highest))));
-            const float shrink = highest > top[g] ? std::exp(top[g] - highest) : 1.0f;
-            total[g] = total[g] * shrink + _mm512_reduce_add_ps(p);
-            _mm512_store_ps(weight[g], p);
-            if (shrink != 1.0f)
-                for (int64_t d = 0; d < head_dim; d++) sum[g * head_dim + d] *= shrink;
-            top[g] = highest;
-        }
-        for (int i = from; i < to; i++)
-            for (int64_t d = 0; d < head_dim; d += 16) {
-                const __m512 v = widen(value + i * head_dim + d);
-                for (int64_t g = 0; g < group; g++) {
-                    float* at = sum + g * head_dim + d;
-                    _mm512_store_ps(at, _mm512_fmadd_ps(_mm512_set1_ps(weight[g][i]), v, _mm512_load_ps(at)));
-                }
-            }
-    }
-    for (int64_t g = 0; g < group; g++)
-        for (int64_t d = 0; d < head_dim; d += 16)
-            narrow(out + g * head_dim + d,
-                   _mm512_div_ps(_mm512_load_ps(sum + g * head_dim + d), _mm512_set1_ps(total[g])));
-}
+// A task is a tile of successive positions of one sequence and one kv head. Its rows, the query heads of that kv head at
+// each position, walk the pages together, 64 keys at a time. These are brought into the order of vdpbf16ps once:
+//
+//     keys[head_dim / 2][64][2]       so that a broadcast pair of a query meets 16 keys
+//     values[32][head_dim][2]         so that a broadcast pair of probabilities meets 16 dimensions; in every 32
+//                                     dimensions those of even fours come first: the order that interleaving gives
+//
+// A row's arithmetic depends on its own query and on absolute positions alone, not on the tile, the chunk or the batch
+// that it came with: a token computed again, in whatever company, has the same bits.
+static const int KEYS = 64;
+static const int STRIP = 8;               // rows that share a load
+static const int TILE_NUMBERS = 64 * 256;  // rows of a tile times head_dim: the sums stay in the second-level cache
 
-extern "C" void decode_attention(const bf16* query, int64_t query_stride, int64_t sequences, const int64_t* rows,
-                                 const int32_t* block_ids, int64_t max_blocks, const int64_t* lengths, int64_t window,
-                                 int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t page_size,
-                                 const bf16* slabs, int64_t layer, int64_t num_layers, bf16* out) {
-    const int64_t group = heads / kv_heads, head_stride = 2 * page_size * head_dim;
-    const int64_t block_stride = num_layers * kv_heads * head_stride;
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t task = 0; task < sequences * kv_heads; task++) {
-        const int64_t i = task / kv_heads, kv_head = task % kv_heads, first_head = kv_head * group * head_dim;
-        attend(query + rows[i] * query_stride + first_head, slabs + (layer * kv_heads + kv_head) * head_stride,
-               block_stride, block_ids + i * max_blocks, window > 0 ? std::max<int64_t>(0, lengths[i] - window) : 0,
-               lengths[i], group, head_dim, page_size, out + rows[i] * heads * head_dim + first_head);
+// rows[i] = column i of rows, 16 by 16.
+static inline void transpose(__m512i* rows) {
+    __m512i a[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            rows[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + j + 2]);
+            rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + j + 2]);
+        }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 2; j++) {
+            a[i + 8 * j] = _mm512_shuffle_i32x4(rows[i + 8 * j], rows[i + 8 * j + 4], 0x88);
+            a[i + 8 * j + 4] = _mm512_shuffle_i32x4(rows[i + 8 * j], rows[i + 8 * j + 4], 0xdd);
+        }
+    for (int i = 0; i < 8; i++) {
+        rows[i] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
+        rows[i + 8] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
     }
 }
 
-// Attention of many queries of one sequence over its paged keys and values, after FlashAttention-2 (Dao, 2023): a tile of
-// queries (rows: the query heads of a kv head at successive positions) walks the pages, 16 keys at a time. These are
-// brought into the order of vdpbf16ps once for the whole tile:
-//
-//     keys[head_dim / 2][16][2]       so that a broadcast pair of a query meets 16 keys
-//     values[8][head_dim][2]          so that a broadcast pair of probabilities meets 16 dimensions
-static const int TILE = 64;  // rows of a tile, rounded up to whole positions
-static const int STRIP = 8;  // rows that share a load
-
-static void arrange(const bf16* key, const bf16* value, int64_t head_dim, int written, bf16* keys, bf16* values) {
-    for (int i = 0; i < 16; i++)
-        for (int64_t pair = 0; pair < head_dim / 2; pair++)
-            memcpy(keys + (pair * 16 + i) * 2, key + i * head_dim + pair * 2, 4);
-    for (int pair = 0; pair < 8; pair++)
-        for (int64_t d = 0; d < head_dim; d += 16) {
-            // Slots not written yet hold anything; times a probability of 0 it must be 0.
-            const bf16* at = value + pair * 2 * head_dim + d;
-            __m512i both = _mm512_setzero_si512();
-            if (2 * pair < written) both = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at));
-            if (2 * pair + 1 < written)
-                both = _mm512_or_si512(
-                    both, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(at + head_dim))), 16));
-            _mm512_storeu_si512(values + (pair * head_dim + d) * 2, both);
+// 16 slots of a page into columns `column` on of keys, and their values; `next` (or null) is where the same columns of
+// the next 64 keys will come from. Slots from `written` on can hold anything: times a probability of 0 they must be 0.
+static void arrange(const bf16* key, const bf16* next, int64_t head_dim, int64_t page_size, int64_t written, int column,
+                    bf16* keys, bf16* values) {
+    const int64_t to_value = page_size * head_dim;
+    for (int64_t d = 0; d < head_dim; d += 32) {
+        __m512i rows[16];
+        for (int i = 0; i < 16; i++) {
+            rows[i] = _mm512_loadu_si512(key + i * head_dim + d);
+            if (next) {
+                _mm_prefetch((const char*)(next + i * head_dim + d), _MM_HINT_T0);
+                _mm_prefetch((const char*)(next + to_value + i * head_dim + d), _MM_HINT_T0);
+            }
         }
+        transpose(rows);
+        for (int i = 0; i < 16; i++) _mm512_store_si512(keys + ((d / 2 + i) * KEYS + column) * 2, rows[i]);
+        for (int i = 0; i < 16; i += 2) {
+            const bf16* value = key + to_value + i * head_dim + d;
+            const __m512i none = _mm512_setzero_si512();
+            const __m512i even = i < written ? _mm512_loadu_si512(value) : none;
+            const __m512i odd = i + 1 < written ? _mm512_loadu_si512(value + head_dim) : none;
+            bf16* at = values + ((column + i) / 2 * head_dim + d) * 2;
+            _mm512_store_si512(at, _mm512_unpacklo_epi16(even, odd));
+            _mm512_store_si512(at + 32, _mm512_unpackhi_epi16(even, odd));
+        }
+    }
 }
 
 static inline __m512bh broadcast(const bf16* two) {
@@ -286,108 +261,196 @@ static inline __m512bh broadcast(const bf16* two) {
     return (__m512bh)_mm512_set1_epi32(bits);
 }
 
+// 2^x on 16 floats for x <= 0: 2^i * p(f), relative error about 2e-6.
+static inline __m512 power_of_two(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
+    const __m512 i = _mm512_roundscale_ps(x, 0), f = _mm512_sub_ps(x, i);
+    __m512 p = _mm512_set1_ps(1.3333558e-3f);
+    for (float c : {9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
+    return _mm512_scalef_ps(p, i);
+}
+
 struct Row {
     const bf16* query;
     int64_t position;
-    float top, total;
+    float top;            // highest score so far, in powers of two
+    float total[16];      // of the probabilities, by lane
 };
 
-// One strip of rows against 16 keys that begin at position `start`.
-static void attend_strip(Row* rows, float* sum, const bf16* keys, const bf16* values, int64_t start, int64_t window,
-                         int64_t head_dim) {
-    __m512 scores[STRIP];
-    for (int r = 0; r < STRIP; r++) scores[r] = _mm512_setzero_ps();
-    for (int64_t pair = 0; pair < head_dim / 2; pair++) {
-        const __m512bh key = pairs(keys + pair * 32);
+// Probabilities of 64 scores of one row against the keys from position `start` on; sum shrinks when the top rises.
+static inline void soften(Row& row, const float* scores, int64_t start, int64_t window, int64_t head_dim, float scale,
+                          float* sum, bf16* weights) {
+    const int64_t oldest = window > 0 ? row.position - window + 1 : 0;
+    const int64_t from = std::clamp<int64_t>(oldest - start, 0, KEYS);
+    const int64_t to = std::clamp<int64_t>(row.position + 1 - start, 0, KEYS);
+    if (from >= to) {
+        memset(weights, 0, KEYS * sizeof(bf16));
+        return;
+    }
+    const uint64_t seen = (to == KEYS ? ~0ull : (1ull << to) - 1) & (~0ull << from);
+    __m512 score[4], highest = _mm512_set1_ps(row.top), total = _mm512_loadu_ps(row.total);
+    for (int i = 0; i < 4; i++) {
+        const __mmask16 mask = __mmask16(seen >> 16 * i);
+        const __m512 scaled = _mm512_mul_ps(_mm512_load_ps(scores + 16 * i), _mm512_set1_ps(scale));
+        score[i] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), mask, scaled);
+        highest = _mm512_max_ps(highest, score[i]);
+    }
+    const float top = _mm512_reduce_max_ps(highest);
+    if (top > row.top) {
+        const __m512 shrink = _mm512_set1_ps(std::exp2(row.top - top));
+        total = _mm512_mul_ps(total, shrink);
+        for (int64_t d = 0; d < head_dim; d += 16)
+            _mm512_store_ps(sum + d, _mm512_mul_ps(_mm512_load_ps(sum + d), shrink));
+        row.top = top;
+    }
+    for (int i = 0; i < 4; i++) {
+        const __mmask16 mask = __mmask16(seen >> 16 * i);
+        const __m512 p = _mm512_maskz_mov_ps(mask, power_of_two(_mm512_sub_ps(score[i], _mm512_set1_ps(top))));
+        total = _mm512_add_ps(total, p);
+        narrow(weights + 16 * i, p);
+    }
+    _mm512_storeu_ps(row.total, total);
+}
+
+// R rows of ascending positions against the 64 keys from position `start` on.
+template <int R>
+static void attend(Row* rows, float* sum, const bf16* keys, const bf16* values, int64_t start, int64_t window,
+                   int64_t head_dim, float scale) {
+    const int64_t last = std::min<int64_t>(rows[R - 1].position + 1 - start, KEYS);  // keys that any of them sees
+    alignas(64) float scores[R][KEYS];
+    for (int64_t first = 0; first < last; first += 32) {
+        __m512 low[R], high[R];
+        for (int r = 0; r < R; r++) low[r] = high[r] = _mm512_setzero_ps();
+        for (int64_t pair = 0; pair < head_dim / 2; pair++) {
+            const bf16* key = keys + (pair * KEYS + first) * 2;
+            const __m512bh left = pairs(key), right = pairs(key + 32);
 #pragma GCC unroll 8
-        for (int r = 0; r < STRIP; r++)
-            scores[r] = _mm512_dpbf16_ps(scores[r], broadcast(rows[r].query + pair * 2), key);
-    }
-    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(float(head_dim)));
-    alignas(64) bf16 weights[STRIP][16];
-    for (int r = 0; r < STRIP; r++) {
-        const int64_t oldest = window > 0 ? rows[r].position - window + 1 : 0;
-        const int from = int(std::clamp<int64_t>(oldest - start, 0, 16));
-        const int to = int(std::clamp<int64_t>(rows[r].position + 1 - start, 0, 16));
-        const __mmask16 seen = from < to ? __mmask16(((1u << to) - 1) & ~((1u << from) - 1)) : 0;
-        if (!seen) {
-            memset(weights[r], 0, sizeof weights[r]);
-            continue;
-        }
-        const __m512 scaled = _mm512_mul_ps(scores[r], scale);
-        const float highest = std::max(rows[r].top, _mm512_mask_reduce_max_ps(seen, scaled));
-        const __m512 p = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(scaled, _mm512_set1_ps(highest))));
-        const float shrink = highest > rows[r].top ? std::exp(rows[r].top - highest) : 1.0f;
-        rows[r].total = rows[r].total * shrink + _mm512_reduce_add_ps(p);
-        rows[r].top = highest;
-        narrow(weights[r], p);
-        if (shrink != 1.0f)
-            for (int64_t d = 0; d < head_dim; d += 16) {
-                float* at = sum + r * head_dim + d;
-                _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_loadu_ps(at), _mm512_set1_ps(shrink)));
+            for (int r = 0; r < R; r++) {
+                const __m512bh query = broadcast(rows[r].query + pair * 2);
+                low[r] = _mm512_dpbf16_ps(low[r], query, left);
+                high[r] = _mm512_dpbf16_ps(high[r], query, right);
             }
+        }
+        for (int r = 0; r < R; r++) {
+            _mm512_store_ps(scores[r] + first, low[r]);
+            _mm512_store_ps(scores[r] + first + 16, high[r]);
+        }
     }
+    alignas(64) bf16 weights[R][KEYS];
+    for (int r = 0; r < R; r++)
+        soften(rows[r], scores[r], start, window, head_dim, scale, sum + r * head_dim, weights[r]);
     for (int64_t d = 0; d < head_dim; d += 32) {
-        __m512 low[STRIP], high[STRIP];
-        for (int r = 0; r < STRIP; r++) {
-            low[r] = _mm512_loadu_ps(sum + r * head_dim + d);
-            high[r] = _mm512_loadu_ps(sum + r * head_dim + d + 16);
+        __m512 low[R], high[R];
+        for (int r = 0; r < R; r++) {
+            low[r] = _mm512_load_ps(sum + r * head_dim + d);
+            high[r] = _mm512_load_ps(sum + r * head_dim + d + 16);
         }
-        for (int pair = 0; pair < 8; pair++) {
+        for (int64_t pair = 0; pair < (last + 1) / 2; pair++) {
             const bf16* value = values + (pair * head_dim + d) * 2;
-            const __m512bh first = pairs(value), second = pairs(value + 32);
+            const __m512bh left = pairs(value), right = pairs(value + 32);
 #pragma GCC unroll 8
-            for (int r = 0; r < STRIP; r++) {
+            for (int r = 0; r < R; r++) {
                 const __m512bh weight = broadcast(weights[r] + pair * 2);
-                low[r] = _mm512_dpbf16_ps(low[r], weight, first);
-                high[r] = _mm512_dpbf16_ps(high[r], weight, second);
+                low[r] = _mm512_dpbf16_ps(low[r], weight, left);
+                high[r] = _mm512_dpbf16_ps(high[r], weight, right);
             }
         }
-        for (int r = 0; r < STRIP; r++) {
-            _mm512_storeu_ps(sum + r * head_dim + d, low[r]);
-            _mm512_storeu_ps(sum + r * head_dim + d + 16, high[r]);
+        for (int r = 0; r < R; r++) {
+            _mm512_store_ps(sum + r * head_dim + d, low[r]);
+            _mm512_store_ps(sum + r * head_dim + d + 16, high[r]);
         }
     }
 }
 
-// Rows first_row to first_row + count of query [tokens][...] (query_stride numbers apart) and of out
-// [tokens][heads][head_dim] are the positions start to start + count of one sequence.
-extern "C" void prefill_attention(const bf16* query, int64_t query_stride, int64_t first_row, int64_t count,
-                                  int64_t start, const int32_t* blocks, int64_t window, int64_t heads,
-                                  int64_t kv_heads, int64_t head_dim, int64_t page_size, const bf16* slabs,
-                                  int64_t layer, int64_t num_layers, bf16* out) {
+typedef void (*Attend)(Row*, float*, const bf16*, const bf16*, int64_t, int64_t, int64_t, float);
+static const Attend ATTEND[STRIP + 1] = {nullptr,   attend<1>, attend<2>, attend<3>, attend<4>,
+                                         attend<5>, attend<6>, attend<7>, attend<8>};
+
+// sum / total into bf16, the dimensions back in their order.
+static inline void finish(const Row& row, const float* sum, int64_t head_dim, bf16* out) {
+    const __m512 total = _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_loadu_ps(row.total)));
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    for (int64_t d = 0; d < head_dim; d += 32) {
+        const __m512 low = _mm512_div_ps(_mm512_load_ps(sum + d), total);
+        const __m512 high = _mm512_div_ps(_mm512_load_ps(sum + d + 16), total);
+        narrow(out + d, _mm512_permutex2var_ps(low, first, high));
+        narrow(out + d + 16, _mm512_permutex2var_ps(low, second, high));
+    }
+}
+
+// Queries of one sequence: rows `row` to `row + count` of the batch are its positions from `start` on; its block table
+// begins at block_ids[blocks].
+struct Span {
+    int64_t row, count, start, blocks;
+};
+
+struct Tile {
+    Span span;
+    int64_t first, count;
+};
+
+// Tiles of all spans, those that see the most keys first, so that no thread is left with one at the end. There are
+// enough of them for every thread, unless there are too few positions.
+static std::vector<Tile> tiles_of(const Span* spans, int64_t num_spans, int64_t kv_heads, int64_t largest) {
+    int64_t positions = 0;
+    for (int64_t i = 0; i < num_spans; i++) positions += spans[i].count;
+    while (largest > 1 && positions * kv_heads < 4 * largest * omp_get_max_threads()) largest /= 2;
+    std::vector<Tile> tiles;
+    for (int64_t i = 0; i < num_spans; i++)
+        for (int64_t end = spans[i].count; end > 0; end -= largest) {
+            const int64_t first = std::max<int64_t>(0, end - largest);
+            tiles.push_back({spans[i], first, end - first});
+        }
+    std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& a, const Tile& b) {
+        return a.span.start + a.first + a.count > b.span.start + b.first + b.count;
+    });
+    return tiles;
+}
+
+// query: rows of [heads][head_dim], `query_stride` numbers apart; out[tokens][heads][head_dim].
+// slabs[block][layer][kv_head][2][page_size][head_dim]. Only the latest `window` positions are seen, where window > 0.
+// page_size is a multiple of 16, head_dim of 32 and at most 256, heads / kv_heads at most 16.
+extern "C" void attention(const bf16* query, int64_t query_stride, const Span* spans, int64_t num_spans,
+                          const int32_t* block_ids, int64_t window, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                          int64_t page_size, const bf16* slabs, int64_t layer, int64_t num_layers, bf16* out) {
     const int64_t group = heads / kv_heads, head_stride = 2 * page_size * head_dim;
     const int64_t block_stride = num_layers * kv_heads * head_stride;
-    const int64_t tile = (TILE + group - 1) / group, num_tiles = (count + tile - 1) / tile;
+    const float scale = 1.44269504088896341f / std::sqrt(float(head_dim));
+    const std::vector<Tile> tiles =
+        tiles_of(spans, num_spans, kv_heads, std::max<int64_t>(1, TILE_NUMBERS / head_dim / group));
 #pragma omp parallel for schedule(dynamic)
-    for (int64_t task = 0; task < num_tiles * kv_heads; task++) {
-        // The last tiles see the most keys: they come first, so that no thread is left with one at the end.
-        const int64_t begin = (num_tiles - 1 - task / kv_heads) * tile, kv_head = task % kv_heads;
-        const int64_t end = std::min(begin + tile, count), num_rows = (end - begin) * group;
-        const int64_t padded = (num_rows + STRIP - 1) / STRIP * STRIP;
-        alignas(64) float sum[(TILE + 16 + STRIP) * 256];
-        alignas(64) bf16 keys[16 * 256], values[16 * 256];
-        Row rows[TILE + 16 + STRIP];
-        memset(sum, 0, padded * head_dim * sizeof(float));
-        for (int64_t r = 0; r < padded; r++) {
-            const int64_t token = begin + std::min(r, num_rows - 1) / group, head = kv_head * group + r % group;
-            rows[r] = {query + (first_row + token) * query_stride + head * head_dim, start + token, -INFINITY, 0.0f};
+    for (int64_t task = 0; task < int64_t(tiles.size()) * kv_heads; task++) {
+        const Tile& tile = tiles[task / kv_heads];
+        const int64_t kv_head = task % kv_heads, num_rows = tile.count * group;
+        const int64_t begin = tile.span.start + tile.first, last = begin + tile.count - 1;
+        const int64_t first_row = tile.span.row + tile.first, written = tile.span.start + tile.span.count;
+        const int32_t* blocks = block_ids + tile.span.blocks;
+        const bf16* of_head = slabs + (layer * kv_heads + kv_head) * head_stride;
+        alignas(64) float sum[TILE_NUMBERS];
+        alignas(64) bf16 keys[KEYS * 256], values[KEYS * 256];
+        Row rows[TILE_NUMBERS / 32];
+        memset(sum, 0, num_rows * head_dim * sizeof(float));
+        for (int64_t r = 0; r < num_rows; r++)
+            rows[r] = {query + (first_row + r / group) * query_stride + (kv_head * group + r % group) * head_dim,
+                       begin + r / group, -INFINITY, {}};
+        const auto at_position = [&](int64_t position) {
+            return of_head + blocks[position / page_size] * block_stride + position % page_size * head_dim;
+        };
+        const int64_t oldest = window > 0 ? std::max<int64_t>(0, begin - window + 1) : 0;
+        for (int64_t start = oldest / KEYS * KEYS; start <= last; start += KEYS) {
+            for (int64_t at = start; at <= std::min(last, start + KEYS - 1); at += 16)
+                arrange(at_position(at), at + KEYS <= last ? at_position(at + KEYS) : nullptr, head_dim, page_size,
+                        written - at, int(at - start), keys, values);
+            for (int64_t r = 0; r < num_rows; r += STRIP) {
+                const int64_t count = std::min<int64_t>(STRIP, num_rows - r);
+                if (rows[r + count - 1].position >= start)
+                    ATTEND[count](rows + r, sum + r * head_dim, keys, values, start, window, head_dim, scale);
+            }
         }
-        const int64_t last = start + end - 1, oldest = window > 0 ? std::max<int64_t>(0, start + begin - window + 1) : 0;
-        for (int64_t at = oldest / 16 * 16; at <= last; at += 16) {
-            const bf16* key = slabs + blocks[at / page_size] * block_stride +
-                              (layer * kv_heads + kv_head) * head_stride + at % page_size * head_dim;
-            arrange(key, key + page_size * head_dim, head_dim, int(std::min<int64_t>(16, start + count - at)), keys, values);
-            for (int64_t r = 0; r < padded; r += STRIP)
-                if (rows[r + STRIP - 1].position >= at)
-                    attend_strip(rows + r, sum + r * head_dim, keys, values, at, window, head_dim);
-        }
-        for (int64_t r = 0; r < num_rows; r++) {
-            const int64_t token = begin + r / group, head = kv_head * group + r % group;
-            const __m512 total = _mm512_set1_ps(rows[r].total);
-            for (int64_t d = 0; d < head_dim; d += 16)
-                narrow(out + ((first_row + token) * heads + head) * head_dim + d,
-                       _mm512_div_ps(_mm512_loadu_ps(sum + r * head_dim + d), total));
-        }
+        for (int64_t r = 0; r < num_rows; r++)
+            finish(rows[r], sum + r * head_dim, head_dim,
+                   out + ((first_row + r / group) * heads + kv_head * group + r % group) * head_dim);
     }
 }

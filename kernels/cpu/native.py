@@ -5,8 +5,8 @@ import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +25,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "rms_norm": [_P, _P, _I, _I, _F, _P],
     "silu_and_mul": [_P, _I, _I, _P],
     "rotate_and_store": [_P, _I, _I, _I, _I, _P, _P, _P, _P, _F, _P, _P, _I, _I],
-    "prefill_attention": [_P, _I, _I, _I, _I, _P, _I, _I, _I, _I, _I, _P, _I, _I, _P],
-    "decode_attention": [_P, _I, _I, _P, _P, _I, _P, _I, _I, _I, _I, _I, _P, _I, _I, _P],
+    "attention": [_P, _I, _P, _I, _P, _I, _I, _I, _I, _I, _P, _I, _I, _P],
 }
 
 
@@ -44,28 +43,15 @@ def load() -> ctypes.CDLL:
     return native
 
 
-class Prefill(NamedTuple):
-    """Several queries of one sequence."""
-
-    first_row: int
-    num_queries: int
-    start: int
-    block_ids: Tensor
-    """int32 [blocks]."""
-
-
 @dataclass(frozen=True, slots=True)
 class NativePlan:
-    """Single queries of all sequences together, longer runs of queries one by one."""
+    """All sequences of a step."""
 
     window: int | None
-    rows: Tensor
-    """int64 [B]: rows of the batch."""
+    spans: Tensor
+    """int64 [sequences, 4]: first row, number of queries, position of the first, where its block table begins."""
     block_ids: Tensor
-    """int32 [B, longest], padded with any block."""
-    lengths: Tensor
-    """int64 [B]: positions, the query's own included."""
-    prefills: list[Prefill]
+    """int32: the block tables, one after another."""
 
 
 class NativeOps(Ops[NativePlan]):
@@ -130,37 +116,21 @@ class NativeOps(Ops[NativePlan]):
         return qkv.view(len(qkv), -1, head_dim)[:, :heads]
 
     def plan_attention(self, slabs: Tensor, spans: Sequence[SequenceSpan], window: int | None) -> NativePlan:
-        single = [span for span in spans if span.count == 1]
-        longest = max((len(span.block_ids) for span in single), default=0)
-        block_ids = torch.zeros(len(single), longest, dtype=torch.int32)
-        for row, span in enumerate(single):
-            block_ids[row, : len(span.block_ids)] = torch.tensor(span.block_ids, dtype=torch.int32)
+        block_ids: list[int] = []
+        rows: list[tuple[int, int, int, int]] = []
+        for span in spans:
+            rows.append((span.first_row, span.count, span.start, len(block_ids)))
+            block_ids += span.block_ids
         return NativePlan(
-            window,
-            torch.tensor([span.first_row for span in single], dtype=torch.int64),
-            block_ids,
-            torch.tensor([span.start + 1 for span in single], dtype=torch.int64),
-            [
-                Prefill(span.first_row, span.count, span.start, torch.tensor(span.block_ids, dtype=torch.int32))
-                for span in spans
-                if span.count > 1
-            ],
+            window, torch.tensor(rows, dtype=torch.int64), torch.from_numpy(np.array(block_ids, dtype=np.int32))
         )
 
     def attention(self, query: Tensor, slabs: Tensor, layer: int, plan: NativePlan) -> Tensor:
         tokens, heads, head_dim = query.shape
         _, num_layers, kv_heads, _, page_size, _ = slabs.shape
         out = query.new_empty(tokens, heads, head_dim)
-        if len(plan.rows):
-            self._native.decode_attention(
-                query.data_ptr(), query.stride(0), len(plan.rows), plan.rows.data_ptr(), plan.block_ids.data_ptr(),
-                plan.block_ids.shape[1], plan.lengths.data_ptr(), plan.window or 0, heads, kv_heads, head_dim,
-                page_size, slabs.data_ptr(), layer, num_layers, out.data_ptr(),
-            )  # fmt: skip
-        for span in plan.prefills:
-            self._native.prefill_attention(
-                query.data_ptr(), query.stride(0), span.first_row, span.num_queries, span.start,
-                span.block_ids.data_ptr(), plan.window or 0, heads, kv_heads, head_dim, page_size,
-                slabs.data_ptr(), layer, num_layers, out.data_ptr(),
-            )  # fmt: skip
+        self._native.attention(
+            query.data_ptr(), query.stride(0), plan.spans.data_ptr(), len(plan.spans), plan.block_ids.data_ptr(),
+            plan.window or 0, heads, kv_heads, head_dim, page_size, slabs.data_ptr(), layer, num_layers, out.data_ptr(),
+        )  # fmt: skip
         return out.flatten(1)

@@ -86,11 +86,11 @@ def test_heads_are_normed_rotated_and_stored_as_torch_does_it(
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (2, 3), (1, 16)])
 @pytest.mark.parametrize("window", [None, 1, 5, 40])
-@pytest.mark.parametrize("page", [16, 32, 64])
+@pytest.mark.parametrize("page", [16, 64])
 def test_attention_equals_the_reference_and_sees_no_stale_slot(
     native: NativeOps, head_dim: int, kv_heads: int, group: int, window: int | None, page: int
 ) -> None:
-    lengths, new = [1, 2, 15, 16, 17, 33, 130, 2, 40, 77, 131], [1] * 7 + [2, 40, 13, 70]
+    lengths, new = [1, 2, 15, 16, 17, 33, 130, 2, 40, 77, 199], [1] * 7 + [2, 40, 13, 150]
     counts = [-(-length // page) for length in lengths]
     ids = random.Random(0).sample(range(sum(counts) + 3), sum(counts))
     slabs = torch.full((sum(counts) + 3, LAYERS, kv_heads, 2, page, head_dim), float("nan"), dtype=torch.bfloat16)
