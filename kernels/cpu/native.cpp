@@ -14,9 +14,11 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 typedef uint16_t bf16;
@@ -48,14 +50,19 @@ extern "C" void pack(const bf16* weight, int64_t n, int64_t k, bf16* packed) {
                        weight + (block * COLUMNS + column) * k + pair * 2, 4);
 }
 
-// M rows of x times one packed block: out[M][32] = x . block + bias + residual.
-template <int M>
+// M rows of x times one packed block: out[M][32] = x . block + bias + residual. The block after it is fetched
+// meanwhile, if AHEAD.
+template <int M, bool AHEAD>
 static void multiply(const bf16* x, int64_t k, const bf16* block, const bf16* bias, const bf16* residual, bf16* out,
                      int64_t n) {
     __m512 low[M], high[M];
     for (int m = 0; m < M; m++) low[m] = high[m] = _mm512_setzero_ps();
     for (int64_t pair = 0; pair < k / 2; pair++) {
         const __m512bh first = pairs(block + pair * 64), second = pairs(block + pair * 64 + 32);
+        if (AHEAD) {
+            _mm_prefetch((const char*)(block + k * COLUMNS + pair * 64), _MM_HINT_T1);
+            _mm_prefetch((const char*)(block + k * COLUMNS + pair * 64 + 32), _MM_HINT_T1);
+        }
 #pragma GCC unroll 12
         for (int m = 0; m < M; m++) {
             int32_t two;
@@ -80,21 +87,29 @@ static void multiply(const bf16* x, int64_t k, const bf16* block, const bf16* bi
 }
 
 typedef void (*Multiply)(const bf16*, int64_t, const bf16*, const bf16*, const bf16*, bf16*, int64_t);
-static const Multiply MULTIPLY[ROWS + 1] = {
-    nullptr,     multiply<1>, multiply<2>, multiply<3>, multiply<4>,  multiply<5>,  multiply<6>,
-    multiply<7>, multiply<8>, multiply<9>, multiply<10>, multiply<11>, multiply<12>};
+template <bool AHEAD, int... M>
+static constexpr std::array<Multiply, ROWS> multiplies(std::integer_sequence<int, M...>) {
+    return {multiply<M + 1, AHEAD>...};
+}
+static const std::array<Multiply, ROWS> MULTIPLY = multiplies<false>(std::make_integer_sequence<int, ROWS>());
+static const std::array<Multiply, ROWS> MULTIPLY_AHEAD = multiplies<true>(std::make_integer_sequence<int, ROWS>());
 
 // out[m][n] = x[m][k] . weight[n][k]^T + bias[n] + residual[m][n]; bias and residual may be null.
 extern "C" void linear(const bf16* x, int64_t m, int64_t k, const bf16* packed, int64_t n, const bf16* bias,
                        const bf16* residual, bf16* out) {
+    const int64_t passes = std::max<int64_t>(1, (m + ROWS - 1) / ROWS), rows = (m + passes - 1) / passes;
 #pragma omp parallel for schedule(static)
     for (int64_t block = 0; block < n / COLUMNS; block++) {
         const int64_t column = block * COLUMNS;
-        for (int64_t row = 0; row < m; row += ROWS)
-            MULTIPLY[std::min<int64_t>(ROWS, m - row)](x + row * k, k, packed + block * k * COLUMNS,
-                                                       bias ? bias + column : nullptr,
-                                                       residual ? residual + row * n + column : nullptr,
-                                                       out + row * n + column, n);
+        const bf16* weights = packed + block * k * COLUMNS;
+        for (int64_t row = 0; row < m; row += rows) {
+            // The first rows bring the block in at the speed of memory, which idles while the others are multiplied:
+            // the second fetch the next block.
+            const auto& multiply = row == rows && block + 1 < n / COLUMNS ? MULTIPLY_AHEAD : MULTIPLY;
+            multiply[std::min(rows, m - row) - 1](x + row * k, k, weights, bias ? bias + column : nullptr,
+                                                  residual ? residual + row * n + column : nullptr,
+                                                  out + row * n + column, n);
+        }
     }
 }
 

@@ -30,7 +30,7 @@ def random_bf16(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 11, 12, 13, 25, 64])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 11, 12, 13, 25, 64])
 @pytest.mark.parametrize(("rows", "columns"), [(32, 16), (96, 64), (320, 1024)])
 @pytest.mark.parametrize("extras", [False, True])
 def test_a_linear_layer_is_the_product_and_its_bias_and_residual(
