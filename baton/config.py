@@ -44,8 +44,17 @@ class ModelOptions:
 @dataclass(frozen=True)
 class EngineOptions:
     dtype: str = setting("auto", "dtype of weights and KV", ("auto", "float32", "bfloat16"))
+    device: str = setting("auto", "where the model runs; auto takes a GPU that torch finds", ("auto", "cpu", "cuda"))
     page_size: int = setting(16, "tokens in a KV block")
-    kv_memory: str = setting("512MiB", "memory for KV blocks, such as 512MiB or 8GiB")
+    kv_memory: str = setting(
+        "auto",
+        "memory for KV blocks, such as 512MiB or 8GiB; auto takes 512MiB on a CPU, on a GPU what --gpu-share leaves",
+    )
+    gpu_share: float = setting(
+        0.45,
+        "share of a GPU's memory that a worker takes, weights included, with --kv-memory auto; "
+        "the default lets a prefill and a decode worker share one GPU",
+    )
     max_model_tokens: int = setting(0, "longest prompt plus output served; 0 takes the model's context length")
     max_batch_tokens: int = setting(512, "tokens computed in one step: decodes first, prefill chunks fill the rest")
     max_running: int = setting(64, "requests computed side by side")
@@ -53,6 +62,23 @@ class EngineOptions:
         1.75,
         "longest step while prompts are computed beside running requests, as a multiple of a step without them; "
         "0 sets no bound",
+    )
+    speculate: str = setting(
+        "ngram",
+        "guess coming tokens and verify several in one step, which never changes a stream: ngram guesses what followed "
+        "the latest words before (quotes, code, edits, repetition; up to several times faster alone in a batch, and "
+        "costs next to nothing where nothing repeats), model asks --draft-model, off never guesses",
+        ("off", "ngram", "model"),
+    )
+    speculate_tokens: int = setting(8, "most guesses for one request in one step; how many pay is measured")
+    speculate_running: int = setting(32, "with more requests than this in a step nothing is guessed")
+    draft_model: str = setting(
+        "", "folder or hub id of a much smaller model with the same vocabulary and tokenizer, for --speculate model"
+    )
+    draft_kv_memory: str = setting("128MiB", "memory for KV of the draft model; a request without room runs plain")
+    deterministic: bool = setting(
+        False,
+        "give a request the same bits whatever runs beside it, however its prompt is cut and whoever serves it",
     )
     threads: int = setting(
         0, "CPU threads of one worker; 0 shares the cores between the workers started together, small models get 1"
@@ -66,6 +92,12 @@ class HandoverOptions:
     heartbeat_interval_s: float = setting(0.5, "seconds between signs of life of two workers that hand over")
     heartbeat_timeout_s: float = setting(2.0, "silence after which such a peer counts as dead")
     pull_timeout_s: float = setting(10.0, "longest that one batch of blocks may take to arrive")
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    output: str = setting("profile", "folder that costs.json and trace.json are written to; created where missing")
+    seconds: float = setting(60.0, "time to measure for; more repeats every measurement more often")
 
 
 @dataclass(frozen=True)
@@ -103,9 +135,9 @@ def default_worker_id(role: str) -> str:
 
 
 _POSITIVE = {
-    "page_size", "max_batch_tokens", "max_running", "lease_s", "heartbeat_interval_s", "heartbeat_timeout_s",
-    "pull_timeout_s", "connect_timeout_s", "drain_timeout_s", "max_requests", "max_body_bytes", "request_timeout_s",
-    "max_attempts",
+    "page_size", "gpu_share", "max_batch_tokens", "max_running", "lease_s", "heartbeat_interval_s",
+    "heartbeat_timeout_s", "pull_timeout_s", "connect_timeout_s", "drain_timeout_s", "max_requests",
+    "max_body_bytes", "request_timeout_s", "max_attempts", "speculate_tokens", "speculate_running", "seconds",
 }  # fmt: skip
 _NOT_NEGATIVE = {"max_model_tokens", "threads", "local_prefill_tokens", "parent_pid"}
 _PORTS = {"port", "grpc_port", "link_port"}
@@ -134,7 +166,11 @@ def validate(options: object) -> None:
             f"--heartbeat-timeout-s is {timeout}; it must be at least twice --heartbeat-interval-s ({interval})"
         )
     if isinstance(options, EngineOptions):
-        parse_bytes(options.kv_memory)
+        if options.kv_memory != "auto":
+            parse_bytes(options.kv_memory)
+        parse_bytes(options.draft_kv_memory)
+        if (options.speculate == "model") != bool(options.draft_model):
+            raise ConfigurationError("--speculate model and --draft-model belong together; give both or neither")
         if options.step_stretch and not options.step_stretch > 1:
             raise ConfigurationError(f"--step-stretch is {options.step_stretch}; it must be 0 or greater than 1")
         if options.page_size & (options.page_size - 1):
@@ -142,7 +178,7 @@ def validate(options: object) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser, *classes: type) -> None:
-    """One flag a field; a field that two classes share appears once."""
+    """One flag a field, a switch for a bool (False by default); a field that two classes share appears once."""
     seen = {option for action in parser._actions for option in action.option_strings}
     for cls in classes:
         group = parser.add_argument_group(cls.__name__.removesuffix("Options").lower())
@@ -151,6 +187,9 @@ def add_arguments(parser: argparse.ArgumentParser, *classes: type) -> None:
             if flag(field.name) in seen:
                 continue
             seen.add(flag(field.name))
+            if hints[field.name] is bool:
+                group.add_argument(flag(field.name), action="store_true", help=field.metadata["help"])
+                continue
             group.add_argument(
                 flag(field.name),
                 type=hints[field.name],
@@ -175,5 +214,5 @@ def to_arguments(options: object) -> list[str]:
     for field in dataclasses.fields(options):  # type: ignore[arg-type]
         value = getattr(options, field.name)
         if value != field.default:
-            words += [flag(field.name), str(value)]
+            words += [flag(field.name)] if value is True else [flag(field.name), str(value)]
     return words

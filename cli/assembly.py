@@ -9,15 +9,25 @@ PoolMemory (shared) ──buffer──▶ KVPool ──▶ ModelRunner ──▶
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from baton.config import EngineOptions, HandoverOptions, parse_bytes
 from baton.errors import ConfigurationError
 from baton.v1 import worker_link_pb2 as wire
 from decode.role import DecodeRole
 from engine.engine import Engine
+from engine.gpu.mirror import HostMirror
 from engine.loading import LoadedModel
+from engine.memory import kv_bytes
+from engine.plan import Drafter
 from engine.pool import BlockShape, KVPool
 from engine.runner import ModelRunner
+from engine.speculation.draft_model import DraftModel
+from engine.speculation.ngram import NgramGuesser
+from engine.speculation.policy import Policy
+from engine.speculation.speculator import Guesser, Speculator
 from kvtransfer.intake import Intake
 from kvtransfer.lanes.registry import parse_lanes
 from kvtransfer.layout import BlockLayout
@@ -26,6 +36,9 @@ from kvtransfer.offers import OfferServer
 from kvtransfer.wire import PeerIdentity
 from prefill.role import PrefillRole
 from worker.shell import WorkerShell
+
+if TYPE_CHECKING:
+    from engine.gpu.runner import DeviceRunner
 
 MIN_BLOCKS = 2
 
@@ -52,10 +65,18 @@ class Parts:
         )
 
 
-def assemble(model: LoadedModel, options: EngineOptions) -> Parts:
-    """Pool and engine over a loaded model. Raises ConfigurationError when the options cannot work with it."""
+def assemble(
+    model: LoadedModel, options: EngineOptions, build: Callable[..., Engine] = Engine, draft: LoadedModel | None = None
+) -> Parts:
+    """Pool and engine over a loaded model. Raises ConfigurationError when the options cannot work with it.
+
+    `build` makes the engine out of what Engine takes: `baton profile` has one that is watched. `draft`: the model that
+    guesses, with --speculate model.
+    """
     shape = BlockShape.of(model.config, options.page_size, model.dtype)
-    num_blocks = parse_bytes(options.kv_memory) // shape.block_bytes
+    automatic = options.kv_memory == "auto"
+    num_bytes = kv_bytes(model.device, options.gpu_share) if automatic else parse_bytes(options.kv_memory)
+    num_blocks = num_bytes // shape.block_bytes
     if num_blocks < MIN_BLOCKS:
         raise ConfigurationError(
             f"--kv-memory {options.kv_memory} holds {num_blocks} blocks of {shape.block_bytes} bytes; "
@@ -65,10 +86,9 @@ def assemble(model: LoadedModel, options: EngineOptions) -> Parts:
     if options.max_model_tokens > context:
         raise ConfigurationError(f"--max-model-tokens is {options.max_model_tokens}; this model takes {context}")
     memory = PoolMemory.create(num_blocks, shape.block_bytes)
-    runner = ModelRunner(model, KVPool(shape, num_blocks, memory.buffer))
-    runner.warm_up(options.max_batch_tokens)
     max_model_tokens = min(options.max_model_tokens or context, num_blocks * options.page_size)
-    engine = Engine(
+    runner, mirror = _runner(model, shape, memory, options, max_model_tokens)
+    engine = build(
         runner,
         num_blocks=num_blocks,
         page_size=options.page_size,
@@ -78,7 +98,13 @@ def assemble(model: LoadedModel, options: EngineOptions) -> Parts:
         max_model_tokens=max_model_tokens,
         shareable_tokens=model.config.shareable_tokens,
         generations=memory.generations,
+        drafter=_drafter(options, draft),
+        look_ahead=model.ops.launches,
+        mirror=mirror,
     )
+    for part in (runner, mirror):
+        if part is not None and not isinstance(part, ModelRunner):
+            part.count_into(engine.counters)
     layout = BlockLayout(
         model_fingerprint=model.fingerprint,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -88,6 +114,57 @@ def assemble(model: LoadedModel, options: EngineOptions) -> Parts:
         page_size_tokens=options.page_size,
     )
     return Parts(model, memory, engine, layout, max_model_tokens)
+
+
+def _drafter(options: EngineOptions, draft: LoadedModel | None) -> Drafter | None:
+    """Who guesses coming tokens, if anybody. Raises ConfigurationError when the draft model's pool is too small."""
+    if options.speculate == "off":
+        return None
+    guesser: Guesser = NgramGuesser()
+    if options.speculate == "model":
+        if draft is None:
+            raise ConfigurationError("--speculate model needs --draft-model")
+        shape = BlockShape.of(draft.config, options.page_size, draft.dtype)
+        num_blocks = parse_bytes(options.draft_kv_memory) // shape.block_bytes
+        if num_blocks < MIN_BLOCKS:
+            raise ConfigurationError(
+                f"--draft-kv-memory {options.draft_kv_memory} holds {num_blocks} blocks of {shape.block_bytes} bytes; "
+                f"give at least {MIN_BLOCKS * shape.block_bytes}"
+            )
+        context = min(draft.config.context_tokens, num_blocks * options.page_size)
+        runner = _warm_runner(draft, shape, num_blocks, None, options, context)
+        guesser = DraftModel(runner, num_blocks=num_blocks, page_size=options.page_size, context_tokens=context)
+    return Speculator(guesser, Policy(options.speculate_running), options.speculate_tokens)
+
+
+def _runner(
+    model: LoadedModel, shape: BlockShape, memory: PoolMemory, options: EngineOptions, max_model_tokens: int
+) -> "tuple[ModelRunner | DeviceRunner, HostMirror | None]":
+    """The warm runner, and where its pool is not the memory that peers read, what keeps the two the same."""
+    on_host = not model.ops.launches
+    buffer = memory.buffer if on_host else None
+    runner = _warm_runner(model, shape, memory.num_blocks, buffer, options, max_model_tokens)
+    return runner, None if on_host else HostMirror(runner.pool, torch.from_numpy(memory.blocks))
+
+
+def _warm_runner(
+    model: LoadedModel, shape: BlockShape, num_blocks: int, buffer: Any, options: EngineOptions, max_model_tokens: int
+) -> "ModelRunner | DeviceRunner":
+    """`buffer` is the pool's memory on the host; None lets it take its own, on the model's device."""
+    if not model.ops.launches:
+        runner = ModelRunner(model, KVPool(shape, num_blocks, buffer))
+        runner.warm_up(options.max_batch_tokens)
+        return runner
+    # These need Triton, which workers on CPUs do without.
+    from engine.gpu.decode_graphs import cuda_capture, graph_sizes
+    from engine.gpu.runner import DeviceRunner
+
+    pool = KVPool(shape, num_blocks, device=model.device)
+    on_device = DeviceRunner(model, pool, max_rows=max(options.max_batch_tokens, options.max_running))
+    if model.device.type == "cuda":
+        on_device.record_graphs(graph_sizes(options.max_running), max_model_tokens, cuda_capture(model.device))
+    on_device.warm_up(options.max_batch_tokens)
+    return on_device
 
 
 @dataclass

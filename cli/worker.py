@@ -34,7 +34,9 @@ from baton.processes import log_to_stderr, stop_signals, watch_parent
 from baton.v1 import worker_link_pb2 as wire
 from cli.assembly import Parts, Wired, assemble, wire_up
 from cli.model import model_folder, threads_for
-from engine.loading import load_model
+from engine.gpu.device import choose_device
+from engine.loading import LoadedModel, load_model
+from engine.speculation.draft_model import check_same_vocabulary
 from kvtransfer.wire import PeerIdentity
 from worker.link import CoordinatorLink
 from worker.shell import WorkerShell
@@ -105,14 +107,27 @@ def _load(settings: Settings, folder: Path) -> Parts:
     """Model, pool and engine, ready to run. In a thread of its own, as it takes seconds."""
     started = time.monotonic()
     torch.set_num_threads(threads_for(settings.engine, folder))
-    model = load_model(folder, settings.engine.dtype, _log_progress(), settings.engine.page_size)
-    parts = assemble(model, settings.engine)
+    options = settings.engine
+    model = load_model(
+        folder, options.dtype, _log_progress(), options.page_size, choose_device(options.device), options.deterministic
+    )
+    parts = assemble(model, settings.engine, draft=_load_draft(settings.engine, folder))
     log.info(
         "loaded and warm after %.1f s: %s, %s kernels on %d threads, %d blocks of %d KiB",
         time.monotonic() - started, parts.layout.dtype, model.ops.name, torch.get_num_threads(),
         parts.memory.num_blocks, parts.memory.block_bytes // 1024,
     )  # fmt: skip
     return parts
+
+
+def _load_draft(options: EngineOptions, folder: Path) -> LoadedModel | None:
+    """The model that guesses. Raises ConfigurationError when its tokens are not those of the model in `folder`."""
+    if options.speculate != "model":
+        return None
+    draft_folder = model_folder(ModelOptions(model=options.draft_model))
+    check_same_vocabulary(folder, draft_folder)
+    device = choose_device(options.device)
+    return load_model(draft_folder, options.dtype, page_size=options.page_size, device=device)
 
 
 def _log_progress() -> Callable[[float], None]:

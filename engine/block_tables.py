@@ -9,10 +9,9 @@ from collections.abc import Callable
 from collections.abc import Sequence as Many
 
 from engine.blocks import BlockAllocator, Owner, OwnerKind
+from engine.in_flight import StepBlocks
 from engine.prefix_cache import NameChain, PrefixCache
 from engine.sequence import Sequence
-
-Copies = list[tuple[int, int]]
 
 
 class BlockTables:
@@ -24,7 +23,6 @@ class BlockTables:
         self.cache = PrefixCache(allocator)
         self.page_size = page_size
         self._shareable_tokens = shareable_tokens
-        self._copy_sources: list[tuple[Owner, int]] = []
 
     def num_blocks_for(self, num_positions: int) -> int:
         return -(-num_positions // self.page_size)
@@ -36,7 +34,7 @@ class BlockTables:
         names = self.names(cache_root, num_prompt_tokens).extend(token_ids)
         return len(self.cache.lookup(names)) * self.page_size
 
-    def admit(self, sequence: Sequence, copies: Copies) -> bool:
+    def admit(self, sequence: Sequence, step: StepBlocks) -> bool:
         """Blocks for every token that the sequence has, cached ones first. False, and nothing changed: not enough.
 
         Everything at once: a prompt that has begun never waits for blocks while it keeps others from having them.
@@ -53,16 +51,16 @@ class BlockTables:
         self.allocator.share(sequence.owner, hits)
         fresh = self.allocator.allocate(sequence.owner, total - len(hits) + copy_last)
         assert fresh is not None, "counted just above"
-        sequence.num_computed = len(hits) * self.page_size - copy_last
+        sequence.settle(len(hits) * self.page_size - copy_last)
         if copy_last:
-            self._note_copy(sequence, hits.pop(), fresh[0], copies)
+            self._copy(sequence, hits.pop(), fresh[0], step)
         sequence.num_final_blocks = len(hits)
         sequence.block_ids = hits + fresh
         return True
 
-    def make_writable(self, sequence: Sequence, copies: Copies) -> bool:
+    def make_writable(self, sequence: Sequence, step: StepBlocks) -> bool:
         """See that the block of the next position exists and is the sequence's alone. False: no block left."""
-        index = sequence.num_computed // self.page_size
+        index = sequence.num_launched // self.page_size
         if sequence.num_final_blocks <= index < len(sequence.block_ids):
             return True
         fresh = self.allocator.allocate(sequence.owner, 1)
@@ -71,16 +69,21 @@ class BlockTables:
         if index == len(sequence.block_ids):
             sequence.block_ids.append(fresh[0])
             return True
-        self._note_copy(sequence, sequence.block_ids[index], fresh[0], copies)
+        self._copy(sequence, sequence.block_ids[index], fresh[0], step)
         sequence.block_ids[index] = fresh[0]
         sequence.num_final_blocks = index
         return True
 
-    def copies_made(self) -> None:
-        """The plan has run. Until then the sources keep their owner, or the same plan could hand them out again."""
-        for owner, block in self._copy_sources:
-            self.allocator.release(owner, [block])
-        self._copy_sources.clear()
+    def make_room(self, sequence: Sequence, num_positions: int, max_blocks: int) -> int:
+        """Blocks for a writable position and those after it, at most `max_blocks` new ones. Returns how many fit.
+
+        All are the sequence's alone: what others may read ends before the writable block.
+        """
+        needed = self.num_blocks_for(sequence.num_launched + num_positions) - len(sequence.block_ids)
+        fresh = self.allocator.allocate(sequence.owner, max(0, min(needed, max_blocks)))
+        assert fresh is not None, "as many were available"
+        sequence.block_ids += fresh
+        return min(num_positions, len(sequence.block_ids) * self.page_size - sequence.num_launched)
 
     def publish(self, sequence: Sequence) -> None:
         """Let others find the blocks that are full and computed by now."""
@@ -92,10 +95,17 @@ class BlockTables:
             self.cache.insert(names[index], sequence.block_ids[index])
         sequence.num_final_blocks = num_full
 
+    def hold_for_step(self, sequence: Sequence) -> None:
+        """A step in flight still writes into some blocks: whoever they go to, they are nobody's to fill before then."""
+        if sequence.in_flight and sequence.last_step is not None:
+            first = sequence.num_computed // self.page_size
+            sequence.last_step.hold(sequence.block_ids[first : self.num_blocks_for(sequence.num_launched)])
+
     def release(self, sequence: Sequence) -> None:
         self.allocator.release_all(sequence.owner)
         sequence.block_ids = []
-        sequence.num_computed = sequence.num_final_blocks = 0
+        sequence.num_final_blocks = 0
+        sequence.settle(0)
 
     def lease(self, sequence: Sequence) -> None:
         """The blocks stay for a reader, under the id of the request."""
@@ -124,6 +134,8 @@ class BlockTables:
         unowned_hits = sum(self.allocator.is_evictable(block) for block in hits)
         return total - len(hits) <= self.allocator.num_available - unowned_hits
 
-    def _note_copy(self, sequence: Sequence, source: int, target: int, copies: Copies) -> None:
-        copies.append((source, target))
-        self._copy_sources.append((sequence.owner, source))
+    def _copy(self, sequence: Sequence, source: int, target: int, step: StepBlocks) -> None:
+        """The step keeps the source: the same plan, or a later one, could hand it out before the copy is made."""
+        step.copies.append((source, target))
+        step.hold([source])
+        self.allocator.release(sequence.owner, [source])

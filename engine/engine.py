@@ -2,12 +2,43 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
+from baton.errors import ConfigurationError
 from engine.blocks import BlockAllocator, Generations
+from engine.limits import SchedulerLimits
 from engine.pace import Pace
-from engine.plan import Runner
+from engine.plan import Drafter, Launched, LaunchingRunner, Runner, StepPlan, StepResult
 from engine.requests import EngineLoad, EngineRequest, StepOutput
-from engine.scheduler import Scheduler, SchedulerLimits
+from engine.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """The launch of a step by a runner that waits for it."""
+
+    step_result: StepResult
+
+    def result(self) -> StepResult:
+        return self.step_result
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    plan: StepPlan
+    launched: Launched
+    start: float
+
+
+class Mirror(Protocol):
+    """Keeps blocks of the runner and those that peers read and write the same; the engine says when."""
+
+    def publish(self, block_ids: Sequence[int]) -> None:
+        """Computed by a finished step, about to be announced: what peers read must be this when it returns."""
+
+    def fetch(self, block_ids: Sequence[int]) -> None:
+        """Written by a peer: every step launched from now on must find it."""
 
 
 class Engine:
@@ -26,14 +57,26 @@ class Engine:
         max_waiting: int = 1024,
         step_stretch: float = 0.0,
         generations: Generations | None = None,
+        drafter: Drafter | None = None,
+        look_ahead: bool = False,
+        mirror: Mirror | None = None,
     ) -> None:
         """`shareable_tokens` maps a prompt's length to the number of leading tokens whose KV other requests may share.
 
         `step_stretch`: see `engine.pace.Pace`. `generations`, uint64 `[num_blocks]`, is written in place and may lie in
-        shared memory. Raises ConfigurationError when the limits contradict each other.
+        shared memory. `drafter` makes the guesses of speculative decoding. `look_ahead`: plan and launch a step while
+        the one before runs, on a runner that can. `mirror`: where the runner's blocks are not those that peers read and
+        write. Raises ConfigurationError when these contradict each other.
         """
         limits = SchedulerLimits(page_size, max_batch_tokens, max_running, max_model_tokens, max_waiting)
+        if look_ahead and not isinstance(runner, LaunchingRunner):
+            raise ConfigurationError(f"a {type(runner).__name__} cannot launch a step without waiting for it")
         self._runner = runner
+        self._drafter = drafter
+        self._look_ahead = look_ahead
+        self._mirror = mirror
+        self._flight: _Flight | None = None
+        self._landed_at = 0.0
         self._pace = Pace(step_stretch)
         self._scheduler = Scheduler(BlockAllocator(num_blocks, generations), limits, shareable_tokens)
         self.counters = self._scheduler.counters
@@ -49,6 +92,8 @@ class Engine:
 
         False, and nothing happens, unless the request waits for its KV.
         """
+        if self._mirror is not None and (blocks := self._scheduler.blocks_from_outside(request_id, num_tokens)):
+            self._mirror.fetch(blocks)
         return self._scheduler.receive(request_id, num_tokens, first_token)
 
     def abort(self, request_id: str) -> bool:
@@ -73,19 +118,23 @@ class Engine:
     def step(self) -> StepOutput:
         """Plan, compute, account. Without anything to compute it returns what else happened, at once.
 
+        With look-ahead: plan and launch the next step, then wait for the one in flight and account for that.
+
         What the runner raises passes through and leaves the engine unusable: the KV of that step's requests is
         undefined. The process must end where everybody sees it, so that others take the requests over.
         """
-        plan = self._scheduler.plan(self._pace.prompt_tokens())
-        if not plan.sequences:
-            return self._scheduler.take_events()
-        start = time.perf_counter()
-        result = self._runner.run(plan)
-        seconds = time.perf_counter() - start
-        self._pace.observe(plan, seconds)
-        self.counters["engine_steps"] += 1
-        self.counters["engine_step_seconds"] += seconds
-        return self._scheduler.apply(plan, result)
+        flight = self._flight or self._launch(self._propose())
+        if flight is None:
+            output = self._scheduler.take_events()
+        else:
+            self._flight = self._launch({}) if self._can_look_ahead(flight.plan) else None
+            output = self._land(flight)
+        if self._mirror is not None and (computed := [block for each in output.computed for block in each.block_ids]):
+            self._mirror.publish(computed)
+        if self._drafter is not None:
+            for ended in output.ended:
+                self._drafter.forget(ended.request_id)
+        return output
 
     def has_work(self) -> bool:
         """Whether `step` would compute or report something. False also while every request waits for somebody else."""
@@ -104,3 +153,38 @@ class Engine:
         Without requests this means that free + cached + leased + quarantined blocks are the whole pool.
         """
         self._scheduler.check()
+
+    def _propose(self) -> dict[str, list[int]]:
+        """Guesses for the step to be planned; no step is in flight."""
+        if self._drafter is None:
+            return {}
+        requests = self._scheduler.draftable()
+        return self._drafter.propose(requests) if requests and self._drafter.wants_drafts(len(requests)) else {}
+
+    def _can_look_ahead(self, plan: StepPlan) -> bool:
+        """Whether the step after `plan`, which is in flight, can be planned now."""
+        if not self._look_ahead or not self._scheduler.can_look_ahead():
+            return False
+        num_singles = sum(sequence.sample is not None for sequence in plan.sequences)
+        return self._drafter is None or not num_singles or not self._drafter.wants_drafts(num_singles)
+
+    def _launch(self, drafts: dict[str, list[int]]) -> _Flight | None:
+        plan = self._scheduler.plan(self._pace.prompt_tokens(), drafts)
+        if not plan.sequences:
+            return None
+        start = time.perf_counter()
+        if self._look_ahead and isinstance(self._runner, LaunchingRunner):
+            return _Flight(plan, self._runner.launch(plan), start)
+        return _Flight(plan, _Done(self._runner.run(plan)), start)
+
+    def _land(self, flight: _Flight) -> StepOutput:
+        result = flight.launched.result()
+        now = time.perf_counter()
+        seconds = now - max(flight.start, self._landed_at)  # before that the device had the step before
+        self._landed_at = now
+        self._pace.observe(flight.plan, seconds)
+        if self._drafter is not None:
+            self._drafter.observe(flight.plan, result, seconds)
+        self.counters["engine_steps"] += 1
+        self.counters["engine_step_seconds"] += seconds
+        return self._scheduler.apply(flight.plan, result)

@@ -2,19 +2,23 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
+from baton.errors import ConfigurationError
 from engine.model_config import ModelConfig
 from engine.weights import Weights, expected_tensors, load_weights, model_fingerprint, resolve_dtype
 from kernels.cpu.build import Unavailable
 from kernels.cpu.native import NativeOps
-from kernels.ops import Ops, TorchOps
+from kernels.deterministic import DeterministicNativeOps, DeterministicOps, bits_depend_on
+from kernels.ops import HeadNorms, Ops, TorchOps
 
 log = logging.getLogger(__name__)
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,22 +31,82 @@ class LoadedModel:
     fingerprint: str
     """Equal for models that compute equal KV."""
 
+    @property
+    def device(self) -> torch.device:
+        return self.weights.embedding.device
+
 
 def load_model(
-    folder: Path, dtype: str = "auto", on_progress: Callable[[float], None] | None = None, page_size: int = 16
-) -> LoadedModel:
-    """Raises ModelError when the folder is unusable. `on_progress` gets the fraction done."""
+    folder: Path, dtype: str = "auto", on_progress: Callable[[float], None] | None = None, page_size: int = 16,
+    device: torch.device = CPU, deterministic: bool = False,
+) -> LoadedModel:  # fmt: skip
+    """Weights lie on `device`. `on_progress` gets the fraction done. `deterministic`: see `kernels.deterministic`.
+
+    Raises ModelError when the folder is unusable, ConfigurationError when the device's kernels cannot serve it.
+    """
     config = ModelConfig.load(folder)
     resolved = resolve_dtype(dtype, config)
     fingerprint = model_fingerprint(folder, config, resolved)
-    ops = choose_ops(config, resolved, page_size)
-    return LoadedModel(config, load_weights(folder, config, resolved, ops, on_progress), ops, resolved, fingerprint)
+    ops = choose_ops(config, resolved, page_size, device, deterministic)
+    if deterministic:
+        fingerprint = xxhash.xxh3_128_hexdigest("\n".join((fingerprint, *bits_depend_on(ops))))
+    weights = load_weights(folder, config, resolved, ops, on_progress)
+    if device.type != "cpu":
+        weights = _moved(weights, device, config.tie_word_embeddings)
+    return LoadedModel(config, weights, ops, resolved, fingerprint)
 
 
-def choose_ops(config: ModelConfig, dtype: torch.dtype, page_size: int) -> Ops[Any]:
-    """The fastest kernels that this processor has for this model."""
+def gpu_ops(config: ModelConfig, page_size: int, device: torch.device) -> Ops[Any]:
+    """Raises ConfigurationError when there are none for this model."""
+    try:
+        from kernels.gpu.ops import GpuOps
+    except ImportError as error:
+        raise ConfigurationError("GPUs need Triton: pip install 'baton-serve[gpu]', or use --device cpu") from error
+    if reason := GpuOps.unsupported(config.head_dim, page_size):
+        raise ConfigurationError(f"the GPU kernels cannot serve this model: {reason}; use --device cpu")
+    return GpuOps(device, config.num_heads, config.context_tokens)
+
+
+def _moved(weights: Weights, device: torch.device, tied: bool) -> Weights:
+    """`Ops.matrix` has moved the matrices; this moves the rest, an embedding that is also the head not twice."""
+    layers = [
+        replace(
+            layer,
+            input_norm=layer.input_norm.to(device),
+            mlp_norm=layer.mlp_norm.to(device),
+            head_norms=layer.head_norms
+            and HeadNorms(layer.head_norms.query.to(device), layer.head_norms.key.to(device)),
+        )
+        for layer in weights.layers
+    ]
+    embedding = weights.head.data if tied else weights.embedding.to(device)
+    return Weights(embedding, tuple(layers), weights.norm.to(device), weights.head)
+
+
+def choose_ops(
+    config: ModelConfig, dtype: torch.dtype, page_size: int, device: torch.device = CPU, deterministic: bool = False
+) -> Ops[Any]:
+    """The fastest kernels that `device` has for this model. Raises ConfigurationError when it has none."""
+    if deterministic:
+        return deterministic_ops(config, dtype, page_size, device)
+    if device.type != "cpu":
+        return gpu_ops(config, page_size, device)
+    return native_ops(NativeOps, config, dtype, page_size) or TorchOps()
+
+
+def deterministic_ops(config: ModelConfig, dtype: torch.dtype, page_size: int, device: torch.device) -> Ops[Any]:
+    """Those among them whose bits depend on a request alone. Raises ConfigurationError when there are none."""
+    if device.type != "cpu":
+        raise ConfigurationError("--deterministic is not there for GPUs; use --device cpu")
+    if config.rope.kind == "dynamic":
+        raise ConfigurationError("--deterministic does not serve models with dynamic rotary scaling")
+    return native_ops(DeterministicNativeOps, config, dtype, page_size) or DeterministicOps(config.num_heads)
+
+
+def native_ops(kernels: type[NativeOps], config: ModelConfig, dtype: torch.dtype, page_size: int) -> NativeOps | None:
+    """None where this processor or this model is not for them."""
     if dtype != torch.bfloat16:
-        return TorchOps()
+        return None
     shapes = [shape for shape in expected_tensors(config).values() if len(shape) == 2]
     reason = NativeOps.unsupported(
         [rows for rows, _ in shapes], [columns for _, columns in shapes], config.head_dim,
@@ -50,8 +114,8 @@ def choose_ops(config: ModelConfig, dtype: torch.dtype, page_size: int) -> Ops[A
     )  # fmt: skip
     try:
         if reason is None:
-            return NativeOps()
+            return kernels()
     except Unavailable as unavailable:
         reason = str(unavailable)
     log.warning("native CPU kernels cannot be used, torch is slower: %s", reason)
-    return TorchOps()
+    return None

@@ -13,7 +13,6 @@ from torch.nn.functional import embedding
 from engine.model_config import ModelConfig
 from engine.weights import Weights
 from kernels.ops import Ops, Rotation
-from kernels.paged_attention import WritePlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +22,8 @@ class Batch:
     token_ids: Tensor
     """int64 [tokens]."""
     rotation: Rotation
-    write: WritePlan
+    write: Any
+    """Where keys and values go: the `plan` of `Ops.rotate_and_store`."""
     attention: dict[int | None, Any]
     """Plans of `Ops.plan_attention`, by sliding window."""
     sample_rows: Tensor

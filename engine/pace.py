@@ -32,9 +32,10 @@ class Pace:
         return max(MIN_PROMPT_TOKENS, int((self._stretch - 1) * self._singles_s / self._prompt_token_s))
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
-        """A step took this long."""
-        num_singles = sum(len(sequence.token_ids) == 1 for sequence in plan.sequences)
-        num_prompt_tokens = plan.num_tokens - num_singles
+        """A step took this long. Guesses belong to the singles: with them is how these run when no prompt is there."""
+        lengths = [len(sequence.token_ids) - sequence.num_drafts for sequence in plan.sequences]
+        num_singles = lengths.count(1)
+        num_prompt_tokens = sum(lengths) - num_singles
         if not num_prompt_tokens:
             self._singles_s = _blend(self._singles_s, seconds, WEIGHT_SINGLES)
         elif num_singles and self._singles_s is not None:

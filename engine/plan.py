@@ -1,9 +1,13 @@
 """The contract between the scheduler, which knows requests, and the runner, which knows tensors."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from engine.requests import SamplingParams, TokenLogprobs
+
+PENDING = -1
+"""As a token id: the token that the step launched just before this one samples for this request. The only token of its
+sequence in the plan; it stays on the device, and the host has not read it when the step is launched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +17,19 @@ class SampleSpec:
     params: SamplingParams
     prompt_token_ids: list[int]
     output_token_ids: list[int]
-    """Tokens so far; the new one gets index len(output_token_ids). Read only when a penalty is set."""
+    """Those known so far: a list that grows. It lacks the token of a step in flight; the index of the new token is
+    `PlannedSequence.sample_index`."""
+
+    def adjusts(self, index: int) -> bool:
+        """Whether a penalty, a bias or min_tokens changes the scores of output token `index`."""
+        params = self.params
+        return (
+            params.repetition_penalty != 1.0
+            or params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
+            or bool(params.logit_bias)
+            or index < params.min_tokens
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +44,16 @@ class PlannedSequence:
     token_ids: list[int]
     start: int
     block_ids: list[int]
-    """Covers at least start + len(token_ids) positions; those written are owned by this request alone."""
+    """Covers at least start + len(token_ids) positions; those written are owned by this request alone. A list that
+    changes after the step has been launched."""
     rope_length: int
     """Length of the prompt, which dynamic rotary scaling depends on."""
     sample: SampleSpec | None
     """None: the prompt goes on in a later step."""
     num_drafts: int = 0
     """How many of the last `token_ids` are guesses, to be verified (speculative decoding)."""
+    sample_index: int = 0
+    """Place in the output stream of the (first) token that the step samples: with the seed it decides the draw."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +84,59 @@ class Runner(Protocol):
     """Executes a plan. The real one is engine.runner; tests drive the scheduler with a stand-in."""
 
     def run(self, plan: StepPlan) -> StepResult: ...
+
+
+class Launched(Protocol):
+    """A step on its way."""
+
+    def result(self) -> StepResult:
+        """Waits for the step. Called once, in the order of the launches."""
+
+
+@runtime_checkable
+class LaunchingRunner(Runner, Protocol):
+    """A runner that can start a step before it has given back the result of the one before.
+
+    At most two steps are on their way. They take effect in the order of their launches, copies of blocks included, as
+    on one stream of a device. `launch` reads the plan's lists before it returns, as they change afterwards; only the
+    token lists of a sequence whose SampleSpec `adjusts` stay as they are until `result`. After a plan with such a
+    sequence, or with drafts, the next one is launched only when its result is known: PENDING is always a token that
+    logits, the seed and the index alone decide.
+    """
+
+    def launch(self, plan: StepPlan) -> Launched: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRequest:
+    """A running request that needs one token computed, so that a step can verify guesses of what follows."""
+
+    request_id: str
+    token_ids: list[int]
+    """Prompt and outputs: the scheduler's own list, which grows. Not to be changed or kept."""
+    num_prompt_tokens: int
+    sample: SampleSpec
+    max_drafts: int
+    """More would go beyond the stream's greatest length; at least 1."""
+
+
+class Drafter(Protocol):
+    """Guesses what follows. A guess that is wrong costs time and never changes a stream.
+
+    The engine calls, in one thread: `wants_drafts`, `propose`, the step, `observe`, and `forget` once for each request
+    that has ended, before its id can be proposed for again.
+    """
+
+    def wants_drafts(self, num_requests: int) -> bool:
+        """Whether `propose` would try to guess for so many requests; cheap. While it says no, `propose` is not called
+        and the engine may plan a step before the tokens of the one before are known."""
+
+    def propose(self, requests: list[DraftRequest]) -> dict[str, list[int]]:
+        """Guesses by request id, none for those left out. The scheduler uses as many leading ones as there is room
+        for, which may be none: what was used is in the plan that `observe` gets."""
+
+    def observe(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+        """A step, with or without guesses, took this long, `propose` not included."""
+
+    def forget(self, request_id: str) -> None:
+        """The request has ended; nothing was proposed for it, perhaps."""

@@ -45,16 +45,18 @@ class BlockShape:
 class KVPool:
     """All blocks of one worker, in memory given by the caller (shared with other processes) or its own."""
 
-    def __init__(self, shape: BlockShape, num_blocks: int, buffer: Any = None) -> None:
-        """`buffer`: writable, contiguous, at least num_blocks * block_bytes; it must outlive the pool.
+    def __init__(
+        self, shape: BlockShape, num_blocks: int, buffer: Any = None, device: torch.device | None = None
+    ) -> None:
+        """`buffer`: writable, contiguous host memory, at least num_blocks * block_bytes; it must outlive the pool.
 
-        Raises ValueError when it is too small.
+        Without one the pool takes memory of its own, on `device`. Raises ValueError when the buffer is too small.
         """
         self.shape = shape
         self.num_blocks = num_blocks
         num_bytes = num_blocks * shape.block_bytes
         if buffer is None:
-            flat = torch.zeros(num_bytes, dtype=torch.uint8)
+            flat = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         else:
             flat = torch.frombuffer(buffer, dtype=torch.uint8)
             if flat.numel() < num_bytes:

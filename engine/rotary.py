@@ -21,11 +21,13 @@ from kernels.ops import Rotation
 class Rotary:
     """Frequencies of one model."""
 
-    def __init__(self, rope: RopeConfig, head_dim: int) -> None:
+    def __init__(self, rope: RopeConfig, head_dim: int, device: torch.device | None = None) -> None:
+        """Computed on the CPU, whose results are those of the reference, then kept on `device`."""
         self._rope = rope
         self._head_dim = head_dim
         self._exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-        self._inverse_frequencies = self._fixed_frequencies()
+        self._inverse_frequencies = self._fixed_frequencies().to(device=device)
+        self._exponents = self._exponents.to(device=device)
 
     def cos_sin(self, positions: Tensor, prompt_lengths: Tensor) -> Rotation:
         """For int64 [tokens] positions, and the length of the prompt that each token's request came with."""

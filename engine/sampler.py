@@ -38,6 +38,10 @@ def verify(logits: Tensor, spec: SampleSpec, drafts: list[int]) -> list[Sampled]
     tokens a step gives and never which: a stream is the same as without them, and as that of another attempt.
     (Leviathan et al., 2023, accept by a draw of their own and keep the distribution alone.)
     """
+    if _plain_greedy(spec):
+        best: list[int] = logits.float().argmax(-1).tolist()
+        num_right = next((at for at, draft in enumerate(drafts) if draft != best[at]), len(drafts))
+        return [Sampled(token_id) for token_id in best[: num_right + 1]]
     tokens: list[Sampled] = []
     outputs = spec.output_token_ids
     for row, draft in zip(logits, [*drafts, None], strict=True):
@@ -69,14 +73,7 @@ def _plain_greedy(spec: SampleSpec) -> bool:
 
 
 def _adjusts(spec: SampleSpec) -> bool:
-    params = spec.params
-    return (
-        params.repetition_penalty != 1.0
-        or params.presence_penalty != 0.0
-        or params.frequency_penalty != 0.0
-        or bool(params.logit_bias)
-        or len(spec.output_token_ids) < params.min_tokens
-    )
+    return spec.adjusts(len(spec.output_token_ids))
 
 
 def _sample_one(logits: Tensor, spec: SampleSpec) -> Sampled:

@@ -8,19 +8,29 @@
 4. A TAKE request waits, with its blocks, until `receive` says what arrived; then it is one of the running.
 5. `apply` turns the runner's result into tokens and endings. A GIVE request ends with its first token. Once it has
    announced blocks, they all pass to the lease of the same id when it ends, however it ends.
+   Guesses that proved right give several tokens at once.
 6. `abort` ends a request wherever it stands. Blocks that somebody outside may still write are quarantined.
 
 A GIVE request is never preempted: others read what it announced, and it can always finish with what it has.
+
+Guesses (speculative decoding) come last in a plan: they get what tokens, prompts and admissions have left of the batch
+and, for blocks, nothing that somebody waits for or needs for its next token.
+
+A step may be planned while the one before it is in flight, when `can_look_ahead`: its sequences are then planned as if
+that step had come back, with PENDING for the token it samples. One that has ended when it comes back was planned in
+vain: what the step says about it is dropped, and the step keeps the blocks that it writes (`engine.in_flight`).
 """
 
 from bisect import insort
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Many
 
-from baton.errors import BatonError, ConfigurationError, InvalidRequestError
-from engine.block_tables import BlockTables, Copies
+from baton.errors import BatonError, InvalidRequestError
+from engine.block_tables import BlockTables
 from engine.blocks import BlockAccountingError, BlockAllocator, Owner, OwnerKind
-from engine.plan import PlannedSequence, StepPlan, StepResult
+from engine.limits import SchedulerLimits, check_servable
+from engine.plan import DraftRequest, PlannedSequence, Sampled, StepPlan, StepResult
 from engine.requests import (
     Computed,
     Ended,
@@ -30,45 +40,18 @@ from engine.requests import (
     Reserved,
     Started,
     StepOutput,
-    TokenLogprobs,
     TokenOutput,
 )
-from engine.sequence import Phase, Sequence, most_positions
+from engine.sequence import Phase, Sequence
+from engine.steps import Step
 
 
 class EngineFull(BatonError):
     """The waiting line is at its bound. Try another worker, or later."""
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    page_size: int
-    max_batch_tokens: int
-    """Tokens computed in one step."""
-    max_running: int
-    """Requests that hold blocks side by side, those that wait for KV from outside included."""
-    max_model_tokens: int
-    """Prompt plus output."""
-    max_waiting: int = 1024
-
-
-class _Draft:
-    """A plan in the making."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.singles: list[PlannedSequence] = []
-        self.chunks: list[PlannedSequence] = []
-        self.copies: Copies = []
-
-    def schedule(self, sequence: Sequence) -> None:
-        num_tokens = min(sequence.num_uncomputed, self.budget)
-        self.budget -= num_tokens
-        (self.singles if num_tokens == 1 else self.chunks).append(sequence.planned(num_tokens))
-
-
 class Scheduler:
-    """One thread: `plan`, run it, `apply`; everything else only between two such rounds.
+    """One thread: `plan`, run it, `apply`, in the order of the plans; other calls between them at any time.
 
     `counters` has the scheduler's share of `baton.metrics.WORKER_COUNTERS`.
     """
@@ -76,16 +59,11 @@ class Scheduler:
     def __init__(
         self, allocator: BlockAllocator, limits: SchedulerLimits, shareable_tokens: Callable[[int], int]
     ) -> None:
-        if limits.max_batch_tokens < limits.max_running:
-            raise ConfigurationError(
-                f"--max-batch-tokens is {limits.max_batch_tokens}; it must be at least --max-running "
-                f"({limits.max_running}), or some requests would never get a token"
-            )
         self.tables = BlockTables(allocator, limits.page_size, shareable_tokens)
         self.counters: dict[str, float] = dict.fromkeys(
             (
                 "prompt_tokens_computed", "prompt_tokens_cached", "prompt_tokens_received", "generated_tokens",
-                "preemptions", "blocks_copied_on_write",
+                "preemptions", "blocks_copied_on_write", "draft_tokens", "draft_tokens_accepted",
             ), 0.0,
         )  # fmt: skip
         self._allocator = allocator
@@ -95,6 +73,8 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._num_receiving = 0
+        self._num_planned = 0
+        self._in_flight: deque[Step] = deque()
         self._stuck = False
         """Nothing runs and the head of the line does not fit: blocks must come back from outside first."""
         self._events = StepOutput()
@@ -106,7 +86,9 @@ class Scheduler:
 
         Raises InvalidRequestError when it could never be served here, EngineFull when the line is at its bound.
         """
-        self._check_servable(request)
+        check_servable(request, self._limits, self._allocator.num_blocks)
+        if self._is_in_use(request.id):
+            raise InvalidRequestError("this request id is in use")
         if len(self._waiting) >= self._limits.max_waiting:
             raise EngineFull(f"{len(self._waiting)} requests are waiting already")
         names = self.tables.names(request.cache_root, request.num_prompt_tokens)
@@ -134,13 +116,20 @@ class Scheduler:
         sequence.phase = Phase.RUNNING
         insort(self._running, sequence, key=_arrival)
         self._count("prompt_tokens_received", num_cached, num_valid, sequence)
-        reason = None if first_token is None else self._emit_token(sequence, first_token, None)
+        reason = None if first_token is None else self._emit_token(sequence, Sampled(first_token))
         # The last token's KV is computed again when its logits are needed: its block must not be published before.
-        sequence.num_computed = min(num_valid, len(sequence.token_ids) - 1)
+        sequence.settle(min(num_valid, len(sequence.token_ids) - 1))
         self.tables.publish(sequence)
         if reason is not None:
             self._end(sequence, reason)
         return True
+
+    def blocks_from_outside(self, request_id: str, num_tokens: int) -> list[int]:
+        """Those that others wrote the first `num_tokens` positions of a TAKE request into; none after `receive`."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None or sequence.phase is not Phase.RECEIVING:
+            return []
+        return sequence.block_ids[sequence.num_final_blocks : self.tables.num_blocks_for(num_tokens)]
 
     def abort(self, request_id: str) -> bool:
         """End a request, in whatever state. False when it is not here (any more): aborting twice is harmless."""
@@ -167,40 +156,49 @@ class Scheduler:
 
     # -- Steps ---------------------------------------------------------------------------------------------------
 
-    def plan(self, prompt_tokens: int | None = None) -> StepPlan:
+    def draftable(self) -> list[DraftRequest]:
+        """Running requests that need one token and can have more; not while a step is in flight."""
+        return [s.draft_request() for s in self._running if s.num_uncomputed == 1 and s.max_drafts > 0]
+
+    def can_look_ahead(self) -> bool:
+        """Whether `plan` may be called while the latest plan is in flight: nothing that it needs is still unknown.
+
+        And nobody has to be preempted for the next token of another, so that a step in flight keeps its requests.
+        """
+        return self._in_flight[-1].samples_on_device() and self._allocator.num_available >= len(self._running)
+
+    def plan(self, prompt_tokens: int | None = None, drafts: Mapping[str, Many[int]] | None = None) -> StepPlan:
         """What to compute now; no sequences when there is nothing to compute. Run it, then `apply`.
 
         Beside single tokens at most `prompt_tokens` of prompts are computed; None leaves them what the batch has room
-        for.
+        for. `drafts`, by request id, are guesses of what follows those of `draftable`; what is no use is left out.
         """
-        draft = _Draft(self._limits.max_batch_tokens)
-        self._plan_singles(draft)
-        if draft.singles and prompt_tokens is not None:
-            draft.budget = min(draft.budget, prompt_tokens)
+        step = Step(self._allocator, self._num_planned, self._limits.max_batch_tokens)
+        self._plan_singles(step)
+        if step.singles and prompt_tokens is not None:
+            step.prompt_budget = min(step.budget, prompt_tokens)
         for sequence in self._running:
-            if draft.budget and sequence.num_uncomputed > 1:
-                draft.schedule(sequence)
-        self._admit(draft)
-        self.counters["blocks_copied_on_write"] += len(draft.copies)
-        sequences = draft.singles + draft.chunks
-        self._stuck = bool(self._waiting) and not sequences
-        return StepPlan(sequences, draft.copies)
+            if step.prompt_budget and sequence.num_uncomputed > 1:
+                step.schedule(sequence)
+        self._admit(step)
+        if drafts:
+            self._plan_drafts(step, drafts)
+        plan = step.plan()
+        self._stuck = bool(self._waiting) and not plan.sequences and not self._in_flight
+        if plan.sequences:
+            self._num_planned += 1
+            self._in_flight.append(step)
+            self.counters["blocks_copied_on_write"] += len(plan.copies)
+        return plan
 
     def apply(self, plan: StepPlan, result: StepResult) -> StepOutput:
-        """Account for a plan that has run. Returns everything that changed since the last output."""
-        self.tables.copies_made()
-        for planned in plan.sequences:
-            sequence = self._sequences[planned.request_id]
-            end = planned.start + len(planned.token_ids)
-            self._count("prompt_tokens_computed", planned.start, end, sequence)
-            sequence.num_computed = end
-            self.tables.publish(sequence)
-            if planned.sample is not None:
-                (sampled,) = result.sampled[planned.request_id]
-                self.counters["generated_tokens"] += 1
-                self._accept_sample(sequence, sampled.token_id, sampled.logprobs)
-            elif sequence.gives:
-                self._announce(sequence, last=False)
+        """Account for the earliest plan in flight. Returns everything that changed since the last output."""
+        step = self._in_flight.popleft()
+        step.blocks.let_go()
+        for sequence, planned in zip(step.sequences, plan.sequences, strict=True):
+            if sequence.phase is not Phase.ENDED:
+                sampled = result.sampled[sequence.id] if planned.sample is not None else []
+                self._apply(sequence, planned, sampled)
         return self.take_events()
 
     def take_events(self) -> StepOutput:
@@ -211,7 +209,7 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether a step would compute or report something. False while only others can make it go on."""
         reportable = self._events.tokens or self._events.ended
-        return bool(self._running or reportable or (self._waiting and not self._stuck))
+        return bool(self._running or self._in_flight or reportable or (self._waiting and not self._stuck))
 
     # -- Watching ------------------------------------------------------------------------------------------------
 
@@ -240,33 +238,16 @@ class Scheduler:
 
     # -- Inside --------------------------------------------------------------------------------------------------
 
-    def _check_servable(self, request: EngineRequest) -> None:
-        num_tokens, limit = len(request.token_ids), self._limits.max_model_tokens
-        if not 1 <= request.num_prompt_tokens <= num_tokens:
-            raise InvalidRequestError("the prompt is empty", "prompt")
-        if num_tokens >= limit:
-            raise InvalidRequestError(
-                f"{num_tokens} tokens leave no room for output; this model takes {limit} in all", "prompt"
-            )
-        if request.sampling.max_tokens <= num_tokens - request.num_prompt_tokens:
-            raise InvalidRequestError("max_tokens leaves no token to generate", "max_tokens")
-        num_blocks = self.tables.num_blocks_for(most_positions(request, limit))
-        if num_blocks > self._allocator.num_blocks:
-            raise InvalidRequestError(
-                f"prompt and max_tokens need {num_blocks} KV blocks, this worker has {self._allocator.num_blocks}; "
-                "shorten one of them",
-                "max_tokens",
-            )
-        outside = (Owner(OwnerKind.LEASE, request.id), Owner(OwnerKind.QUARANTINE, request.id))
-        if request.id in self._sequences or any(self._allocator.owns_any(owner) for owner in outside):
-            raise InvalidRequestError("this request id is in use")
+    def _is_in_use(self, request_id: str) -> bool:
+        outside = (Owner(OwnerKind.LEASE, request_id), Owner(OwnerKind.QUARANTINE, request_id))
+        return request_id in self._sequences or any(self._allocator.owns_any(owner) for owner in outside)
 
-    def _plan_singles(self, draft: _Draft) -> None:
+    def _plan_singles(self, step: Step) -> None:
         """Schedule every running request that needs one token, preempting others, or itself, for blocks."""
         for sequence in list(self._running):
             if sequence.phase is not Phase.RUNNING or sequence.num_uncomputed != 1:
                 continue
-            while not self.tables.make_writable(sequence, draft.copies):
+            while not self.tables.make_writable(sequence, step.blocks):
                 # Never one already in this plan: those all arrived before `sequence`, the victim did not.
                 victim = next(s for s in reversed(self._running) if not s.gives)
                 assert victim.arrival >= sequence.arrival, "a GIVE request has had all its blocks since its start"
@@ -274,22 +255,37 @@ class Scheduler:
                 if victim is sequence:
                     break
             else:
-                draft.schedule(sequence)
+                step.schedule(sequence)
+
+    def _plan_drafts(self, step: Step, drafts: Mapping[str, Many[int]]) -> None:
+        """Let singles verify guesses, oldest first. Blocks taken for them stay with the sequence, which grows."""
+        for sequence in step.singles:
+            guesses = drafts.get(sequence.id, ())[: max(0, min(sequence.max_drafts, step.budget))]
+            if guesses and sequence.num_uncomputed == 1:
+                # Each of the others may need one for its next token.
+                spare = 0 if self._can_admit() else self._allocator.num_available - (len(self._running) - 1)
+                room = self.tables.make_room(sequence, 1 + len(guesses), spare) - 1
+                step.add_drafts(sequence, list(guesses[:room]))
 
     def _preempt(self, sequence: Sequence) -> None:
+        assert not sequence.in_flight, "see can_look_ahead"
         self._running.remove(sequence)
         self.tables.release(sequence)
         sequence.phase = Phase.WAITING
         insort(self._waiting, sequence, key=_arrival)
         self.counters["preemptions"] += 1
 
-    def _admit(self, draft: _Draft) -> None:
+    def _can_admit(self) -> bool:
+        """Whether somebody waits for nothing but blocks and room in the batch."""
+        return bool(self._waiting) and len(self._running) + self._num_receiving < self._limits.max_running
+
+    def _admit(self, step: Step) -> None:
         """Start requests from the head of the line, in order: one that does not fit lets nobody pass."""
-        while self._waiting and len(self._running) + self._num_receiving < self._limits.max_running:
+        while self._can_admit():
             sequence = self._waiting[0]
-            if not sequence.awaits_kv and not draft.budget:
+            if not sequence.awaits_kv and not step.prompt_budget:
                 return
-            if not self.tables.admit(sequence, draft.copies):
+            if not self.tables.admit(sequence, step.blocks):
                 return
             del self._waiting[0]
             self._count("prompt_tokens_cached", 0, sequence.num_computed, sequence)
@@ -305,19 +301,32 @@ class Scheduler:
             else:
                 sequence.phase = Phase.RUNNING
                 insort(self._running, sequence, key=_arrival)
-                draft.schedule(sequence)
+                step.schedule(sequence)
 
-    def _accept_sample(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> None:
-        reason = self._emit_token(sequence, token_id, logprobs)
+    def _apply(self, sequence: Sequence, planned: PlannedSequence, sampled: list[Sampled]) -> None:
+        reason, num_tokens = None, 0
+        for num_tokens, token in enumerate(sampled, 1):  # noqa: B007 - how many came before the stream ended
+            reason = self._emit_token(sequence, token)
+            if reason is not None:
+                break
+        sequence.land(planned, max(0, num_tokens - 1))
+        self._count("prompt_tokens_computed", planned.start, sequence.num_computed, sequence)
+        self.counters["generated_tokens"] += num_tokens
+        if planned.num_drafts:
+            self.counters["draft_tokens"] += planned.num_drafts
+            self.counters["draft_tokens_accepted"] += min(num_tokens, len(sampled) - 1)
+        self.tables.publish(sequence)
         if reason is not None:
             self._end(sequence, reason)
         elif sequence.gives:
-            self._announce(sequence, last=True)
-            self._end(sequence, EndReason.HANDED_OVER)
+            self._announce(sequence, last=bool(sampled))
+            if sampled:
+                self._end(sequence, EndReason.HANDED_OVER)
 
-    def _emit_token(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> EndReason | None:
-        self._events.tokens.append(TokenOutput(sequence.id, len(sequence.output_token_ids), token_id, logprobs))
-        return sequence.append(token_id)
+    def _emit_token(self, sequence: Sequence, token: Sampled) -> EndReason | None:
+        index = len(sequence.output_token_ids)
+        self._events.tokens.append(TokenOutput(sequence.id, index, token.token_id, token.logprobs))
+        return sequence.append(token.token_id)
 
     def _announce(self, sequence: Sequence, last: bool) -> None:
         """Tell which further blocks of a GIVE request are final, the partial one only at the end."""
@@ -341,6 +350,7 @@ class Scheduler:
             self.tables.quarantine(sequence)
         else:
             self._running.remove(sequence)
+            self.tables.hold_for_step(sequence)
             if sequence.num_announced_blocks:  # however it ended, a reader may be at what was announced
                 self.tables.lease(sequence)
             else:

@@ -7,7 +7,7 @@ instructions. Heads and slabs are laid out as in `kernels.paged_attention`.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ class HeadNorms:
 
 class Ops(ABC, Generic[Plan]):
     name: str
+    launches = False
+    """Its kernels are launched and run beside the host, on a device with memory of its own."""
 
     @abstractmethod
     def matrix(self, weight: Tensor, bias: Tensor | None) -> Matrix:
@@ -67,10 +69,11 @@ class Ops(ABC, Generic[Plan]):
     @abstractmethod
     def rotate_and_store(
         self, qkv: Tensor, slabs: Tensor, layer: int, rotation: Rotation, norms: HeadNorms | None, eps: float,
-        plan: WritePlan,
+        plan: Any,
     ) -> Tensor:  # fmt: skip
         """Norm and rotate the heads of [tokens, (heads + 2 * kv_heads) * head_dim], store keys and values.
 
+        `plan`: where to, as these kernels want it: a WritePlan, or kernels.gpu.ops.Places.
         Returns the queries [tokens, heads, head_dim], which may lie in `qkv`.
         """
 

@@ -5,19 +5,24 @@ root, and for a prompt beyond the shareable length that length, as with dynamic 
 function of the last number, so each stream has one undisturbed form that can be computed without an engine.
 """
 
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import dataclass, field, replace
 
 from baton.block_names import root_name
-from engine.blocks import BlockAllocator, Owner, OwnerKind
+from engine.blocks import BlockAllocator, BlockState, Owner, OwnerKind
 from engine.engine import Engine
-from engine.plan import Sampled, StepPlan, StepResult
+from engine.plan import PENDING, DraftRequest, PlannedSequence, Sampled, StepPlan, StepResult
 from engine.requests import EndReason, EngineRequest, Handover, SamplingParams, StepOutput
+from engine.scheduler import Scheduler
+from engine.sequence import Phase, Sequence
 
 PAGE = 4
 VOCABULARY = 40
 ROOT = root_name("stand-in")
 LONG_PROMPT = 26
-GARBAGE = -1
+GARBAGE = -7
+BEYOND = 10
+"""Tokens after its end that each stream is known for: a guess may go on where the stream does not."""
 
 
 def shareable_tokens(num_prompt_tokens: int) -> int:
@@ -49,6 +54,8 @@ class Stream:
     outputs: list[int]
     reason: EndReason
     kv: list[int]
+    endless: list[int]
+    """`outputs`, and BEYOND tokens more."""
 
     @property
     def tokens(self) -> list[int]:
@@ -60,14 +67,32 @@ def undisturbed(request: EngineRequest, max_model_tokens: int) -> Stream:
     prompt, sampling = list(request.token_ids[: request.num_prompt_tokens]), request.sampling
     values = kv_of(request.cache_root, prompt, len(prompt))
     outputs: list[int] = []
-    while True:
+    length, reason = 0, None
+    while reason is None or len(outputs) < length + BEYOND:
         token = sampled_token(values[-1])
         values.append(next_kv(values[-1], len(values), token, len(prompt)))
         outputs.append(token)
-        if token in sampling.stop_token_ids and len(outputs) >= sampling.min_tokens:
-            return Stream(request, outputs, EndReason.STOP, values)
-        if len(outputs) >= sampling.max_tokens or len(prompt) + len(outputs) >= max_model_tokens:
-            return Stream(request, outputs, EndReason.LENGTH, values)
+        if reason is None:
+            length = len(outputs)
+            if token in sampling.stop_token_ids and length >= sampling.min_tokens:
+                reason = EndReason.STOP
+            elif length >= sampling.max_tokens or len(prompt) + length >= max_model_tokens:
+                reason = EndReason.LENGTH
+    return Stream(request, outputs[:length], reason, values, outputs)
+
+
+@dataclass
+class Flight:
+    """A step that was launched and takes effect when its result is asked for, which is as late as can be."""
+
+    runner: "StandInRunner"
+    plan: StepPlan
+    live: list[Sequence | None]
+    generations: list[int]
+    """Of the sources of copies."""
+
+    def result(self) -> StepResult:
+        return self.runner.land(self)
 
 
 class StandInRunner:
@@ -78,7 +103,13 @@ class StandInRunner:
         self.kv: dict[tuple[int, int], int] = {}
         self.streams: dict[str, Stream] = {}
         self.plans: list[StepPlan] = []
-        self.allocator: BlockAllocator | None = None
+        self.scheduler: Scheduler | None = None
+        self.num_ahead = 0
+        """Steps launched while another was in flight."""
+        self.num_in_vain = 0
+        """Sequences that had ended when their step took effect."""
+        self._flights: deque[Flight] = deque()
+        self._latest = StepResult({})
 
     def expect(self, request: EngineRequest) -> Stream:
         self.streams[request.id] = undisturbed(request, self.max_model_tokens)
@@ -91,28 +122,95 @@ class StandInRunner:
         return self.kv.get((block_ids[position // PAGE], position % PAGE))
 
     def run(self, plan: StepPlan) -> StepResult:
+        return self.launch(plan).result()
+
+    def launch(self, plan: StepPlan) -> Flight:
         self.plans.append(plan)
         assert not {source for source, _ in plan.copies} & {target for _, target in plan.copies}
         assert len({target for _, target in plan.copies}) == len(plan.copies)
-        for source, target in plan.copies:
+        self._check_exclusive(plan)
+        self._check_known(plan)
+        live: list[Sequence | None] = [None] * len(plan.sequences)
+        generations = []
+        if self.scheduler is not None:
+            live = [self.scheduler._sequences[sequence.request_id] for sequence in plan.sequences]
+            generations = [self.scheduler._allocator.generations[source] for source, _ in plan.copies]
+        frozen = [replace(sequence, block_ids=list(sequence.block_ids)) for sequence in plan.sequences]
+        self._flights.append(Flight(self, StepPlan(frozen, list(plan.copies)), live, generations))
+        return self._flights[-1]
+
+    def land(self, flight: Flight) -> StepResult:
+        assert self._flights.popleft() is flight, "results are taken in the order of the launches"
+        for source, target in flight.plan.copies:
             for offset in range(PAGE):
                 self.kv[target, offset] = self.kv[source, offset]
-        self._check_exclusive(plan)
+        if self.scheduler is not None:
+            now = [self.scheduler._allocator.generations[source] for source, _ in flight.plan.copies]
+            assert now == flight.generations, "the source of a copy was handed out before the copy was made"
         sampled = {}
-        for sequence in plan.sequences:
-            stream = self.streams[sequence.request_id]
-            end = sequence.start + len(sequence.token_ids)
-            assert sequence.token_ids == stream.tokens[sequence.start : end]
-            assert sequence.rope_length == stream.request.num_prompt_tokens
-            for position in range(sequence.start):
-                assert self.read(sequence.block_ids, position) == stream.kv[position], "wrong KV is read"
-            for position in range(sequence.start, end):
-                self.write(sequence.block_ids, position, stream.kv[position])
+        for sequence, live in zip(flight.plan.sequences, flight.live, strict=True):
+            ended = live is not None and live.phase is Phase.ENDED
+            tokens = self._stray(sequence) if ended else self._compute(sequence)
             if sequence.sample is not None:
-                known = sequence.sample.prompt_token_ids + sequence.sample.output_token_ids
-                assert known == stream.tokens[:end]
-                sampled[sequence.request_id] = [Sampled(sampled_token(stream.kv[end - 1]))]
-        return StepResult(sampled)
+                sampled[sequence.request_id] = [Sampled(token_id) for token_id in tokens]
+        self._latest = StepResult(sampled)
+        return self._latest
+
+    def _compute(self, sequence: PlannedSequence) -> list[int]:
+        """What the step samples of this sequence, if it samples."""
+        stream = self.streams[sequence.request_id]
+        end = sequence.start + len(sequence.token_ids) - sequence.num_drafts
+        known, guesses = sequence.token_ids[: end - sequence.start], sequence.token_ids[end - sequence.start :]
+        if known == [PENDING]:
+            known = [token.token_id for token in self._latest.sampled[sequence.request_id]]
+        assert known == stream.tokens[sequence.start : end]
+        assert sequence.rope_length == stream.request.num_prompt_tokens
+        for position in range(sequence.start):
+            assert self.read(sequence.block_ids, position) == stream.kv[position], "wrong KV is read"
+        for position in range(sequence.start, end):
+            self.write(sequence.block_ids, position, stream.kv[position])
+        tokens = [sampled_token(stream.kv[end - 1])]
+        for position, guess in enumerate(guesses, end):
+            right = len(tokens) == position - end + 1 and guess == tokens[-1]
+            self.write(sequence.block_ids, position, stream.kv[position] if right else GARBAGE)
+            if right:
+                tokens.append(sampled_token(stream.kv[position]))
+        return tokens
+
+    def _stray(self, sequence: PlannedSequence) -> list[int]:
+        """The request ended while the step was in flight: it reads whatever is there, and writes all the same."""
+        self.num_in_vain += 1
+        assert self.scheduler is not None
+        for position in range(sequence.start, sequence.start + len(sequence.token_ids)):
+            block = sequence.block_ids[position // PAGE]
+            assert self.scheduler._allocator._states[block] is BlockState.QUARANTINED
+            assert not self.scheduler._allocator.is_cached(block)
+            self.write(sequence.block_ids, position, GARBAGE)
+        return [0]
+
+    def _check_known(self, plan: StepPlan) -> None:
+        """Whatever is planned is known to the host or will be on the device."""
+        before = {}
+        if self._flights:
+            self.num_ahead += 1
+            (flight,) = self._flights
+            before = {sequence.request_id: sequence for sequence in flight.plan.sequences if sequence.sample}
+            for sequence in before.values():
+                assert sequence.sample is not None
+                assert not sequence.num_drafts
+                assert not sequence.sample.adjusts(sequence.sample_index)
+        for sequence in plan.sequences:
+            pending = PENDING in sequence.token_ids
+            assert not pending or (sequence.token_ids == [PENDING] and sequence.request_id in before)
+            request = self.streams[sequence.request_id].request
+            longest = min(request.num_prompt_tokens + request.sampling.max_tokens, self.max_model_tokens)
+            assert sequence.start + len(sequence.token_ids) < longest, "the last token of a stream is never computed"
+            if sequence.sample is not None:
+                end = sequence.start + len(sequence.token_ids) - sequence.num_drafts
+                assert sequence.sample_index == end - sequence.rope_length
+                assert len(sequence.sample.output_token_ids) == sequence.sample_index - pending
+            else:
+                assert not sequence.num_drafts
 
     def _check_exclusive(self, plan: StepPlan) -> None:
         """No block has two writers, or a writer and a reader, whoever they are."""
@@ -122,12 +220,58 @@ class StandInRunner:
             for index in range(sequence.start // PAGE, (end - 1) // PAGE + 1):
                 block = sequence.block_ids[index]
                 assert writer.setdefault(block, sequence.request_id) == sequence.request_id
-                if self.allocator is not None:
-                    assert self.allocator.is_private(block)
+                if self.scheduler is not None:
+                    assert self.scheduler._allocator.is_private(block)
         assert not writer.keys() & {source for source, _ in plan.copies}
         for sequence in plan.sequences:
             for block in sequence.block_ids:
                 assert writer.get(block, sequence.request_id) == sequence.request_id
+
+
+class StandInDrafter:
+    """Guesses for everybody, asked for or not, right and wrong as `pattern` says, one list after the other."""
+
+    def __init__(self, runner: StandInRunner) -> None:
+        self.pattern: list[list[bool]] = []
+        self.known: dict[str, list[int]] = {}
+        """Output tokens of the requests that have not ended, as their clients saw them."""
+        self.asked: list[DraftRequest] = []
+        self.num_observed = 0
+        self._runner = runner
+        self._next = 0
+
+    def wants_drafts(self, num_requests: int) -> bool:
+        assert num_requests > 0
+        return bool(self.pattern)
+
+    def propose(self, requests: list[DraftRequest]) -> dict[str, list[int]]:
+        assert requests
+        self.asked = requests
+        for request in requests:
+            stream = self._runner.streams[request.request_id]
+            assert request.request_id in self.known, "nobody who has ended is asked for"
+            assert request.token_ids[: request.num_prompt_tokens] == stream.tokens[: request.num_prompt_tokens]
+            limit = request.num_prompt_tokens + request.sample.params.max_tokens
+            longest = min(limit, self._runner.max_model_tokens)
+            assert 1 <= request.max_drafts == longest - 1 - len(request.token_ids)
+        return {request_id: self._guesses(request_id) for request_id in self.known}
+
+    def _guesses(self, request_id: str) -> list[int]:
+        self._next += 1
+        pattern = self.pattern[self._next % len(self.pattern)]
+        coming = self._runner.streams[request_id].endless[len(self.known[request_id]) :]
+        # Past the end of what is known even a right guess would be chance: the engine must have cut it off.
+        return [token if right else (token + 1) % VOCABULARY for token, right in zip(coming, pattern, strict=False)] + [
+            0
+        ] * (len(pattern) - len(coming))
+
+    def observe(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+        assert {s.request_id for s in plan.sequences if s.sample is not None} == result.sampled.keys()
+        assert seconds >= 0
+        self.num_observed += 1
+
+    def forget(self, request_id: str) -> None:
+        del self.known[request_id]
 
 
 @dataclass
@@ -151,9 +295,11 @@ class World:
         max_running: int = 4,
         max_model_tokens: int = 64,
         max_waiting: int = 64,
+        look_ahead: bool = False,
     ) -> None:
         self.max_model_tokens = max_model_tokens
         self.runner = StandInRunner(max_model_tokens)
+        self.drafter = StandInDrafter(self.runner)
         self.engine = Engine(
             self.runner,
             num_blocks=num_blocks,
@@ -163,9 +309,11 @@ class World:
             max_model_tokens=max_model_tokens,
             shareable_tokens=shareable_tokens,
             max_waiting=max_waiting,
+            drafter=self.drafter,
+            look_ahead=look_ahead,
         )
-        self.allocator = self.engine._scheduler._allocator
-        self.runner.allocator = self.allocator
+        self.allocator: BlockAllocator = self.engine._scheduler._allocator
+        self.runner.scheduler = self.engine._scheduler
         self.outputs: dict[str, list[int]] = {}
         self.started: list[str] = []
         self.ended: dict[str, EndReason] = {}
@@ -181,6 +329,7 @@ class World:
         stream = self.runner.expect(request)
         self.engine.add(request)
         self.outputs[request.id] = list(request.token_ids[request.num_prompt_tokens :])
+        self.drafter.known[request.id] = self.outputs[request.id]
         return stream
 
     def step(self) -> StepOutput:
@@ -206,6 +355,7 @@ class World:
             seen.append(token.token_id)
         for ended in output.ended:
             self._note_end(ended.request_id, ended.reason, ended.num_output_tokens)
+            assert ended.request_id not in self.drafter.known, "the drafter was told"
         self.check()
         return output
 
@@ -330,6 +480,9 @@ class World:
         """The pool is whole, the scheduler is empty."""
         assert not self.engine.has_work()
         assert self.outputs.keys() == self.ended.keys()
+        assert not self.drafter.known
+        assert not self.runner._flights
+        assert self.drafter.num_observed == len(self.runner.plans) == self.engine.counters["engine_steps"]
         assert self.engine._scheduler.is_empty()
         counts = self.allocator.counts()
         assert (counts.held, counts.leased, counts.quarantined) == (0, 0, 0)

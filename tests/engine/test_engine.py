@@ -55,7 +55,7 @@ def test_generations_are_written_where_peers_read_them() -> None:
         generations=generations,
     )
     request = make_request("a", [1, 2, 3, 4, 5], Handover.GIVE)
-    world.runner.allocator = None
+    world.runner.scheduler = None
     world.runner.expect(request)
     engine.add(request)
     (computed,) = engine.step().computed

@@ -1,4 +1,4 @@
-"""Any order of requests, steps, deliveries, aborts and leases: right tokens, whole pool, empty scheduler."""
+"""Any order of requests, steps, guesses, deliveries, aborts and leases: right tokens, whole pool, empty scheduler."""
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -23,9 +23,14 @@ prompts = st.one_of(
     ),
 )
 
+patterns = st.one_of(st.just([]), st.lists(st.lists(st.booleans(), max_size=7), min_size=1, max_size=3))
+"""Guesses, right or wrong, of one request after the other."""
+
 
 class EngineMachine(RuleBasedStateMachine):
     """Every request that nobody aborts must reach its end, and everything that the stand-in checks holds on the way."""
+
+    look_ahead = False
 
     @initialize(
         num_blocks=st.sampled_from([6, 9, 12, 20]),
@@ -40,6 +45,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_batch_tokens=max_batch_tokens,
             max_model_tokens=MAX_MODEL_TOKENS,
             max_waiting=8,
+            look_ahead=self.look_ahead,
         )
 
     def any_id(self, data: st.DataObject) -> str:
@@ -87,8 +93,9 @@ class EngineMachine(RuleBasedStateMachine):
                 root,
             )
 
-    @rule(count=st.integers(1, 8))
-    def step(self, count: int) -> None:
+    @rule(count=st.integers(1, 8), pattern=patterns)
+    def step(self, count: int, pattern: list[list[bool]]) -> None:
+        self.world.drafter.pattern = pattern
         for _ in range(count):
             self.world.step()
 
@@ -147,11 +154,19 @@ class EngineMachine(RuleBasedStateMachine):
             self.world.run_to_the_end()
 
 
-EngineMachine.TestCase.settings = settings(
+class LookAheadMachine(EngineMachine):
+    """The same with a step planned while the one before is in flight, and in effect as late as can be."""
+
+    look_ahead = True
+
+
+SETTINGS = settings(
     max_examples=250,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
+EngineMachine.TestCase.settings = LookAheadMachine.TestCase.settings = SETTINGS
 TestEngineMachine = EngineMachine.TestCase
+TestLookAheadMachine = LookAheadMachine.TestCase

@@ -9,7 +9,7 @@ from transformers.generation import logits_process as hf
 
 from engine.plan import SampleSpec
 from engine.requests import SamplingParams
-from engine.sampler import sample, uniform
+from engine.sampler import sample, uniform, verify
 
 VOCAB = 4000
 PROMPT, OUTPUT = [5, 9, 9, 70], [70, 3, 3, 3]
@@ -171,3 +171,33 @@ def test_a_second_attempt_that_knows_the_output_so_far_draws_the_same():
     first = [one(logits, temperature=1.0, seed=7, output=[0] * index).token_id for index in range(20)]
     assert first[12:] == [one(logits, temperature=1.0, seed=7, output=[0] * index).token_id for index in range(12, 20)]
     assert len(set(first)) > 5
+
+
+VERIFIED = [
+    {},
+    {"temperature": 0.9, "seed": 5, "top_p": 0.9},
+    {"logprobs": 2},
+    {"frequency_penalty": 0.8},
+    {"min_tokens": 3, "stop_token_ids": (0, 1, 2)},
+]
+
+
+@pytest.mark.parametrize("params", VERIFIED)
+@pytest.mark.parametrize("num_right", range(5))
+def test_verifying_guesses_gives_what_steps_without_them_give(params, num_right):
+    logits = logits_of(5, seed=1, vocab=30).bfloat16()
+    expected = []
+    for row in logits:
+        expected += sample(row[None], [spec(output=[token.token_id for token in expected], **params)])
+    drafts = [token.token_id for token in expected[:4]]
+    if num_right < 4:
+        drafts[num_right] = (drafts[num_right] + 1) % 30
+    given = spec(**params)
+    assert verify(logits, given, drafts) == expected[: num_right + 1]
+    assert given.output_token_ids == []
+
+
+@pytest.mark.parametrize("params", VERIFIED)
+def test_a_step_without_guesses_is_verified_as_one_token(params):
+    logits = logits_of(1, seed=2, vocab=30)
+    assert verify(logits, spec(**params), []) == sample(logits, [spec(**params)])

@@ -8,9 +8,10 @@ import pytest
 from baton.block_names import root_name
 from baton.errors import ConfigurationError, InvalidRequestError
 from engine.blocks import BlockAllocator
+from engine.limits import SchedulerLimits
 from engine.plan import Sampled, StepResult
 from engine.requests import EndReason, EngineRequest, Handover, SamplingParams
-from engine.scheduler import EngineFull, Scheduler, SchedulerLimits
+from engine.scheduler import EngineFull, Scheduler
 from tests.engine.stand_in import LONG_PROMPT, PAGE, World, make_request, undisturbed
 
 
@@ -142,6 +143,18 @@ def test_the_source_of_a_copy_is_not_handed_out_before_the_copy_is_made() -> Non
     world.step()
     assert [s.request_id for s in world.runner.plans[-1].sequences] == ["second"]
     assert len(world.runner.plans[-1].copies) == 1
+    world.run_to_the_end()
+
+
+def test_two_copies_of_one_block_can_be_made_in_the_same_step() -> None:
+    world = World()
+    world.add(make_request("first", list(range(8)), max_tokens=1))
+    world.run_to_the_end()
+    for name in ("second", "third"):
+        world.add(make_request(name, list(range(8)), max_tokens=3))
+    world.step()
+    (one, other) = world.runner.plans[-1].copies
+    assert one[0] == other[0]
     world.run_to_the_end()
 
 
