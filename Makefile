@@ -7,7 +7,7 @@ PACKAGES := baton cli coordinator prefill decode worker engine kvtransfer kernel
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install dev test lint types contracts proto proto-check unit format bench clean
+.PHONY: help serve install dev test lint types contracts proto proto-check unit format gpu-check bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ proto-check: dev  ## fail when the generated types differ from the .proto files
 
 unit: dev  ## pytest, in parallel
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
+
+gpu-check:  ## GPU kernels and engine: right, and how near to the limits (installs nothing; QUICK=1 for 2 minutes)
+	$(PYTHON) -m benchmarks.gpu_check $(if $(QUICK),--quick)
 
 bench: dev  ## the quick form of every benchmark
 	$(BIN)/python -m benchmarks.relay --quick

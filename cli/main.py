@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "complete": ("cli.complete", "continue a text, streaming"),
     "chat": ("cli.chat", "talk to the model, streaming"),
     "status": ("cli.status", "show workers, roles, blocks and load"),
+    "profile": ("cli.profile", "measure a model on this machine: cost table, trace, and where each millisecond goes"),
 }
 EXIT_USAGE = 2
 
