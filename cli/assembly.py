@@ -161,7 +161,7 @@ def _warm_runner(
 
     pool = KVPool(shape, num_blocks, device=model.device)
     on_device = DeviceRunner(model, pool, max_rows=max(options.max_batch_tokens, options.max_running))
-    if model.device.type == "cuda":
+    if model.device.type == "cuda" and model.ops.recordable:
         on_device.record_graphs(graph_sizes(options.max_running), max_model_tokens, cuda_capture(model.device))
     on_device.warm_up(options.max_batch_tokens)
     return on_device

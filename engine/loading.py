@@ -56,15 +56,16 @@ def load_model(
     return LoadedModel(config, weights, ops, resolved, fingerprint)
 
 
-def gpu_ops(config: ModelConfig, page_size: int, device: torch.device) -> Ops[Any]:
+def gpu_ops(config: ModelConfig, page_size: int, device: torch.device, deterministic: bool) -> Ops[Any]:
     """Raises ConfigurationError when there are none for this model."""
     try:
-        from kernels.gpu.ops import GpuOps
+        from kernels.gpu.ops import DeterministicGpuOps, GpuOps
     except ImportError as error:
         raise ConfigurationError("GPUs need Triton: pip install 'baton-serve[gpu]', or use --device cpu") from error
     if reason := GpuOps.unsupported(config.head_dim, page_size):
         raise ConfigurationError(f"the GPU kernels cannot serve this model: {reason}; use --device cpu")
-    return GpuOps(device, config.num_heads, config.context_tokens)
+    kernels = DeterministicGpuOps if deterministic else GpuOps
+    return kernels(device, config.num_heads, config.context_tokens)
 
 
 def _moved(weights: Weights, device: torch.device, tied: bool) -> Weights:
@@ -90,16 +91,16 @@ def choose_ops(
     if deterministic:
         return deterministic_ops(config, dtype, page_size, device)
     if device.type != "cpu":
-        return gpu_ops(config, page_size, device)
+        return gpu_ops(config, page_size, device, deterministic=False)
     return native_ops(NativeOps, config, dtype, page_size) or TorchOps()
 
 
 def deterministic_ops(config: ModelConfig, dtype: torch.dtype, page_size: int, device: torch.device) -> Ops[Any]:
     """Those among them whose bits depend on a request alone. Raises ConfigurationError when there are none."""
-    if device.type != "cpu":
-        raise ConfigurationError("--deterministic is not there for GPUs; use --device cpu")
     if config.rope.kind == "dynamic":
         raise ConfigurationError("--deterministic does not serve models with dynamic rotary scaling")
+    if device.type != "cpu":
+        return gpu_ops(config, page_size, device, deterministic=True)
     return native_ops(DeterministicNativeOps, config, dtype, page_size) or DeterministicOps(config.num_heads)
 
 

@@ -49,6 +49,8 @@ class Ops(ABC, Generic[Plan]):
     name: str
     launches = False
     """Its kernels are launched and run beside the host, on a device with memory of its own."""
+    recordable = False
+    """The kernels of a step of single tokens are the same for every batch of a size."""
 
     @abstractmethod
     def matrix(self, weight: Tensor, bias: Tensor | None) -> Matrix:

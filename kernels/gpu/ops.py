@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import triton
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from kernels.gpu import activation, norm, rotary, sampling
 from kernels.gpu.decode_attention import decode_attention
+from kernels.gpu.linear import linear
 from kernels.gpu.prefill_attention import PrefillSpans, prefill_attention, prefill_spans
 from kernels.ops import HeadNorms, Matrix, Ops, Rotation
 from kernels.paged_attention import SequenceSpan
@@ -76,6 +78,7 @@ def to_device(device: torch.device, *numbers: NDArray[np.int32] | NDArray[np.flo
 class GpuOps(Ops[GpuPlan]):
     name = "triton"
     launches = True
+    recordable = True
 
     def __init__(self, device: torch.device, num_heads: int, max_length: int) -> None:
         """`max_length`: longest context. Kernels share work by it, in one way however long the contexts of a step are,
@@ -149,3 +152,22 @@ class GpuOps(Ops[GpuPlan]):
         return rotary.rotate_and_store(
             qkv, slabs, layer, rotation.cos, rotation.sin, norms, eps, plan.block_ids, plan.slots
         )  # fmt: skip
+
+
+class DeterministicGpuOps(GpuOps):
+    """Kernels whose bits depend on a request alone, as those of `kernels.deterministic` do: products in fixed tiles,
+    and the attention of prompts for single queries as well. How its work is cut depends on the batch, so that steps
+    cannot be recorded."""
+
+    recordable = False
+
+    def __init__(self, device: torch.device, num_heads: int, max_length: int) -> None:
+        super().__init__(device, num_heads, max_length)
+        processor = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+        self.name = f"deterministic triton {triton.__version__}, {processor}"
+
+    def linear(self, x: Tensor, matrix: Matrix, residual: Tensor | None = None) -> Tensor:
+        return linear(x, matrix.data, matrix.bias, residual)
+
+    def plan_attention(self, slabs: Tensor, spans: Sequence[SequenceSpan], window: int | None) -> GpuPlan:
+        return GpuPlan(window, None, prefill_spans(spans, slabs, self._num_heads))

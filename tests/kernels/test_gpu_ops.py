@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from kernels.gpu.ops import GpuOps, Places, to_device
+from kernels.gpu.ops import DeterministicGpuOps, GpuOps, Places, to_device
 from kernels.ops import HeadNorms, Rotation, TorchOps
 from kernels.paged_attention import SequenceSpan, plan_write
 
@@ -68,6 +69,31 @@ def test_attention_of_any_mixture_of_singles_and_chunks(counts, window):
         row += count
     kv, query = slabs(16), random(row, HEADS, HEAD_DIM)
     same(*(ops.attention(query, kv, LAYER, ops.plan_attention(kv, spans, window)) for ops in (GPU, TORCH)))
+
+
+def row_by_row(_builder, a, b, total, *_options):
+    """A product whose rows do not depend on their place, as on tensor cores; numpy's do."""
+    return TensorHandle(np.einsum("mk,kn->mn", a.data, b.data, optimize=False) + total.data, total.dtype.scalar)
+
+
+def test_deterministic_kernels_give_a_token_the_same_bits_alone_and_in_company(monkeypatch):
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", row_by_row)
+    ops = DeterministicGpuOps(CPU, HEADS, max_length=64)
+    matrix, residual = ops.matrix(random(48, HEADS * HEAD_DIM), random(48)), random(36, 48)
+    kv, query, blocks = slabs(16), random(36, HEADS, HEAD_DIM), [3, 9, 4]
+    together = [SequenceSpan(0, 1, 40, [7, 2, 5]), SequenceSpan(1, 30, 10, blocks), SequenceSpan(31, 5, 20, [8, 1])]
+
+    def layer(rows, spans):
+        attended = ops.attention(query[rows], kv, LAYER, ops.plan_attention(kv, spans, None))
+        return ops.linear(attended, matrix, residual[rows])
+
+    expected = layer(slice(0, 36), together)
+    same(expected, TORCH.linear(TORCH.attention(query, kv, LAYER, TORCH.plan_attention(kv, together, None)),
+                                TORCH.matrix(matrix.data, matrix.bias), residual))  # fmt: skip
+    for row, count in ((1, 1), (9, 7), (30, 1), (0, 1)):
+        start, own = (9 + row, blocks) if row else (40, [7, 2, 5])
+        alone = layer(slice(row, row + count), [SequenceSpan(0, count, start, own)])
+        assert torch.equal(alone, expected[row : row + count])
 
 
 def test_tokens_are_chosen_by_row():
