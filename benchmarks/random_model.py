@@ -54,11 +54,11 @@ def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def write(folder: Path) -> Path:
-    """Write the model into `folder` unless it is there already; return the folder."""
-    if (folder / "model.safetensors").exists():
-        return folder
+    """Write the model into `folder`; return the folder. Weights that are there stay, as they never change."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config(), indent=2))
+    if (folder / "model.safetensors").exists():
+        return folder
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
     words = {"<s>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))

@@ -56,7 +56,7 @@ def load_model(
     return LoadedModel(config, weights, ops, resolved, fingerprint)
 
 
-def gpu_ops(config: ModelConfig, page_size: int, device: torch.device, deterministic: bool) -> Ops[Any]:
+def gpu_ops(config: ModelConfig, page_size: int, device: torch.device, deterministic: bool = False) -> Ops[Any]:
     """Raises ConfigurationError when there are none for this model."""
     try:
         from kernels.gpu.ops import DeterministicGpuOps, GpuOps
@@ -91,7 +91,7 @@ def choose_ops(
     if deterministic:
         return deterministic_ops(config, dtype, page_size, device)
     if device.type != "cpu":
-        return gpu_ops(config, page_size, device, deterministic=False)
+        return gpu_ops(config, page_size, device)
     return native_ops(NativeOps, config, dtype, page_size) or TorchOps()
 
 

@@ -120,7 +120,7 @@ class DeterministicOps(Ops[list[RunGroup]]):
         return self._torch.rms_norm(x, weight, eps)
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        # torch's silu takes another exponential for what is left of a row after whole vectors.
+        # torch's silu takes another exponential for what does not fill a vector, in a row or in a thread's share.
         gate, up = gate_up.chunk(2, dim=-1)
         wide = gate.float()
         return (wide / (-wide).exp_().add_(1)).to(gate_up.dtype).mul_(up)

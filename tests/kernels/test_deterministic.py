@@ -222,6 +222,27 @@ def test_the_number_of_threads_does_not_change_a_bit(kind: str) -> None:
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("window", [None, 1100])
+def test_a_long_context_gives_the_same_bits_beside_a_longer_one_and_in_a_prompt(kind: str, window: int | None) -> None:
+    ops, context = ops_of(kind), Context(kind, 32, 16, [1500, 2000])
+    (alone,) = context.attend(ops, [(0, 1499, 1500)], window)
+    assert torch.equal(context.attend(ops, [(0, 1499, 1500), (1, 1999, 2000)], window)[0], alone)
+    for start in (1390, 1450):  # what its prompt sees begins in other tiles
+        assert torch.equal(context.attend(ops, [(0, start, 1500)], window)[0][-1:], alone)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sharing_rows_between_threads_does_not_change_a_bit(kind: str) -> None:
+    """In the middle of a row, where their number is odd."""
+    ops = ops_of(kind)
+    gate_up = numbers(3001, 2 * 48, kind=kind, scale=3.0)
+    alone = ops.silu_and_mul(gate_up)
+    torch.set_num_threads(2)
+    assert torch.equal(ops.silu_and_mul(gate_up), alone)
+    assert torch.equal(ops.silu_and_mul(gate_up[1500:1501].clone()), alone[1500:1501])
+
+
 def test_contexts_that_exceed_the_cache_are_cut_into_shorter_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     ops, context = ops_of("torch-float32"), Context("torch-float32", 32, 16, [200])
     (expected,) = context.attend(ops, [(0, 0, 200)], None)
