@@ -97,7 +97,7 @@ class HandoverOptions:
 @dataclass(frozen=True)
 class ProfileOptions:
     output: str = setting("profile", "folder that costs.json and trace.json are written to; created where missing")
-    seconds: float = setting(60.0, "time to measure for; more repeats every measurement more often")
+    seconds: float = setting(300.0, "time to measure for; more repeats every measurement more often")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Executes a StepPlan: builds the ragged batch, runs the model over it, samples."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,7 +31,8 @@ class ModelRunner:
         if not plan.sequences:
             return StepResult({})
         logits = self._model.forward(self._batch(plan.sequences), self.pool.slabs)
-        return StepResult(_choose(logits, [sequence for sequence in plan.sequences if sequence.sample is not None]))
+        sampling = [sequence for sequence in plan.sequences if sequence.sample is not None]
+        return StepResult(_choose(logits, sampling, self._model.ops.argmax))
 
     def warm_up(self, max_batch_tokens: int) -> None:
         """Runs a prompt of up to that many tokens and a decode step, so that the first request finds libraries ready.
@@ -72,7 +75,9 @@ class ModelRunner:
         )
 
 
-def _choose(logits: Tensor, sequences: list[PlannedSequence]) -> dict[str, list[Sampled]]:
+def _choose(
+    logits: Tensor, sequences: list[PlannedSequence], argmax: Callable[[Tensor], Tensor]
+) -> dict[str, list[Sampled]]:
     """Tokens by request id; the rows of `logits` are those of `Batch.sample_rows`."""
     chosen: dict[str, list[Sampled]] = {}
     plain: list[tuple[int, str, SampleSpec]] = []
@@ -82,11 +87,11 @@ def _choose(logits: Tensor, sequences: list[PlannedSequence]) -> dict[str, list[
         assert spec is not None, "only sequences that sample come here"
         if count:
             drafts = sequence.token_ids[-count:]
-            chosen[sequence.request_id] = verify(logits[row : row + count + 1], spec, drafts)
+            chosen[sequence.request_id] = verify(logits[row : row + count + 1], spec, drafts, argmax)
         else:
             plain.append((row, sequence.request_id, spec))
         row += count + 1
     rows = logits if len(plain) == row else logits[[each for each, _, _ in plain]]
-    for (_, request_id, _), token in zip(plain, sample(rows, [spec for _, _, spec in plain]), strict=True):
+    for (_, request_id, _), token in zip(plain, sample(rows, [spec for _, _, spec in plain], argmax), strict=True):
         chosen[request_id] = [token]
     return chosen

@@ -1,13 +1,14 @@
 """Chooses the next token of each sequence.
 
-Every sequence is handled by itself, so that what it gets cannot depend on who shares the step; steps in which everybody
-is plainly greedy, the common case, take one argmax.
+Every sequence is handled by itself, so that what it gets cannot depend on who shares the step; those that are plainly
+greedy share one argmax.
 
 Order: repetition, presence and frequency penalties, logit bias, min_tokens, temperature, top_k, top_p, min_p, draw.
 """
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -23,15 +24,22 @@ TOP_P_CANDIDATES = 1024
 _MASK = 2**64 - 1
 
 
-def sample(logits: Tensor, specs: list[SampleSpec]) -> list[Sampled]:
+def argmax(logits: Tensor) -> Tensor:
+    """int64 [rows] of [rows, vocab_size]."""
+    # That of bfloat16 is not vectorised: widening first is five times faster.
+    return logits.float().argmax(-1)
+
+
+def sample(logits: Tensor, specs: list[SampleSpec], argmax: Callable[[Tensor], Tensor] = argmax) -> list[Sampled]:
     """One token for each row of logits [len(specs), vocab_size], of any float dtype."""
-    if all(_plain_greedy(spec) for spec in specs):
-        # The argmax of bfloat16 is not vectorised: widening first is five times faster.
-        return [Sampled(token_id) for token_id in logits.float().argmax(-1).tolist()]
-    return [_sample_one(row, spec) for row, spec in zip(logits, specs, strict=True)]
+    greedy = [_plain_greedy(spec) for spec in specs]
+    best: list[int] = argmax(logits).tolist() if any(greedy) else []
+    return [Sampled(best[row]) if greedy[row] else _sample_one(logits[row], spec) for row, spec in enumerate(specs)]
 
 
-def verify(logits: Tensor, spec: SampleSpec, drafts: list[int]) -> list[Sampled]:
+def verify(
+    logits: Tensor, spec: SampleSpec, drafts: list[int], argmax: Callable[[Tensor], Tensor] = argmax
+) -> list[Sampled]:
     """The tokens of one sequence from logits [len(drafts) + 1, vocab_size]: right guesses, and one token more.
 
     Each is chosen as without guesses, with the random number that belongs to its index. So guesses change how many
@@ -39,7 +47,7 @@ def verify(logits: Tensor, spec: SampleSpec, drafts: list[int]) -> list[Sampled]
     (Leviathan et al., 2023, accept by a draw of their own and keep the distribution alone.)
     """
     if _plain_greedy(spec):
-        best: list[int] = logits.float().argmax(-1).tolist()
+        best: list[int] = argmax(logits).tolist()
         num_right = next((at for at, draft in enumerate(drafts) if draft != best[at]), len(drafts))
         return [Sampled(token_id) for token_id in best[: num_right + 1]]
     tokens: list[Sampled] = []

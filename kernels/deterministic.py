@@ -119,6 +119,9 @@ class DeterministicOps(Ops[list[RunGroup]]):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._torch.rms_norm(x, weight, eps)
 
+    def argmax(self, logits: Tensor) -> Tensor:
+        return self._torch.argmax(logits)
+
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         # torch's silu takes another exponential for what does not fill a vector, in a row or in a thread's share.
         gate, up = gate_up.chunk(2, dim=-1)

@@ -21,7 +21,9 @@ SMALL, OTHER = "norms, rotary, activation", "other kernels"
 BATCH, SAMPLING, SCHEDULER = "batch tensors, attention plan", "sampling", "scheduler"
 BETWEEN = "between kernels (Python)"
 PARTS = (LINEAR, HEAD, ATTENTION, SMALL, OTHER, BATCH, SAMPLING, SCHEDULER, BETWEEN)
-_GROUPS = {"attention": ATTENTION, "rms_norm": SMALL, "silu_and_mul": SMALL, "rotate_and_store": SMALL}
+_GROUPS = {
+    "attention": ATTENTION, "rms_norm": SMALL, "silu_and_mul": SMALL, "rotate_and_store": SMALL, "argmax": SAMPLING,
+}  # fmt: skip
 DECODE_BATCHES, DECODE_CONTEXT = (1, 8, 32), 128
 MIN_STEPS, MAX_STEPS = 4, 200
 PREFILL_CONTEXT = 1536

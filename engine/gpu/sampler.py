@@ -60,7 +60,7 @@ class DeviceSampler:
     def _choose(self, logits: Tensor, specs: list[SampleSpec], indices: list[int]) -> None:
         out = self.latest[: len(specs)]
         if all(spec.params.temperature < GREEDY_BELOW for spec in specs):
-            self._ops.argmax(logits, out)
+            out.copy_(self._ops.argmax(logits))
             return
         choices = np.empty((5, len(specs)), np.float64)
         for row, (spec, index) in enumerate(zip(specs, indices, strict=True)):

@@ -136,6 +136,24 @@ extern "C" void rms_norm(const bf16* x, const bf16* weight, int64_t rows, int64_
     for (int64_t row = 0; row < rows; row++) normalise(x + row * n, weight, n, eps, out + row * n);
 }
 
+// out[row] = the first of the highest of x[row][n].
+extern "C" void argmax(const bf16* x, int64_t rows, int64_t n, int64_t* out) {
+#pragma omp parallel for schedule(static) if (rows > 4)
+    for (int64_t row = 0; row < rows; row++) {
+        __m512 highest = _mm512_set1_ps(-INFINITY);
+        __m512i place = _mm512_setzero_si512(), at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        for (int64_t i = 0; i < n; i += 16) {
+            const __m512 v = widen(x + row * n + i);
+            const __mmask16 higher = _mm512_cmp_ps_mask(v, highest, _CMP_GT_OQ);
+            highest = _mm512_mask_mov_ps(highest, higher, v);
+            place = _mm512_mask_mov_epi32(place, higher, at);
+            at = _mm512_add_epi32(at, _mm512_set1_epi32(16));
+        }
+        const __mmask16 best = _mm512_cmp_ps_mask(highest, _mm512_set1_ps(_mm512_reduce_max_ps(highest)), _CMP_EQ_OQ);
+        out[row] = _mm512_mask_reduce_min_epi32(best, place);
+    }
+}
+
 // exp on 16 floats for arguments <= 0: 2^i * p(f), relative error about 2e-7 (Cephes' polynomial).
 static inline __m512 exponential(__m512 x) {
     x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));

@@ -23,6 +23,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "pack": [_P, _I, _I, _P],
     "linear": [_P, _I, _I, _P, _I, _P, _P, _P],
     "rms_norm": [_P, _P, _I, _I, _F, _P],
+    "argmax": [_P, _I, _I, _P],
     "silu_and_mul": [_P, _I, _I, _P],
     "rotate_and_store": [_P, _I, _I, _I, _I, _P, _P, _P, _P, _F, _P, _P, _I, _I],
     "attention": [_P, _I, _P, _I, _P, _I, _I, _I, _I, _I, _P, _I, _I, _P],
@@ -94,6 +95,11 @@ class NativeOps(Ops[NativePlan]):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(x)
         self._native.rms_norm(x.data_ptr(), weight.data_ptr(), x.shape[0], x.shape[1], eps, out.data_ptr())
+        return out
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        out = torch.empty(len(logits), dtype=torch.int64)
+        self._native.argmax(logits.data_ptr(), *logits.shape, out.data_ptr())
         return out
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:

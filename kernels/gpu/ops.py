@@ -126,9 +126,8 @@ class GpuOps(Ops[GpuPlan]):
             prefill_attention(query, slabs, layer, plan.chunks, window=plan.window, out=out)
         return out.flatten(1)
 
-    def argmax(self, logits: Tensor, out: Tensor) -> None:
-        """Of each row of [rows, vocab_size], into int32 [rows]."""
-        out.copy_(logits.argmax(-1))
+    def argmax(self, logits: Tensor) -> Tensor:
+        return logits.argmax(-1)
 
     def sample(self, logits: Tensor, choices: Tensor, out: Tensor) -> None:
         """One token of each row of [rows, vocab_size], into int32 [rows].

@@ -63,6 +63,15 @@ def test_activations_of_huge_values_stay_finite(native: NativeOps) -> None:
     torch.testing.assert_close(result, torch.tensor([1e30, 0.0, 88.0, 0.0]), atol=1e-3, rtol=1e-2)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_the_highest_of_a_row_is_found_and_of_equals_the_first(native: NativeOps, rows: int) -> None:
+    logits = random_bf16(rows, 4096)
+    logits[:, [33, 700, 701, 4095]] = 9.0
+    logits[0, 4095], logits[rows - 1, 16] = 10.0, 9.0
+    assert native.argmax(logits).tolist() == TorchOps().argmax(logits).tolist()
+    assert native.argmax(torch.full((1, 32), -torch.inf).bfloat16()).tolist() == [0]
+
+
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
 @pytest.mark.parametrize("with_norms", [False, True])
 def test_heads_are_normed_rotated_and_stored_as_torch_does_it(
