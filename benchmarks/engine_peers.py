@@ -14,6 +14,7 @@ naive path at 32 x 1024 is `generate` of Transformers at the same batch and cont
 
 import argparse
 import importlib.util
+import math
 import os
 import random
 import sys
@@ -50,6 +51,8 @@ NAIVE = "Transformers"
 SIDES = (LLAMA_CPP.name, VLLM.name, NAIVE)
 NUM_CHECKS, CHECK_TOKENS, SAME_MODEL = 16, 32, 0.75
 GGUF_TIMEOUT_S = 120.0
+QUICK_S = 85.0
+"""After this --quick begins no further round, so that it ends within two minutes."""
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -284,7 +287,8 @@ def add_rows(report: Report, contest: Contest, case: Case, limit: float) -> None
     report.row(f"{case.name}: limit of the machine", limit, "tok/s", "Baton is", ours / limit)
 
 
-def run(report: Report, contest: Contest, folder: Path, planned: Sequence[Case]) -> None:
+def run(report: Report, contest: Contest, folder: Path, planned: Sequence[Case], last_round_at: float) -> None:
+    """No round but the first begins after `last_round_at`, `time.monotonic()` seconds."""
     config = ModelConfig.load(folder)
     numbers = random.Random(7)
 
@@ -296,7 +300,11 @@ def run(report: Report, contest: Contest, folder: Path, planned: Sequence[Case])
         raise SystemExit(f"Baton: {contest.skipped['Baton']}")
     limits = measure_limits()
     fixed = {case.name: prompt(case.context) for case in planned}
-    for number in range(max(case.rounds for case in planned)):
+    num_rounds = max(case.rounds for case in planned)
+    for number in range(num_rounds):
+        if number and time.monotonic() > last_round_at:
+            contest.notes.append(f"{number} of {num_rounds} rounds: there was no time for more.")
+            break
         for case in planned:
             if number < case.rounds:
                 # Decode goes on behind the same prompt; for prefill a cache must not know it.
@@ -321,13 +329,14 @@ def main() -> None:
     if unknown := set(names) - set(SIDES):
         parser.error(f"--sides: {', '.join(sorted(unknown))}; choose from {', '.join(SIDES)}")
     folder = random_model.write(arguments.folder)
+    last_round_at = time.monotonic() + QUICK_S if arguments.quick else math.inf
     report, contest = Report("The engine beside its peers, random 246 M model, bfloat16"), Contest()
     try:
         start_peers(contest, folder, arguments.peers, names, install=not arguments.quick)
         baton = Baton(folder)
         contest.notes.append(f"Baton: {baton.about}")
         contest.sides = {"Baton": baton, **contest.sides}
-        run(report, contest, folder, cases(arguments.quick))
+        run(report, contest, folder, cases(arguments.quick), last_round_at)
     finally:
         for side in contest.sides.values():
             if isinstance(side, PeerProcess):
