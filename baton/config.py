@@ -32,6 +32,17 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+def parse_cores(text: str) -> frozenset[int]:
+    """Core numbers from '0-3,8'."""
+    cores: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip())
+        if not match or int(match[1]) > int(match[2] or match[1]):
+            raise ConfigurationError(f"--cores is '{text}'; write numbers and ranges, such as 0-3,8")
+        cores.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return frozenset(cores)
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     model: str = setting(
@@ -80,6 +91,10 @@ class EngineOptions:
         False,
         "give a request the same bits whatever runs beside it, however its prompt is cut and whoever serves it",
     )
+    cores: str = setting(
+        "", "cores that the computing threads stay on, such as 0-3,8; empty: any, but workers of one `baton serve` "
+        "that together take the whole machine get their own",
+    )  # fmt: skip
     threads: int = setting(
         0, "CPU threads of one worker; 0 shares the cores between the workers started together, small models get 1"
     )
@@ -169,6 +184,8 @@ def validate(options: object) -> None:
         if options.kv_memory != "auto":
             parse_bytes(options.kv_memory)
         parse_bytes(options.draft_kv_memory)
+        if options.cores:
+            parse_cores(options.cores)
         if (options.speculate == "model") != bool(options.draft_model):
             raise ConfigurationError("--speculate model and --draft-model belong together; give both or neither")
         if options.step_stretch and not options.step_stretch > 1:

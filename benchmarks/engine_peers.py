@@ -169,6 +169,9 @@ class Contest:
     """Tokens a second by (case, side)."""
 
     def skip(self, name: str, reason: str) -> None:
+        """Leave a peer out. Raises SystemExit for Baton: without it there is nothing to compare."""
+        if name == "Baton":
+            raise SystemExit(f"Baton: {reason}")
         self.skipped[name] = reason
         side = self.sides.pop(name, None)
         if isinstance(side, PeerProcess):
@@ -296,8 +299,6 @@ def run(report: Report, contest: Contest, folder: Path, planned: Sequence[Case],
         return [numbers.randrange(3, config.vocab_size) for _ in range(length)]
 
     contest.check_same_model(report, [prompt(CHECK_TOKENS) for _ in range(NUM_CHECKS)])
-    if "Baton" in contest.skipped:
-        raise SystemExit(f"Baton: {contest.skipped['Baton']}")
     limits = measure_limits()
     fixed = {case.name: prompt(case.context) for case in planned}
     num_rounds = max(case.rounds for case in planned)

@@ -36,7 +36,7 @@ from baton.config import (
 from baton.errors import BatonError, ConfigurationError
 from baton.model_folder import served_name
 from baton.processes import log_to_stderr, stop_signals
-from cli.model import model_folder, threads_for
+from cli.model import cores_for, model_folder, own_cores, threads_for
 from engine.weights import check_model
 from kvtransfer.lanes.registry import parse_lanes
 
@@ -118,6 +118,7 @@ class Cluster:
         folder = model_folder(self.model)
         check_model(folder)
         engine = from_arguments(EngineOptions, arguments)
+        cores_for(engine)
         self.engine = dataclasses.replace(engine, threads=threads_for(engine, folder, sum(self.sizes.values())))
         self.model = dataclasses.replace(
             self.model, model=str(folder), revision="", served_name=served_name(self.model)
@@ -129,11 +130,11 @@ class Cluster:
     async def start(self) -> None:
         await self._start_coordinator()
         link = f"{self.coordinator_options.link_host}:{self.ports['link']}"
-        for kind, size in self.sizes.items():
-            for number in range(size):
-                worker = WorkerOptions(worker_id=f"{kind}-{number}", coordinator=link, parent_pid=os.getpid())
-                words = [kind, *words_of(worker, self.model, self.engine, self.handover)]
-                self.workers.append(Child(f"{kind}-{number}", words))
+        names = [(kind, f"{kind}-{number}") for kind, size in self.sizes.items() for number in range(size)]
+        for (kind, name), cores in zip(names, own_cores(len(names), self.engine.threads), strict=True):
+            worker = WorkerOptions(worker_id=name, coordinator=link, parent_pid=os.getpid())
+            engine = dataclasses.replace(self.engine, cores=self.engine.cores or cores)
+            self.workers.append(Child(name, [kind, *words_of(worker, self.model, engine, self.handover)]))
         for child in self.workers:
             await child.start()
 

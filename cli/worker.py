@@ -33,7 +33,7 @@ from baton.model_folder import served_name
 from baton.processes import log_to_stderr, stop_signals, watch_parent
 from baton.v1 import worker_link_pb2 as wire
 from cli.assembly import Parts, Wired, assemble, wire_up
-from cli.model import model_folder, threads_for
+from cli.model import cores_for, model_folder, threads_for
 from engine.gpu.device import choose_device
 from engine.loading import LoadedModel, load_model
 from engine.speculation.draft_model import check_same_vocabulary
@@ -84,6 +84,7 @@ async def _live(settings: Settings, worker_id: str, folder: Path) -> int:
     loop = asyncio.get_running_loop()
     stop, crashed = stop_signals(), loop.create_future()
     watch_parent(settings.worker.parent_pid, stop.set)
+    cores = cores_for(settings.engine)
     parts = await asyncio.to_thread(_load, settings, folder)
     me = PeerIdentity(worker_id, random.SystemRandom().getrandbits(64))
 
@@ -97,6 +98,9 @@ async def _live(settings: Settings, worker_id: str, folder: Path) -> int:
         lambda message: late_link[0].send(message), on_crash,
     )  # fmt: skip
     async with wiring as wired:
+        if cores:
+            # The thread that computes, and with it those that it starts; wires run wherever there is room.
+            await wired.shell.steps.call(lambda engine: os.sched_setaffinity(0, cores))
         registration = _registration(settings, parts, me, wired)
         link = CoordinatorLink(settings.worker.coordinator, registration, wired.shell, wired.shell.heartbeat)
         late_link.append(link)

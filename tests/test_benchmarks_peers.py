@@ -160,6 +160,8 @@ def test_only_sides_that_did_the_same_work_are_compared() -> None:
     contest.measure(DECODE, [1] * 8)
     assert contest.best == {(DECODE.name, "Baton"): 8.0, (DECODE.name, "llama.cpp"): 4.0}
     assert "12" in contest.skipped[NAIVE]
+    with pytest.raises(SystemExit, match=r"Baton: .*12"):
+        Contest({"Baton": StandIn(missing=1)}).measure(DECODE, [1] * 8)
     with pytest.raises(Unavailable):
         check_shape(DECODE, Timed(1.0, 7, [13, 13], []))
 

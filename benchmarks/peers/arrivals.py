@@ -33,8 +33,9 @@ class Shape:
 @dataclass(frozen=True)
 class Stall:
     ordinary_s: float
+    calm_p99: float
+    """Of the calm seconds: what the machine alone does to gaps, in ordinary gaps as all that follow."""
     p99: float
-    """In ordinary gaps, as the longest."""
     longest: float
     ttft_s: float
     """Of the long prompts, median."""
@@ -57,6 +58,7 @@ async def measure(follow: Follow, shape: Shape) -> Stall:
     try:
         await _all_begun(running)
         calm: list[float] = []
+        ordinary: list[float] = []
         busy: list[float] = []
         ttfts: list[float] = []
         for _ in range(shape.num_long):
@@ -68,14 +70,20 @@ async def measure(follow: Follow, shape: Shape) -> Stall:
             if any(task.done() for task in tasks):
                 raise RuntimeError("a stream ended before the last long prompt was answered")
             ttfts.append(first[0] - sent)
-            calm.append(statistics.median(gaps(running, before, start)))
-            busy += [gap / calm[-1] for gap in gaps(running, start, _places(running))]
+            undisturbed = gaps(running, before, start)
+            ordinary.append(statistics.median(undisturbed))
+            calm += [gap / ordinary[-1] for gap in undisturbed]
+            busy += [gap / ordinary[-1] for gap in gaps(running, start, _places(running))]
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+    calm.sort()
     busy.sort()
-    return Stall(statistics.median(calm), busy[int(0.99 * len(busy))], busy[-1], statistics.median(ttfts))
+    return Stall(
+        statistics.median(ordinary), calm[int(0.99 * len(calm))], busy[int(0.99 * len(busy))], busy[-1],
+        statistics.median(ttfts),
+    )  # fmt: skip
 
 
 async def _all_begun(running: Sequence[list[float]]) -> None:

@@ -61,7 +61,7 @@ def parts_of(step: Step) -> dict[str, float]:
         first, last = kernels[0].start_ns, kernels[-1].end_ns
         parts[BETWEEN] = last - first - sum(parts.values())
         parts[BATCH] = first - step.run_start_ns
-        parts[SAMPLING] = step.run_end_ns - last
+        parts[SAMPLING] += step.run_end_ns - last
     else:
         parts[OTHER] = step.run_end_ns - step.run_start_ns
     parts[SCHEDULER] = (step.run_start_ns - step.start_ns) + (step.end_ns - step.run_end_ns)

@@ -347,7 +347,9 @@ def sample_many(small: dict[str, Path], prompt: list[int]) -> tuple[Counter[tupl
     return Counter(tuple(serving.ids(f"s{seed}")[:3]) for seed in range(NUM_SEEDS)), serving
 
 
-def accept_everything(logits: torch.Tensor, spec: SampleSpec, drafts: list[int]) -> list[Sampled]:
+def accept_everything(
+    logits: torch.Tensor, spec: SampleSpec, drafts: list[int], argmax: Callable[[torch.Tensor], torch.Tensor]
+) -> list[Sampled]:
     """The bug that the test must see."""
     last = engine.runner.sample(logits[-1:], [replace(spec, output_token_ids=[*spec.output_token_ids, *drafts])])
     return [*(Sampled(draft) for draft in drafts), *last]

@@ -241,6 +241,9 @@ def test_no_process_outlives_serve(number: signal.Signals) -> None:
         (["--decode", "0"], "--decode"),
         (["--port", "70000"], "65535"),
         (["--lanes", "pigeon"], "pigeon"),
+        (["--cores", "one"], "0-3,8"),
+        (["--cores", "3-1"], "0-3,8"),
+        (["--cores", "0,9998-9999"], "[9998, 9999]"),
     ],
 )
 def test_a_bad_flag_is_explained_before_anything_starts(words: list[str], message: str) -> None:
