@@ -1,18 +1,15 @@
 """Executes a StepPlan: builds the ragged batch, runs the model over it, samples."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
-from torch import Tensor
 
 from engine.loading import LoadedModel
 from engine.model import Batch, Model
-from engine.plan import PlannedSequence, Sampled, SampleSpec, StepPlan, StepResult
+from engine.plan import PlannedSequence, SampleSpec, StepPlan, StepResult
 from engine.pool import KVPool
 from engine.requests import SamplingParams
 from engine.rotary import Rotary
-from engine.sampler import sample, verify
+from engine.sampler import choose
 from kernels.paged_attention import SequenceSpan, plan_write
 
 
@@ -32,7 +29,7 @@ class ModelRunner:
             return StepResult({})
         logits = self._model.forward(self._batch(plan.sequences), self.pool.slabs)
         sampling = [sequence for sequence in plan.sequences if sequence.sample is not None]
-        return StepResult(_choose(logits, sampling, self._model.ops.argmax))
+        return StepResult(choose(logits, sampling, self._model.ops))
 
     def warm_up(self, max_batch_tokens: int) -> None:
         """Runs a prompt of up to that many tokens and a decode step, so that the first request finds libraries ready.
@@ -73,25 +70,3 @@ class ModelRunner:
             attention={window: self._model.ops.plan_attention(slabs, spans, window) for window in self._windows},
             sample_rows=torch.tensor(sample_rows, dtype=torch.int64),
         )
-
-
-def _choose(
-    logits: Tensor, sequences: list[PlannedSequence], argmax: Callable[[Tensor], Tensor]
-) -> dict[str, list[Sampled]]:
-    """Tokens by request id; the rows of `logits` are those of `Batch.sample_rows`."""
-    chosen: dict[str, list[Sampled]] = {}
-    plain: list[tuple[int, str, SampleSpec]] = []
-    row = 0
-    for sequence in sequences:
-        spec, count = sequence.sample, sequence.num_drafts
-        assert spec is not None, "only sequences that sample come here"
-        if count:
-            drafts = sequence.token_ids[-count:]
-            chosen[sequence.request_id] = verify(logits[row : row + count + 1], spec, drafts, argmax)
-        else:
-            plain.append((row, sequence.request_id, spec))
-        row += count + 1
-    rows = logits if len(plain) == row else logits[[each for each, _, _ in plain]]
-    for (_, request_id, _), token in zip(plain, sample(rows, [spec for _, _, spec in plain], argmax), strict=True):
-        chosen[request_id] = [token]
-    return chosen

@@ -1,63 +1,103 @@
-"""Chooses the next token of each sequence.
-
-Every sequence is handled by itself, so that what it gets cannot depend on who shares the step; those that are plainly
-greedy share one argmax.
+"""Chooses the next tokens of each sequence, so that what it gets cannot depend on who shares the step.
 
 Order: repetition, presence and frequency penalties, logit bias, min_tokens, temperature, top_k, top_p, min_p, draw.
+Penalties, bias and min_tokens are applied here; the rest is the kernels' (`Ops.sample`), for all rows in one call.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.plan import Sampled, SampleSpec
-from engine.requests import SamplingParams, TokenLogprobs
+from engine.plan import PlannedSequence, Sampled, SampleSpec
+from engine.requests import TokenLogprobs
+from kernels.ops import Ops
+from kernels.sampling import GREEDY_BELOW
 
-GREEDY_BELOW = 1e-5
-"""Temperatures below this are greedy: dividing by them would overflow."""
-TOP_P_CANDIDATES = 1024
-"""Likeliest tokens looked at before all are sorted for top_p."""
 _MASK = 2**64 - 1
 
 
-def argmax(logits: Tensor) -> Tensor:
-    """int64 [rows] of [rows, vocab_size]."""
-    # That of bfloat16 is not vectorised: widening first is five times faster.
-    return logits.float().argmax(-1)
+def choose(logits: Tensor, sequences: Sequence[PlannedSequence], ops: Ops[Any]) -> dict[str, list[Sampled]]:
+    """Tokens by request id: the guesses that proved right, and one more.
+
+    `logits` [rows, vocab_size], of any float dtype: of each sequence a row for each of its guesses, and one more.
+    """
+    chosen: dict[str, list[Sampled]] = {}
+    rows: list[int] = []
+    specs: list[SampleSpec] = []
+    indices: list[int] = []
+    together: list[tuple[PlannedSequence, int]] = []
+    first = 0
+    for sequence in sequences:
+        spec, count = sequence.sample, sequence.num_drafts + 1
+        assert spec is not None, "only sequences that sample come here"
+        own = range(first, first := first + count)
+        if spec.adjusts(sequence.sample_index):
+            chosen[sequence.request_id] = verify(logits[own.start : own.stop], spec, drafts_of(sequence), ops)
+        else:
+            rows += own
+            specs += [spec] * count
+            indices += range(sequence.sample_index, sequence.sample_index + count)
+            together.append((sequence, len(rows) - count))
+    tokens = _sample(logits if len(rows) == len(logits) else logits[rows], specs, indices, ops)
+    for sequence, at in together:
+        own_tokens = tokens[at : at + sequence.num_drafts + 1]
+        count = num_right(own_tokens, drafts_of(sequence)) + 1
+        chosen[sequence.request_id] = [
+            Sampled(token, _logprobs(logits[rows[row]].float(), token, specs[row].params.logprobs))
+            for row, token in enumerate(own_tokens[:count], at)
+        ]
+    return chosen
 
 
-def sample(logits: Tensor, specs: list[SampleSpec], argmax: Callable[[Tensor], Tensor] = argmax) -> list[Sampled]:
-    """One token for each row of logits [len(specs), vocab_size], of any float dtype."""
-    greedy = [_plain_greedy(spec) for spec in specs]
-    best: list[int] = argmax(logits).tolist() if any(greedy) else []
-    return [Sampled(best[row]) if greedy[row] else _sample_one(logits[row], spec) for row, spec in enumerate(specs)]
+def verify(logits: Tensor, spec: SampleSpec, drafts: list[int], ops: Ops[Any]) -> list[Sampled]:
+    """`choose` for one sequence whose scores depend on the tokens before: one row after the other.
 
-
-def verify(
-    logits: Tensor, spec: SampleSpec, drafts: list[int], argmax: Callable[[Tensor], Tensor] = argmax
-) -> list[Sampled]:
-    """The tokens of one sequence from logits [len(drafts) + 1, vocab_size]: right guesses, and one token more.
-
-    Each is chosen as without guesses, with the random number that belongs to its index. So guesses change how many
-    tokens a step gives and never which: a stream is the same as without them, and as that of another attempt.
+    Each token is chosen as without guesses, with the random number that belongs to its index. So guesses change how
+    many tokens a step gives and never which: a stream is the same as without them, and as that of another attempt.
     (Leviathan et al., 2023, accept by a draw of their own and keep the distribution alone.)
     """
-    if _plain_greedy(spec):
-        best: list[int] = argmax(logits).tolist()
-        num_right = next((at for at, draft in enumerate(drafts) if draft != best[at]), len(drafts))
-        return [Sampled(token_id) for token_id in best[: num_right + 1]]
-    tokens: list[Sampled] = []
-    outputs = spec.output_token_ids
-    for row, draft in zip(logits, [*drafts, None], strict=True):
-        (token,) = sample(row[None], [replace(spec, output_token_ids=[*outputs, *(each.token_id for each in tokens)])])
-        tokens.append(token)
-        if token.token_id != draft:
+    sampled: list[Sampled] = []
+    for row, draft in zip(logits.float(), [*drafts, None], strict=True):
+        spec_now = replace(spec, output_token_ids=[*spec.output_token_ids, *(each.token_id for each in sampled)])
+        index = len(spec_now.output_token_ids)
+        scores = _adjust(row.clone(), spec_now) if spec.adjusts(index) else row
+        (token,) = _sample(scores[None], [spec], [index], ops)
+        sampled.append(Sampled(token, _logprobs(row, token, spec.params.logprobs)))
+        if token != draft:
             break
-    return tokens
+    return sampled
+
+
+def drafts_of(sequence: PlannedSequence) -> list[int]:
+    return sequence.token_ids[len(sequence.token_ids) - sequence.num_drafts :]
+
+
+def num_right(tokens: list[int], drafts: list[int]) -> int:
+    """How many guesses came true; what was chosen behind a wrong one had another past."""
+    return next((at for at, draft in enumerate(drafts) if draft != tokens[at]), len(drafts))
+
+
+def choices_of(specs: list[SampleSpec], indices: list[int]) -> "list[tuple[float, ...]]":
+    """For `Ops.sample`, by row: the choice of the output token of each index."""
+    return [
+        (each.temperature, each.top_k, each.top_p, each.min_p, uniform(each.seed, index))
+        for each, index in zip((spec.params for spec in specs), indices, strict=True)
+    ]
+
+
+def _sample(logits: Tensor, specs: list[SampleSpec], indices: list[int], ops: Ops[Any]) -> list[int]:
+    if all(spec.params.temperature < GREEDY_BELOW for spec in specs):
+        tokens = ops.argmax(logits)
+    else:
+        choices = torch.tensor(choices_of(specs, indices), dtype=torch.float64)
+        tokens = ops.sample(logits, choices.T.contiguous())
+    result: list[int] = tokens.tolist()
+    return result
 
 
 def uniform(seed: int, index: int) -> float:
@@ -73,28 +113,6 @@ def _splitmix(state: int) -> int:
     state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
     state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
     return state ^ (state >> 31)
-
-
-def _plain_greedy(spec: SampleSpec) -> bool:
-    params = spec.params
-    return params.temperature < GREEDY_BELOW and params.logprobs is None and not _adjusts(spec)
-
-
-def _adjusts(spec: SampleSpec) -> bool:
-    return spec.adjusts(len(spec.output_token_ids))
-
-
-def _sample_one(logits: Tensor, spec: SampleSpec) -> Sampled:
-    params = spec.params
-    logits = logits.float()
-    scores = _adjust(logits.clone(), spec) if _adjusts(spec) else logits
-    if params.temperature < GREEDY_BELOW:
-        token_id = int(scores.argmax())
-    else:
-        token_id = _draw(scores / params.temperature, params, uniform(params.seed, len(spec.output_token_ids)))
-    if params.logprobs is None:
-        return Sampled(token_id)
-    return Sampled(token_id, _logprobs(logits, token_id, params.logprobs))
 
 
 def _adjust(scores: Tensor, spec: SampleSpec) -> Tensor:
@@ -115,38 +133,10 @@ def _adjust(scores: Tensor, spec: SampleSpec) -> Tensor:
     return scores
 
 
-def _draw(scores: Tensor, params: SamplingParams, number: float) -> int:
-    """Inverse of the cumulative distribution, in order of token ids, at `number`."""
-    kept = (scores >= _threshold(scores, params)).nonzero().squeeze(1)
-    cumulative = scores[kept].double().softmax(-1).cumsum(-1)
-    place = torch.searchsorted(cumulative, number * cumulative[-1], right=True)
-    return int(kept[place])
-
-
-def _threshold(scores: Tensor, params: SamplingParams) -> float:
-    """The lowest score that top_k, top_p and min_p, applied in that order, leave. Equal scores stay together."""
-    threshold = -math.inf
-    if 0 < params.top_k < len(scores):
-        threshold = float(scores.topk(params.top_k).values[-1])
-    if params.top_p < 1.0:
-        threshold = max(threshold, _top_p_threshold(scores[scores >= threshold], params.top_p))
-    if params.min_p > 0.0:
-        threshold = max(threshold, float(scores.max()) + math.log(params.min_p))
-    return threshold
-
-
-def _top_p_threshold(scores: Tensor, top_p: float) -> float:
-    """Score of the last token of the smallest set of likeliest tokens whose probabilities reach top_p together."""
-    total = scores.logsumexp(-1)
-    for count in (TOP_P_CANDIDATES, len(scores)):
-        likeliest = scores.topk(min(count, len(scores))).values
-        reached = ((likeliest - total).exp().cumsum(-1, dtype=torch.float64) >= top_p).nonzero()
-        if len(reached):
-            return float(likeliest[reached[0, 0]])
-    return -math.inf
-
-
-def _logprobs(logits: Tensor, token_id: int, num_alternatives: int) -> TokenLogprobs:
+def _logprobs(logits: Tensor, token_id: int, num_alternatives: int | None) -> TokenLogprobs | None:
+    """Those of the model, before anything was adjusted."""
+    if num_alternatives is None:
+        return None
     logprobs = logits.log_softmax(-1)
     likeliest = logprobs.topk(min(num_alternatives, len(logprobs)))
     return TokenLogprobs(float(logprobs[token_id]), tuple(likeliest.indices.tolist()), tuple(likeliest.values.tolist()))

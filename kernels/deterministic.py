@@ -122,6 +122,9 @@ class DeterministicOps(Ops[list[RunGroup]]):
     def argmax(self, logits: Tensor) -> Tensor:
         return self._torch.argmax(logits)
 
+    def sample(self, logits: Tensor, choices: Tensor) -> Tensor:
+        return self._torch.sample(logits, choices)
+
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         # torch's silu takes another exponential for what does not fill a vector, in a row or in a thread's share.
         gate, up = gate_up.chunk(2, dim=-1)

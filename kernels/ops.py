@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels import elementwise, paged_attention
+from kernels import elementwise, paged_attention, sampling
 from kernels.paged_attention import AttentionPlan, SequenceSpan, WritePlan
 
 Plan = TypeVar("Plan")
@@ -91,6 +91,16 @@ class Ops(ABC, Generic[Plan]):
     def argmax(self, logits: Tensor) -> Tensor:
         """int64 [rows]: of each row of [rows, n] the place of the highest, the first of equals."""
 
+    @abstractmethod
+    def sample(self, logits: Tensor, choices: Tensor) -> Tensor:
+        """int64 [rows]: a token of each row of [rows, vocab_size], whatever the other rows hold.
+
+        `choices` float64 [5, rows]: temperature (below GREEDY_BELOW: greedy), top_k (0 keeps all), top_p, min_p, and
+        the number in [0, 1) at which the cumulative distribution, in order of ids, is inverted. Probabilities are
+        float32 in some kernels: a token at whose edge a number or top_p lies (within 1e-6) depends on the kernel.
+        Logits that are NaN or all -inf give some token.
+        """
+
 
 class TorchOps(Ops[AttentionPlan]):
     """Any dtype, any processor."""
@@ -134,3 +144,6 @@ class TorchOps(Ops[AttentionPlan]):
     def argmax(self, logits: Tensor) -> Tensor:
         # That of bfloat16 is not vectorised: widening first is five times faster.
         return logits.float().argmax(-1)
+
+    def sample(self, logits: Tensor, choices: Tensor) -> Tensor:
+        return sampling.sample(logits, choices)

@@ -16,10 +16,11 @@ from engine.model_config import ModelConfig
 from engine.plan import PENDING, Launched, PlannedSequence, SampleSpec, StepPlan
 from engine.pool import BlockShape, KVPool
 from engine.requests import SamplingParams
-from engine.sampler import sample, uniform
+from engine.sampler import choices_of
 from engine.weights import load_weights
 from kernels.gpu import cases, cases_elementwise
 from kernels.gpu.ops import GpuOps
+from kernels.ops import TorchOps
 
 PAGE = 16
 NEW_TOKENS = 8
@@ -68,14 +69,10 @@ def sampling_failure(device: torch.device, vocab_size: int) -> str | None:
         for seed in range(ROWS_EACH)
     ]
     logits = 3 * torch.randn(len(params), vocab_size, generator=generator)
-    expected = [each.token_id for each in sample(logits, [SampleSpec(each, [], []) for each in params])]
-    choices = torch.tensor(
-        [[each.temperature, each.top_k, each.top_p, each.min_p, uniform(each.seed, 0)] for each in params],
-        dtype=torch.float64,
-    )  # fmt: skip
-    got = torch.empty(len(params), dtype=torch.int32, device=device)
-    GpuOps(device, 1, 1).sample(logits.to(device), choices.t().contiguous().to(device), got)
-    wrong = sum(token != other for token, other in zip(got.tolist(), expected, strict=True))
+    choices = torch.tensor(choices_of([SampleSpec(each, [], []) for each in params], [0] * len(params)))
+    choices = choices.double().t().contiguous()
+    got = GpuOps(device, 1, 1).sample(logits.to(device), choices.to(device)).cpu()
+    wrong = int((got != TorchOps().sample(logits, choices)).sum())
     return f"{wrong} of {len(params)} tokens differ" if wrong > MOST_ON_THE_EDGE * len(params) else None
 
 

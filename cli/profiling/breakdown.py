@@ -23,6 +23,7 @@ BETWEEN = "between kernels (Python)"
 PARTS = (LINEAR, HEAD, ATTENTION, SMALL, OTHER, BATCH, SAMPLING, SCHEDULER, BETWEEN)
 _GROUPS = {
     "attention": ATTENTION, "rms_norm": SMALL, "silu_and_mul": SMALL, "rotate_and_store": SMALL, "argmax": SAMPLING,
+    "sample": SAMPLING,
 }  # fmt: skip
 DECODE_BATCHES, DECODE_CONTEXT = (1, 8, 32), 128
 MIN_STEPS, MAX_STEPS = 4, 200

@@ -13,8 +13,12 @@ from torch import Tensor
 from engine.gpu.device import HostCopy
 from engine.plan import PlannedSequence, Sampled, SampleSpec, StepResult
 from engine.requests import TokenLogprobs
-from engine.sampler import GREEDY_BELOW, uniform, verify
+from engine.sampler import choices_of, drafts_of, num_right, verify
 from kernels.gpu.ops import GpuOps, to_device
+from kernels.ops import TorchOps
+from kernels.sampling import GREEDY_BELOW
+
+HOST = TorchOps()
 
 
 class DeviceSampler:
@@ -62,12 +66,8 @@ class DeviceSampler:
         if all(spec.params.temperature < GREEDY_BELOW for spec in specs):
             out.copy_(self._ops.argmax(logits))
             return
-        choices = np.empty((5, len(specs)), np.float64)
-        for row, (spec, index) in enumerate(zip(specs, indices, strict=True)):
-            params = spec.params
-            number = uniform(params.seed, index)
-            choices[:, row] = params.temperature, params.top_k, params.top_p, params.min_p, number
-        self._ops.sample(logits, to_device(logits.device, choices)[0], out)
+        choices = np.array(choices_of(specs, indices), np.float64).T
+        out.copy_(self._ops.sample(logits, to_device(logits.device, choices)[0]))
 
     def _logprobs(self, logits: Tensor, rows: list[int], specs: list[SampleSpec]) -> "dict[int, _Logprobs]":
         """By row, the model's own distribution, on its way to the host."""
@@ -100,7 +100,7 @@ class _Part:
     @classmethod
     def of(cls, sequence: PlannedSequence, rows: range, first_adjusted: int | None) -> "_Part":
         spec = sequence.sample
-        drafts = sequence.token_ids[len(sequence.token_ids) - sequence.num_drafts :]
+        drafts = drafts_of(sequence)
         if first_adjusted is None or spec is None:
             return cls(sequence.request_id, rows, drafts, None, 0)
         own = replace(spec, output_token_ids=list(spec.output_token_ids))
@@ -146,11 +146,9 @@ class DeviceSamples:
     def _sampled(self, part: _Part, tokens: list[int]) -> list[Sampled]:
         if part.spec is not None and self._adjusted is not None:
             rows = slice(part.first_adjusted, part.first_adjusted + len(part.rows))
-            return verify(self._adjusted.wait()[rows], part.spec, part.drafts)
-        sampled: list[Sampled] = []
-        for row, draft in zip(part.rows, [*part.drafts, None], strict=True):
-            logprobs = self._logprobs[row].read() if row in self._logprobs else None
-            sampled.append(Sampled(tokens[row], logprobs))
-            if tokens[row] != draft:
-                break
-        return sampled
+            return verify(self._adjusted.wait()[rows], part.spec, part.drafts, HOST)
+        count = num_right(tokens[part.rows.start : part.rows.stop], part.drafts) + 1
+        return [
+            Sampled(tokens[row], self._logprobs[row].read() if row in self._logprobs else None)
+            for row in part.rows[:count]
+        ]

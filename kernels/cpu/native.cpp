@@ -18,6 +18,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <utility>
 #include <vector>
 
@@ -165,6 +166,123 @@ static inline __m512 exponential(__m512 x) {
         p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
     p = _mm512_fmadd_ps(_mm512_mul_ps(p, f), f, _mm512_add_ps(f, _mm512_set1_ps(1.0f)));
     return _mm512_scalef_ps(p, i);
+}
+
+// Scores of one row, and what each weighs: exp(score - maximum), below which 0 for what float32 cannot tell from it.
+struct Scores {
+    std::vector<float> scores, weights;
+    float maximum;
+
+    int64_t size() const { return scores.size(); }
+
+    void read(const bf16* wide, const float* logits, int64_t n, float temperature) {
+        scores.resize(n), weights.resize(n);
+        const __m512 by = _mm512_set1_ps(temperature);
+        __m512 highest = _mm512_set1_ps(-INFINITY);
+        for (int64_t i = 0; i < n; i += 16) {
+            const __m512 score = _mm512_div_ps(logits ? _mm512_loadu_ps(logits + i) : widen(wide + i), by);
+            _mm512_storeu_ps(scores.data() + i, score);
+            highest = _mm512_max_ps(highest, score);
+        }
+        maximum = _mm512_reduce_max_ps(highest);
+        for (int64_t i = 0; i < n; i += 16) {
+            const __m512 below = _mm512_sub_ps(_mm512_loadu_ps(scores.data() + i), _mm512_set1_ps(maximum));
+            const __mmask16 tells = _mm512_cmp_ps_mask(below, _mm512_set1_ps(-87.0f), _CMP_GE_OQ);
+            _mm512_storeu_ps(weights.data() + i, _mm512_maskz_mov_ps(tells, exponential(below)));
+        }
+    }
+
+    // Sum of the weights from `begin` to `end`, multiples of 16, whose scores are kept.
+    double weight(int64_t begin, int64_t end, float lowest) const {
+        __m512d sum = _mm512_setzero_pd();
+        for (int64_t i = begin; i < end; i += 16) {
+            const __mmask16 kept =
+                _mm512_cmp_ps_mask(_mm512_loadu_ps(scores.data() + i), _mm512_set1_ps(lowest), _CMP_GE_OQ);
+            const __m512 w = _mm512_maskz_loadu_ps(kept, weights.data() + i);
+            sum = _mm512_add_pd(sum, _mm512_cvtps_pd(_mm512_castps512_ps256(w)));
+            sum = _mm512_add_pd(sum, _mm512_cvtps_pd(_mm512_extractf32x8_ps(w, 1)));
+        }
+        return _mm512_reduce_add_pd(sum);
+    }
+
+    // Scores by distance from the maximum, in bins; the last one takes all that is far, or no number.
+    static const int BINS = 2048;
+    int bin(int64_t i) const {
+        const float distance = (maximum - scores[i]) * 64.0f;
+        return distance < BINS - 1 ? int(distance) : BINS - 1;
+    }
+
+    // The highest score such that it and those above it (all of them >= lowest) reach `target`: in number, or in
+    // weight. `lowest` if they do not.
+    float reaching(double target, bool weighed, float lowest) const {
+        std::vector<double> bins(BINS);
+        for (int64_t i = 0; i < size(); i++)
+            if (scores[i] >= lowest) bins[bin(i)] += weighed ? weights[i] : 1.0;
+        double sum = 0.0;
+        int last = 0;
+        while (last < BINS && sum + bins[last] < target) sum += bins[last++];
+        if (last == BINS) return lowest;
+        std::vector<std::pair<float, float>> candidates;
+        for (int64_t i = 0; i < size(); i++)
+            if (scores[i] >= lowest && bin(i) == last) candidates.emplace_back(scores[i], weights[i]);
+        std::sort(candidates.begin(), candidates.end(), std::greater<>());
+        for (const auto& [score, weight] : candidates)
+            if ((sum += weighed ? weight : 1.0) >= target) return score;
+        return candidates.empty() ? lowest : candidates.back().first;
+    }
+
+    // The token in which the sum of what is kept, in order of ids, passes `number` times the whole.
+    int64_t draw(double number, float lowest) const {
+        static const int64_t PART = 1024;
+        std::vector<double> parts;
+        double whole = 0.0;
+        for (int64_t begin = 0; begin < size(); begin += PART) {
+            parts.push_back(weight(begin, std::min(begin + PART, size()), lowest));
+            whole += parts.back();
+        }
+        const double target = number * whole;
+        double sum = 0.0;
+        int64_t token = 0;
+        for (size_t part = 0; part < parts.size(); part++) {
+            if (sum + parts[part] <= target) {
+                sum += parts[part];
+                continue;
+            }
+            for (int64_t i = part * PART; i < std::min<int64_t>((part + 1) * PART, size()); i++)
+                if (scores[i] >= lowest && weights[i] > 0.0f) {
+                    token = i;  // also when rounding keeps the sum below the target
+                    if ((sum += weights[i]) > target) break;
+                }
+            break;
+        }
+        return token;
+    }
+};
+
+// logits[rows][n], bf16 or float, n a multiple of 16; choices[5][rows]: temperature, top_k, top_p, min_p, number.
+extern "C" void sample(const void* logits, int64_t is_float, int64_t rows, int64_t n, const double* choices, int64_t* out) {
+#pragma omp parallel if (rows > 1)
+    {
+        static thread_local Scores row;
+#pragma omp for schedule(dynamic)
+        for (int64_t r = 0; r < rows; r++) {
+            const bool greedy = choices[r] < 1e-5;
+            const int64_t top_k = choices[rows + r];
+            const double top_p = choices[2 * rows + r], min_p = choices[3 * rows + r], number = choices[4 * rows + r];
+            row.read((const bf16*)logits + r * n, is_float ? (const float*)logits + r * n : nullptr, n,
+                     greedy ? 1.0f : float(choices[r]));
+            if (greedy) {
+                const auto best = std::find(row.scores.begin(), row.scores.end(), row.maximum);
+                out[r] = best == row.scores.end() ? 0 : best - row.scores.begin();
+                continue;
+            }
+            float lowest = -INFINITY;
+            if (0 < top_k && top_k < n) lowest = row.reaching(top_k, false, lowest);
+            if (top_p < 1.0) lowest = row.reaching(top_p * row.weight(0, n, lowest), true, lowest);
+            if (min_p > 0.0) lowest = std::max(lowest, float(double(row.maximum) + std::log(min_p)));
+            out[r] = row.draw(number, lowest);
+        }
+    }
 }
 
 // gate_up[rows][2n], gate before up -> out[rows][n].

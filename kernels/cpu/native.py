@@ -24,6 +24,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "linear": [_P, _I, _I, _P, _I, _P, _P, _P],
     "rms_norm": [_P, _P, _I, _I, _F, _P],
     "argmax": [_P, _I, _I, _P],
+    "sample": [_P, _I, _I, _I, _P, _P],
     "silu_and_mul": [_P, _I, _I, _P],
     "rotate_and_store": [_P, _I, _I, _I, _I, _P, _P, _P, _P, _F, _P, _P, _I, _I],
     "attention": [_P, _I, _P, _I, _P, _I, _I, _I, _I, _I, _P, _I, _I, _P],
@@ -98,8 +99,18 @@ class NativeOps(Ops[NativePlan]):
         return out
 
     def argmax(self, logits: Tensor) -> Tensor:
+        """Takes float32 logits too, as `sample`."""
+        if logits.dtype == torch.float32:
+            return logits.argmax(-1)
         out = torch.empty(len(logits), dtype=torch.int64)
         self._native.argmax(logits.data_ptr(), *logits.shape, out.data_ptr())
+        return out
+
+    def sample(self, logits: Tensor, choices: Tensor) -> Tensor:
+        """Takes float32 logits too: those that penalties have changed."""
+        out = torch.empty(len(logits), dtype=torch.int64)
+        is_float = logits.dtype == torch.float32
+        self._native.sample(logits.data_ptr(), is_float, *logits.shape, choices.data_ptr(), out.data_ptr())
         return out
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:

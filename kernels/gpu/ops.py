@@ -129,14 +129,9 @@ class GpuOps(Ops[GpuPlan]):
     def argmax(self, logits: Tensor) -> Tensor:
         return logits.argmax(-1)
 
-    def sample(self, logits: Tensor, choices: Tensor, out: Tensor) -> None:
-        """One token of each row of [rows, vocab_size], into int32 [rows].
-
-        `choices` float64 [5, rows]: temperature (0 is greedy), top_k (0 keeps all), top_p, min_p, and the number in
-        [0, 1) at which the token is drawn.
-        """
+    def sample(self, logits: Tensor, choices: Tensor) -> Tensor:
         temperatures, top_ks, top_ps, min_ps, numbers = choices.unbind()
-        out.copy_(sampling.sample(logits, temperatures, top_ks.int(), top_ps, min_ps, numbers))
+        return sampling.sample(logits, temperatures, top_ks.int(), top_ps, min_ps, numbers)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm.rms_norm(x, weight, eps)

@@ -19,14 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.sampling import GREEDY_BELOW
+
 PART = 4096
 """Scores of a program of `scale` and `weigh`: with 8 warps 16 a thread. 32 programs a row of 128 k scores."""
 LANES, UNROLLED = 2048, 4
 """A search adds up in LANES places and reads UNROLLED times as many scores at once: with 16 warps 4 places and 16
 scores a thread, which just fit its 128 registers. 32 KB are under way then; a multiprocessor that takes 64 bytes a
 cycle from an L2 cache some 270 cycles away needs 17."""
-GREEDY_BELOW = 1e-5
-"""As in the engine's sampler: dividing by less would overflow."""
 
 
 def sample(
@@ -40,9 +40,9 @@ def sample(
     in this order, each to what the last one left; scores equal to the last one kept stay. The token is the inverse of
     the cumulative distribution, in order of ids, at `numbers` in [0, 1).
 
-    As `engine.sampler`: the set kept by top_k and min_p is the same; that of top_p, and the token drawn, may differ
+    As `kernels.sampling`: the set kept by top_k and min_p is the same; that of top_p, and the token drawn, may differ
     where top_p or the number comes within about 1e-6 of a sum of probabilities. They are float32 here and summed in
-    float64; the other side divides by a float32 sum. Numbers and top_ps in float32 are moved by up to 6e-8 themselves:
+    float64; there all is float64. Numbers and top_ps in float32 are moved by up to 6e-8 themselves:
     pass float64 for equal streams.
     Logits that are NaN or all -inf give some id of the vocabulary.
     """

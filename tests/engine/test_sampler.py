@@ -7,11 +7,13 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from engine.plan import SampleSpec
+from engine.plan import PlannedSequence, SampleSpec
 from engine.requests import SamplingParams
-from engine.sampler import sample, uniform, verify
+from engine.sampler import choose, uniform
+from kernels.ops import TorchOps
 
 VOCAB = 4000
+OPS = TorchOps()
 PROMPT, OUTPUT = [5, 9, 9, 70], [70, 3, 3, 3]
 
 
@@ -21,6 +23,20 @@ def logits_of(rows=1, seed=0, vocab=VOCAB):
 
 def spec(output=(), prompt=(), **params):
     return SampleSpec(SamplingParams(**params), list(prompt), list(output))
+
+
+def sample(logits, specs, ops=OPS):
+    """The one token of each row."""
+    sequences = [PlannedSequence(f"s{row}", [0], 0, [0], 1, each, 0, len(each.output_token_ids))
+                 for row, each in enumerate(specs)]  # fmt: skip
+    chosen = choose(logits, sequences, ops)
+    return [token for sequence in sequences for token in chosen[sequence.request_id]]
+
+
+def sample_behind(drafts, logits, spec, ops=OPS):
+    """The tokens of one sequence, with guesses."""
+    sequence = PlannedSequence("s", [0, *drafts], 0, [0], 1, spec, len(drafts), len(spec.output_token_ids))
+    return choose(logits, [sequence], ops)["s"]
 
 
 def one(logits, **params):
@@ -193,11 +209,23 @@ def test_verifying_guesses_gives_what_steps_without_them_give(params, num_right)
     if num_right < 4:
         drafts[num_right] = (drafts[num_right] + 1) % 30
     given = spec(**params)
-    assert verify(logits, given, drafts) == expected[: num_right + 1]
+    assert sample_behind(drafts, logits, given) == expected[: num_right + 1]
     assert given.output_token_ids == []
 
 
-@pytest.mark.parametrize("params", VERIFIED)
-def test_a_step_without_guesses_is_verified_as_one_token(params):
-    logits = logits_of(1, seed=2, vocab=30)
-    assert verify(logits, spec(**params), []) == sample(logits, [spec(**params)])
+def test_guesses_of_neighbours_do_not_matter():
+    logits = logits_of(9, seed=3, vocab=30).bfloat16()
+    specs = [spec(**params) for params in VERIFIED[:4]]
+    alone = [sample(logits[row : row + 1], [each])[0] for row, each in zip((0, 2, 5, 8), specs, strict=True)]
+    sequences = []
+    for name, (each, num_drafts) in enumerate(zip(specs, (1, 2, 2, 0), strict=True)):
+        drafts = [alone[name].token_id, 5][:num_drafts]
+        sequences.append(PlannedSequence(str(name), [0, *drafts], 0, [0], 1, each, num_drafts))
+    together = choose(logits, sequences, OPS)
+    row = 0
+    for name, sequence in enumerate(sequences):
+        rows = slice(row, row + sequence.num_drafts + 1)
+        expected = sample_behind(sequence.token_ids[1:], logits[rows], specs[name])
+        assert together[str(name)] == expected
+        assert together[str(name)][0] == alone[name]
+        row = rows.stop

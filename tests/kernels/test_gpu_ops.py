@@ -98,11 +98,10 @@ def test_deterministic_kernels_give_a_token_the_same_bits_alone_and_in_company(m
 
 def test_tokens_are_chosen_by_row():
     logits = random(4, 300)
-    out = torch.zeros(4, dtype=torch.int32)
     assert GPU.argmax(logits).tolist() == logits.argmax(-1).tolist()
     choices = torch.tensor([[1.0, 1, 1, 0, 0.99], [0, 0, 1, 0, 0.5], [2.0, 0, 1e-6, 0, 0.3], [1.0, 0, 1, 1.0, 0.9]])
-    GPU.sample(logits, choices.double().t().contiguous(), out)
-    assert out.tolist() == logits.argmax(-1).tolist(), "top_k 1, temperature 0, a tiny top_p and min_p 1 are greedy"
+    drawn = GPU.sample(logits, choices.double().t().contiguous())
+    assert drawn.tolist() == logits.argmax(-1).tolist(), "top_k 1, temperature 0, a tiny top_p and min_p 1 are greedy"
 
 
 def test_arrays_arrive_whole_and_aligned():

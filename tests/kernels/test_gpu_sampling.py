@@ -1,12 +1,13 @@
-"""Sampling on the device, in Triton's interpreter, against the engine's sampler."""
+"""Sampling on the device, in Triton's interpreter, against the reference."""
 
 import math
 
 import pytest
 import torch
 
-from engine import sampler
 from engine.requests import SamplingParams
+from engine.sampler import uniform
+from kernels import sampling as reference
 from kernels.gpu import sampling
 
 VOCAB = 5000
@@ -41,11 +42,16 @@ def random_logits(rows: int, vocab_size: int = VOCAB, seed: int = 0) -> torch.Te
     return 3 * torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed))
 
 
-def kept_by_engine(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    scores = [row.float() / each.temperature for row, each in zip(logits, params, strict=True)]
-    return torch.stack(
-        [score >= sampler._threshold(score, each) for score, each in zip(scores, params, strict=True)]
-    )  # fmt: skip
+def drawn_by_reference(scores: torch.Tensor, params: SamplingParams, number: float) -> int:
+    return reference.draw(scores, reference.threshold(scores, params.top_k, params.top_p, params.min_p), number)
+
+
+def kept_by_reference(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    kept = []
+    for row, each in zip(logits, params, strict=True):
+        scores = row.float() / each.temperature
+        kept.append(scores >= reference.threshold(scores, each.top_k, each.top_p, each.min_p))
+    return torch.stack(kept)
 
 
 def kept_by_kernel(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
@@ -54,14 +60,14 @@ def kept_by_kernel(logits: torch.Tensor, params: list[SamplingParams]) -> torch.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_exactly_the_tokens_that_the_engine_keeps_are_kept(dtype):
+def test_exactly_the_tokens_that_the_reference_keeps_are_kept(dtype):
     """bfloat16 logits have many equal scores: those at a threshold stay together."""
     params = [SamplingParams(temperature=0.4 + 0.3 * (index % 4), **each) for index, each in enumerate(FILTERS)]
     logits = random_logits(len(params)).to(dtype)
-    assert torch.equal(kept_by_kernel(logits, params), kept_by_engine(logits, params))
+    assert torch.equal(kept_by_kernel(logits, params), kept_by_reference(logits, params))
 
 
-def test_ties_infinities_and_signed_zeros_are_kept_or_dropped_as_by_the_engine():
+def test_ties_infinities_and_signed_zeros_are_kept_or_dropped_as_by_the_reference():
     logits = torch.tensor(
         [
             [1.0, 2.0, 2.0, 2.0, 0.5],
@@ -84,18 +90,18 @@ def test_ties_infinities_and_signed_zeros_are_kept_or_dropped_as_by_the_engine()
         {"top_k": 3, "min_p": 0.9},
     ):
         params = [SamplingParams(temperature=1.0, **filters)] * len(logits)
-        assert torch.equal(kept_by_kernel(logits, params), kept_by_engine(logits, params)), filters
+        assert torch.equal(kept_by_kernel(logits, params), kept_by_reference(logits, params)), filters
 
 
-def test_draws_are_the_engines():
+def test_draws_are_those_of_the_reference():
     """Rounding may move a draw that falls within 1e-6 of the edge between two tokens: here none does."""
     params = [SamplingParams(temperature=0.7 + 0.2 * (index % 3), **each) for index, each in enumerate(FILTERS)] * 2
     logits = random_logits(len(params), seed=1)
-    numbers = torch.tensor([sampler.uniform(3, index) for index in range(len(params))], dtype=torch.float64)
+    numbers = torch.tensor([uniform(3, index) for index in range(len(params))], dtype=torch.float64)
     numbers[:2] = torch.tensor([0.0, 1 - 2**-52], dtype=torch.float64)
     drawn = sampling.sample(logits, *device_rows(params), numbers)
     expected = [
-        sampler._draw(row / each.temperature, each, float(number))
+        drawn_by_reference(row / each.temperature, each, float(number))
         for row, each, number in zip(logits, params, numbers, strict=True)
     ]
     assert drawn.tolist() == expected
@@ -130,7 +136,7 @@ def test_draws_follow_the_distribution():
     logits = torch.full((vocab_size,), -30.0)
     logits[list(likely)] = torch.tensor(list(likely.values()))
     params = [SamplingParams(temperature=0.8, min_p=1e-6)] * rows
-    numbers = torch.tensor([sampler.uniform(11, index) for index in range(rows)], dtype=torch.float64)
+    numbers = torch.tensor([uniform(11, index) for index in range(rows)], dtype=torch.float64)
     drawn = sampling.sample(logits.expand(rows, -1), *device_rows(params), numbers)
     expected = rows * (torch.tensor(list(likely.values())) / 0.8).softmax(0)
     counts = torch.tensor([int((drawn == token).sum()) for token in likely])
@@ -154,4 +160,4 @@ def test_single_precision_settings_serve_too():
     drawn = sampling.sample(logits, temperatures.float(), top_ks, top_ps.float(), min_ps.float(), numbers)
     kept = kept_by_kernel(logits, params)
     assert int(drawn[1]) == int(kept[1].nonzero().max())
-    assert drawn[0] == sampler._draw(logits[0] / 0.8, params[0], 0.25)
+    assert drawn[0] == drawn_by_reference(logits[0] / 0.8, params[0], 0.25)

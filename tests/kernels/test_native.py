@@ -1,7 +1,9 @@
 """The native kernels against their references, in bfloat16. Slots that no query may see hold NaN."""
 
 import itertools
+import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,59 @@ def test_norms_and_activations_equal_their_references(native: NativeOps, rows: i
     gate_up = random_bf16(rows, 2 * size, seed=2, scale=20.0)
     expected = reference.silu_and_mul(gate_up.float())
     torch.testing.assert_close(native.silu_and_mul(gate_up).float(), expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+# temperature, top_k, top_p, min_p
+CHOICES = [
+    (0.0, 0, 1.0, 0.0), (9e-6, 2, 0.5, 0.0), (1.0, 0, 1.0, 0.0), (0.6, 1, 1.0, 0.0), (1.3, 40, 1.0, 0.0),
+    (1.0, 100_000, 1.0, 0.0), (0.9, 0, 0.9, 0.0), (1.0, 0, 1e-6, 0.0), (1.0, 0, 0.0, 0.0), (1.0, 0, 0.9999, 0.0),
+    (1.0, 0, 1.0, 0.1), (1.0, 0, 1.0, 1.0), (0.8, 50, 0.95, 0.0), (1.1, 7, 0.5, 0.3), (1.0, 4000, 1.0, 0.0),
+    (1.0, 4095, 0.999, 0.0),
+]  # fmt: skip
+NUMBERS = (0.0, 0.1, 0.3, 0.5, 0.77, 0.9, 1 - 2**-52)
+
+
+def choices_of(rows: Sequence[tuple[float, ...]]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float64).T.contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("spread", [3.0, 0.01, 40.0])
+def test_tokens_drawn_are_those_of_the_reference(native: NativeOps, dtype: torch.dtype, spread: float) -> None:
+    """Rounding may move a draw that falls within 1e-6 of the edge between two tokens: hardly one does here."""
+    numbers = NUMBERS if spread < 40.0 else NUMBERS[1:-1]  # where the ends are tokens that float32 rules out
+    rows = [(*choice, number) for choice in CHOICES for number in numbers]
+    logits = torch.randn(len(rows), 4096, generator=torch.Generator().manual_seed(5)).mul_(spread).to(dtype)
+    choices = choices_of(rows)
+    drawn, expected = native.sample(logits, choices), TorchOps().sample(logits, choices)
+    assert int((drawn != expected).sum()) <= 1
+    alone = [int(native.sample(logits[row : row + 1], choices[:, row : row + 1].contiguous())) for row in range(40)]
+    assert alone == drawn[:40].tolist(), "neighbours do not matter"
+
+
+def test_equal_scores_are_kept_or_dropped_together(native: NativeOps) -> None:
+    logits = torch.full((1, 64), -3.0)
+    logits[0, [5, 9, 33, 60]] = 1.0
+    logits[0, 20] = 2.0
+    for choice in ((1.0, 2, 1.0, 0.0), (1.0, 0, 0.5, 0.0), (1.0, 0, 1.0, 0.3)):
+        drawn = {int(native.sample(logits, choices_of([(*choice, number / 100)]))) for number in range(100)}
+        assert drawn == {5, 9, 20, 33, 60}
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.nan])
+def test_logits_that_rule_out_everything_give_some_token(native: NativeOps, value: float) -> None:
+    logits = torch.full((len(CHOICES), 64), value)
+    for ops in (native, TorchOps()):
+        for number in NUMBERS:
+            drawn = ops.sample(logits, choices_of([(*choice, number) for choice in CHOICES]))
+            assert ((drawn >= 0) & (drawn < 64)).all()
+
+
+def test_what_is_ruled_out_is_never_drawn(native: NativeOps) -> None:
+    logits = torch.full((1, 64), -math.inf)
+    logits[0, 7] = -5.0
+    for number in NUMBERS:
+        assert int(native.sample(logits, choices_of([(1.0, 0, 1.0, 0.0, number)]))) == 7
 
 
 def test_activations_of_huge_values_stay_finite(native: NativeOps) -> None:
