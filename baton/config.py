@@ -110,6 +110,17 @@ class HandoverOptions:
 
 
 @dataclass(frozen=True)
+class TierOptions:
+    """Where KV blocks live on that the pool has no room for, fastest first."""
+
+    host_kv_memory: str = setting("0", "host memory for KV blocks beside the pool, such as 4GiB; 0: none")
+    disk_kv_folder: str = setting("", "folder on a local disk for KV blocks, one worker's alone; empty: none")
+    disk_kv_memory: str = setting("16GiB", "what --disk-kv-folder may take of the disk")
+    shared_kv_folder: str = setting("", "folder on a file system that workers share, for KV blocks; empty: none")
+    shared_kv_memory: str = setting("256GiB", "what --shared-kv-folder may take, all workers together")
+
+
+@dataclass(frozen=True)
 class ProfileOptions:
     output: str = setting("profile", "folder that costs.json and trace.json are written to; created where missing")
     seconds: float = setting(300.0, "time to measure for; more repeats every measurement more often")
@@ -180,6 +191,9 @@ def validate(options: object) -> None:
         raise ConfigurationError(
             f"--heartbeat-timeout-s is {timeout}; it must be at least twice --heartbeat-interval-s ({interval})"
         )
+    if isinstance(options, TierOptions):
+        for text in (options.host_kv_memory, options.disk_kv_memory, options.shared_kv_memory):
+            parse_bytes(text)
     if isinstance(options, EngineOptions):
         if options.kv_memory != "auto":
             parse_bytes(options.kv_memory)

@@ -3,6 +3,7 @@
 WORKER_COUNTERS: dict[str, str] = {
     "prompt_tokens_computed": "Prompt tokens whose KV this worker computed, recomputation included",
     "prompt_tokens_cached": "Prompt tokens found in the prefix cache",
+    "prompt_tokens_loaded": "Prompt tokens whose KV came from host memory, disk or the shared store",
     "prompt_tokens_received": "Prompt tokens whose KV arrived from a peer and passed its checks",
     "generated_tokens": "Tokens sampled",
     "draft_tokens": "Guesses of coming tokens that were verified (speculative decoding)",

@@ -33,6 +33,7 @@ from kvtransfer.lanes.registry import parse_lanes
 from kvtransfer.layout import BlockLayout
 from kvtransfer.memory import PoolMemory
 from kvtransfer.offers import OfferServer
+from kvtransfer.tiers.store import BlockStore
 from kvtransfer.wire import PeerIdentity
 from prefill.role import PrefillRole
 from worker.shell import WorkerShell
@@ -52,6 +53,7 @@ class Parts:
     engine: Engine
     layout: BlockLayout
     max_model_tokens: int
+    store: BlockStore | None = None
 
     def registration(self) -> wire.Registration:
         """What the coordinator learns about this engine; the process adds who and where it is."""
@@ -187,7 +189,9 @@ async def wire_up(
 ) -> AsyncIterator[Wired]:
     """Shell, roles and hand-over of one worker, stopped in reverse order whatever happens."""
     lanes = parse_lanes(options.lanes)
-    shell = WorkerShell(parts.engine, parts.model.fingerprint, send, on_crash)
+    shell = WorkerShell(
+        parts.engine, parts.model.fingerprint, send, on_crash, parts.layout.page_size_tokens, parts.store
+    )
     address = ""
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(parts.memory.close)

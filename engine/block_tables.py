@@ -85,15 +85,21 @@ class BlockTables:
         sequence.block_ids += fresh
         return min(num_positions, len(sequence.block_ids) * self.page_size - sequence.num_launched)
 
-    def publish(self, sequence: Sequence) -> None:
-        """Let others find the blocks that are full and computed by now."""
+    def publish(self, sequence: Sequence) -> list[tuple[bytes, int]]:
+        """Let others find the blocks that are full and computed by now. Returns names and blocks that are new."""
         num_full = sequence.num_computed // self.page_size
         if num_full <= sequence.num_final_blocks:
-            return
+            return []
         names = sequence.names.extend(sequence.token_ids)
-        for index in range(sequence.num_final_blocks, min(num_full, len(names))):
-            self.cache.insert(names[index], sequence.block_ids[index])
+        filled = range(sequence.num_final_blocks, min(num_full, len(names)))
         sequence.num_final_blocks = num_full
+        pairs = [(names[index], sequence.block_ids[index]) for index in filled]
+        return [(name, block) for name, block in pairs if self.cache.insert(name, block)]
+
+    def names_behind_cached(self, sequence: Sequence) -> list[bytes]:
+        """Names of the full blocks of what it has that the pool does not hold."""
+        names = sequence.names.extend(sequence.token_ids)
+        return names[len(self.cache.lookup(names)) :]
 
     def hold_for_step(self, sequence: Sequence) -> None:
         """A step in flight still writes into some blocks: whoever they go to, they are nobody's to fill before then."""

@@ -12,6 +12,7 @@ from engine.pace import Pace
 from engine.plan import Drafter, Launched, LaunchingRunner, Runner, StepPlan, StepResult
 from engine.requests import EngineLoad, EngineRequest, StepOutput
 from engine.scheduler import Scheduler
+from engine.store import BlockStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +61,15 @@ class Engine:
         drafter: Drafter | None = None,
         look_ahead: bool = False,
         mirror: Mirror | None = None,
+        store: BlockStore | None = None,
     ) -> None:
         """`shareable_tokens` maps a prompt's length to the number of leading tokens whose KV other requests may share.
 
         `step_stretch`: see `engine.pace.Pace`. `generations`, uint64 `[num_blocks]`, is written in place and may lie in
         shared memory. `drafter` makes the guesses of speculative decoding. `look_ahead`: plan and launch a step while
         the one before runs, on a runner that can. `mirror`: where the runner's blocks are not those that peers read and
-        write. Raises ConfigurationError when these contradict each other.
+        write. `store`: where blocks live on that the pool has no room for. Raises ConfigurationError when these
+        contradict each other.
         """
         limits = SchedulerLimits(page_size, max_batch_tokens, max_running, max_model_tokens, max_waiting)
         if look_ahead and not isinstance(runner, LaunchingRunner):
@@ -78,7 +81,8 @@ class Engine:
         self._flight: _Flight | None = None
         self._landed_at = 0.0
         self._pace = Pace(step_stretch)
-        self._scheduler = Scheduler(BlockAllocator(num_blocks, generations), limits, shareable_tokens)
+        self._scheduler = Scheduler(BlockAllocator(num_blocks, generations), limits, shareable_tokens, store)
+        self._page_size = page_size
         self.counters = self._scheduler.counters
         """The engine's share of `baton.metrics.WORKER_COUNTERS`."""
         self.counters.update(engine_steps=0.0, engine_step_seconds=0.0)
@@ -87,19 +91,19 @@ class Engine:
         """Queue a request. Raises InvalidRequestError when it can never be served here, EngineFull when the line is."""
         self._scheduler.add(request)
 
-    def receive(self, request_id: str, num_tokens: int, first_token: int | None) -> bool:
-        """The first `num_tokens` positions of a TAKE request are verified KV; see `Scheduler.receive`.
+    def receive(self, request_id: str, num_tokens: int, first_token: int | None, num_loaded: int = 0) -> bool:
+        """The first `num_tokens` positions of a request are verified KV; see `Scheduler.receive`.
 
         False, and nothing happens, unless the request waits for its KV.
         """
         if self._mirror is not None and (blocks := self._scheduler.blocks_from_outside(request_id, num_tokens)):
             self._mirror.fetch(blocks)
-        return self._scheduler.receive(request_id, num_tokens, first_token)
+        return self._scheduler.receive(request_id, num_tokens, first_token, num_loaded)
 
     def abort(self, request_id: str) -> bool:
         """End a request in whatever state; its end is in the next step's output. False when it is not here.
 
-        Blocks that a TAKE request was waiting for stay quarantined until `resolve`.
+        Blocks that a request was waiting for stay quarantined until `resolve`.
         """
         return self._scheduler.abort(request_id)
 
@@ -129,8 +133,11 @@ class Engine:
         else:
             self._flight = self._launch({}) if self._can_look_ahead(flight.plan) else None
             output = self._land(flight)
-        if self._mirror is not None and (computed := [block for each in output.computed for block in each.block_ids]):
-            self._mirror.publish(computed)
+        if self._mirror is not None:
+            final = {block for each in output.computed for block in each.block_ids}
+            final.update(each.block_id for each in output.named)
+            if final:
+                self._mirror.publish(sorted(final))
         if self._drafter is not None:
             for ended in output.ended:
                 self._drafter.forget(ended.request_id)
@@ -177,12 +184,20 @@ class Engine:
             return _Flight(plan, self._runner.launch(plan), start)
         return _Flight(plan, _Done(self._runner.run(plan)), start)
 
+    def _observe_prompts(self, plan: StepPlan, seconds: float) -> None:
+        """What a block of a prompt costs, from steps that computed at least one."""
+        if plan.num_tokens >= len(plan.sequences) - 1 + self._page_size:
+            block_s = seconds / plan.num_tokens * self._page_size
+            known = self._scheduler.block_compute_s
+            self._scheduler.block_compute_s = block_s if known is None else known + 0.2 * (block_s - known)
+
     def _land(self, flight: _Flight) -> StepOutput:
         result = flight.launched.result()
         now = time.perf_counter()
         seconds = now - max(flight.start, self._landed_at)  # before that the device had the step before
         self._landed_at = now
         self._pace.observe(flight.plan, seconds)
+        self._observe_prompts(flight.plan, seconds)
         if self._drafter is not None:
             self._drafter.observe(flight.plan, result, seconds)
         self.counters["engine_steps"] += 1

@@ -99,11 +99,23 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
-    """A TAKE request has its blocks; those after the cached ones wait to be written from outside."""
+    """A request has its blocks; those after the cached ones wait to be written from outside, until `Engine.receive`."""
 
     request_id: str
     block_ids: tuple[int, ...]
     num_cached_blocks: int
+    stored: tuple[bytes, ...] = ()
+    """Names of the blocks after the cached ones that are to be loaded from the store. What follows them comes from
+    another worker if this is a TAKE request, and is computed here otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A block got its name: its content is final as long as it has this generation."""
+
+    name: bytes
+    block_id: int
+    generation: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +138,8 @@ class StepOutput:
 
     started: list[Started] = field(default_factory=list)
     reserved: list[Reserved] = field(default_factory=list)
+    named: list[Named] = field(default_factory=list)
+    """Only where there is a store."""
     computed: list[Computed] = field(default_factory=list)
     tokens: list[TokenOutput] = field(default_factory=list)
     ended: list[Ended] = field(default_factory=list)

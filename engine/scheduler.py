@@ -5,7 +5,8 @@
    admits from the head of the line: blocks for all its tokens at once, those in the prefix cache first.
 3. When a running request needs a block and none is left, the latest arrival gives back all of its blocks and returns
    to the line, to be computed again. The oldest is never interrupted by a younger one, so something always ends.
-4. A TAKE request waits, with its blocks, until `receive` says what arrived; then it is one of the running.
+4. A TAKE request waits, with its blocks, until `receive` says what arrived; then it is one of the running. So does
+   any request with blocks in the store that come sooner than they are computed.
 5. `apply` turns the runner's result into tokens and endings. A GIVE request ends with its first token. Once it has
    announced blocks, they all pass to the lease of the same id when it ends, however it ends.
    Guesses that proved right give several tokens at once.
@@ -37,6 +38,7 @@ from engine.requests import (
     EndReason,
     EngineLoad,
     EngineRequest,
+    Named,
     Reserved,
     Started,
     StepOutput,
@@ -44,6 +46,7 @@ from engine.requests import (
 )
 from engine.sequence import Phase, Sequence
 from engine.steps import Step
+from engine.store import BlockStore
 
 
 class EngineFull(BatonError):
@@ -57,17 +60,25 @@ class Scheduler:
     """
 
     def __init__(
-        self, allocator: BlockAllocator, limits: SchedulerLimits, shareable_tokens: Callable[[int], int]
+        self,
+        allocator: BlockAllocator,
+        limits: SchedulerLimits,
+        shareable_tokens: Callable[[int], int],
+        store: BlockStore | None = None,
     ) -> None:
         self.tables = BlockTables(allocator, limits.page_size, shareable_tokens)
+        self.block_compute_s: float | None = None
+        """Seconds that computing a block of a prompt takes, as measured; None while unknown."""
         self.counters: dict[str, float] = dict.fromkeys(
             (
-                "prompt_tokens_computed", "prompt_tokens_cached", "prompt_tokens_received", "generated_tokens",
+                "prompt_tokens_computed", "prompt_tokens_cached", "prompt_tokens_received",
+                "prompt_tokens_loaded", "generated_tokens",
                 "preemptions", "blocks_copied_on_write", "draft_tokens", "draft_tokens_accepted",
             ), 0.0,
         )  # fmt: skip
         self._allocator = allocator
         self._limits = limits
+        self._store = store
         self._num_added = 0
         self._sequences: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []
@@ -97,12 +108,13 @@ class Scheduler:
         self._sequences[request.id] = sequence
         self._waiting.append(sequence)
 
-    def receive(self, request_id: str, num_tokens: int, first_token: int | None) -> bool:
-        """The first `num_tokens` positions of a TAKE request hold verified KV, and nobody outside writes any more.
+    def receive(self, request_id: str, num_tokens: int, first_token: int | None, num_loaded: int = 0) -> bool:
+        """The first `num_tokens` positions of a request hold verified KV, and nobody outside writes any more.
 
-        What is missing is computed here. `first_token` is the output token that the giver sampled; it comes out as
-        a TokenOutput once more. False, and nothing happens, unless the request waits for its KV: late and repeated
-        calls are harmless. Raises ValueError when `num_tokens` is beyond the request's tokens.
+        Of those after the cached ones the first `num_loaded` came from the store. What is missing is computed here.
+        `first_token` is the output token that the giver sampled; it comes out as a TokenOutput once more. False, and
+        nothing happens, unless the request waits for its KV: late and repeated calls are harmless. Raises ValueError
+        when `num_tokens` is beyond the request's tokens.
         """
         sequence = self._sequences.get(request_id)
         if sequence is None or sequence.phase is not Phase.RECEIVING:
@@ -115,17 +127,18 @@ class Scheduler:
         sequence.awaits_kv = False
         sequence.phase = Phase.RUNNING
         insort(self._running, sequence, key=_arrival)
-        self._count("prompt_tokens_received", num_cached, num_valid, sequence)
+        self._count("prompt_tokens_loaded", num_cached, min(num_cached + num_loaded, num_valid), sequence)
+        self._count("prompt_tokens_received", min(num_cached + num_loaded, num_valid), num_valid, sequence)
         reason = None if first_token is None else self._emit_token(sequence, Sampled(first_token))
         # The last token's KV is computed again when its logits are needed: its block must not be published before.
         sequence.settle(min(num_valid, len(sequence.token_ids) - 1))
-        self.tables.publish(sequence)
+        self._publish(sequence)
         if reason is not None:
             self._end(sequence, reason)
         return True
 
     def blocks_from_outside(self, request_id: str, num_tokens: int) -> list[int]:
-        """Those that others wrote the first `num_tokens` positions of a TAKE request into; none after `receive`."""
+        """Those that others wrote the first `num_tokens` positions of a request into; none after `receive`."""
         sequence = self._sequences.get(request_id)
         if sequence is None or sequence.phase is not Phase.RECEIVING:
             return []
@@ -283,9 +296,13 @@ class Scheduler:
         """Start requests from the head of the line, in order: one that does not fit lets nobody pass."""
         while self._can_admit():
             sequence = self._waiting[0]
+            takes = sequence.awaits_kv
+            stored = self._worth_loading(sequence)
+            sequence.awaits_kv = takes or bool(stored)
             if not sequence.awaits_kv and not step.prompt_budget:
                 return
             if not self.tables.admit(sequence, step.blocks):
+                sequence.awaits_kv = takes
                 return
             del self._waiting[0]
             self._count("prompt_tokens_cached", 0, sequence.num_computed, sequence)
@@ -296,12 +313,25 @@ class Scheduler:
                 sequence.phase = Phase.RECEIVING
                 self._num_receiving += 1
                 self._events.reserved.append(
-                    Reserved(sequence.id, tuple(sequence.block_ids), sequence.num_final_blocks)
+                    Reserved(sequence.id, tuple(sequence.block_ids), sequence.num_final_blocks, tuple(stored))
                 )
             else:
                 sequence.phase = Phase.RUNNING
                 insort(self._running, sequence, key=_arrival)
                 step.schedule(sequence)
+
+    def _worth_loading(self, sequence: Sequence) -> list[bytes]:
+        """Names of the blocks, after those in the pool, to be loaded from the store."""
+        if self._store is None:
+            return []
+        names = self.tables.names_behind_cached(sequence)
+        return names[: self._store.worth_loading(names, self.block_compute_s)] if names else []
+
+    def _publish(self, sequence: Sequence) -> None:
+        published = self.tables.publish(sequence)
+        if self._store is not None:
+            generations = self._allocator.generations
+            self._events.named.extend(Named(name, block, int(generations[block])) for name, block in published)
 
     def _apply(self, sequence: Sequence, planned: PlannedSequence, sampled: list[Sampled]) -> None:
         reason, num_tokens = None, 0
@@ -315,7 +345,7 @@ class Scheduler:
         if planned.num_drafts:
             self.counters["draft_tokens"] += planned.num_drafts
             self.counters["draft_tokens_accepted"] += min(num_tokens, len(sampled) - 1)
-        self.tables.publish(sequence)
+        self._publish(sequence)
         if reason is not None:
             self._end(sequence, reason)
         elif sequence.gives:

@@ -61,7 +61,7 @@ class Sequence:
         self.owner = Owner(OwnerKind.REQUEST, request.id)
         self.phase = Phase.WAITING
         self.awaits_kv = request.handover is Handover.TAKE
-        """Until `receive`; a preempted request computes everything here."""
+        """Until `receive`, of a TAKE request or of one whose blocks are stored; a preempted TAKE is like any other."""
         self.started = False
         self.token_ids = list(request.token_ids)
         self.output_token_ids = list(request.token_ids[request.num_prompt_tokens :])
@@ -101,7 +101,7 @@ class Sequence:
     @property
     def num_positions_at_start(self) -> int:
         """KV positions that it needs blocks for before it may leave the waiting line."""
-        if self.awaits_kv:
+        if self.awaits_kv and self.request.handover is Handover.TAKE:
             return min(len(self.token_ids) + 1, self.token_limit - 1)
         return len(self.token_ids)
 

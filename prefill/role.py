@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from baton.v1 import worker_link_pb2 as wire
 from engine.engine import Engine
-from engine.requests import Computed, Ended, EndReason, Handover, TokenOutput
+from engine.requests import Computed, Ended, EndReason, Handover, Reserved, TokenOutput
 from kvtransfer.offers import OfferServer
 from kvtransfer.wire import PeerRef
 from worker.roles import Attempt, RoleHandler, engine_request
@@ -63,6 +63,9 @@ class PrefillRole(RoleHandler):
         request = engine_request(attempt.assignment, attempt.key, self._shell.model_fingerprint, Handover.GIVE)
         self._shell.submit(attempt, request)
 
+    def on_reserved(self, attempt: Attempt, reserved: Reserved) -> None:
+        self._shell.arrivals.start(attempt.key, reserved, len(attempt.assignment.token_ids))
+
     def on_computed(self, attempt: Attempt, computed: Computed) -> None:
         lease = self._leases[attempt.key]
         self.offers.offer(attempt.key, computed.first_block, computed.block_ids, computed.generations)
@@ -84,7 +87,7 @@ class PrefillRole(RoleHandler):
 
     def abort(self, attempt: Attempt) -> None:
         key = attempt.key
-        self._shell.steps.submit(lambda engine: engine.abort(key))
+        self._shell.arrivals.abort(key)
         lease = self._leases.get(key)
         if lease is not None:
             lease.computing = False

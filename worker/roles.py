@@ -45,9 +45,9 @@ class RoleHandler(ABC):
     def on_ended(self, attempt: Attempt, ended: Ended) -> None:
         """The engine is done with the attempt."""
 
+    @abstractmethod
     def on_reserved(self, attempt: Attempt, reserved: Reserved) -> None:
-        """The engine reserved the blocks of a TAKE request."""
-        raise AssertionError(f"{type(self).__name__} never asks for a reservation")
+        """The engine reserved blocks that are to be filled from outside: `worker.arrivals`."""
 
     def on_computed(self, attempt: Attempt, computed: Computed) -> None:
         """The engine finished blocks of a GIVE request."""
@@ -56,9 +56,9 @@ class RoleHandler(ABC):
     def on_token(self, attempt: Attempt, token: TokenOutput) -> None:  # noqa: B027 - most roles only pass it on
         """The engine sampled a token; the shell has sent it to the coordinator."""
 
-    @abstractmethod
     def unfinished(self) -> int:
         """Hand-overs that still need this process; it drains until there are none."""
+        return 0
 
 
 def engine_request(assignment: wire.Assignment, key: str, model_fingerprint: str, handover: Handover) -> EngineRequest:

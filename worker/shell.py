@@ -20,6 +20,8 @@ from baton.metrics import WORKER_COUNTERS
 from baton.v1 import worker_link_pb2 as wire
 from engine.engine import Engine
 from engine.requests import Ended, EndReason, EngineRequest, StepOutput, TokenOutput
+from kvtransfer.tiers.store import BlockStore
+from worker.arrivals import Arrivals
 from worker.link import LinkHandler
 from worker.roles import Attempt, RoleHandler
 from worker.step_loop import StepLoop
@@ -47,14 +49,17 @@ class WorkerShell(LinkHandler):
         model_fingerprint: str,
         send: Callable[[wire.WorkerMessage], None],
         on_crash: Callable[[BaseException], None],
+        page_size: int,
+        store: BlockStore | None = None,
     ) -> None:
         self.model_fingerprint = model_fingerprint
         self.counters: dict[str, float] = dict.fromkeys(WORKER_COUNTERS, 0.0)
         self.steps = StepLoop(engine, self._on_output, on_crash)
+        self.arrivals = Arrivals(self.steps, store, page_size, on_crash)
         self.draining = False
-        self.crash = on_crash
         self.lanes_in_use: Callable[[], dict[str, str]] = dict
         self._send = send
+        self._store = store
         self._roles: dict[int, RoleHandler] = {}
         self._attempts: dict[str, Attempt] = {}
         self._changed = asyncio.Event()
@@ -99,6 +104,8 @@ class WorkerShell(LinkHandler):
 
     def heartbeat(self) -> wire.WorkerHeartbeat:
         load, counters = self.steps.load, self.steps.counters
+        if self._store is not None:
+            counters.update(self._store.counters)
         for name, value in self.counters.items():
             counters[name] = counters.get(name, 0.0) + value
         blocks = load.blocks
@@ -139,7 +146,7 @@ class WorkerShell(LinkHandler):
         self.on_drain()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
-        while self._attempts or any(role.unfinished() for role in self._roles.values()):
+        while self._attempts or len(self.arrivals) or any(role.unfinished() for role in self._roles.values()):
             if loop.time() >= deadline:
                 return False
             self._changed.clear()
@@ -188,6 +195,8 @@ class WorkerShell(LinkHandler):
         for reserved in output.reserved:
             if attempt := self._attempts.get(reserved.request_id):
                 attempt.role.on_reserved(attempt, reserved)
+        if output.named and self._store is not None:
+            self._store.save([(named.name, named.block_id, named.generation) for named in output.named])
         for computed in output.computed:
             if attempt := self._attempts.get(computed.request_id):
                 attempt.role.on_computed(attempt, computed)

@@ -6,13 +6,15 @@ function of the last number, so each stream has one undisturbed form that can be
 """
 
 from collections import deque
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field, replace
+from random import Random
 
 from baton.block_names import root_name
 from engine.blocks import BlockAllocator, BlockState, Owner, OwnerKind
 from engine.engine import Engine
 from engine.plan import PENDING, DraftRequest, PlannedSequence, Sampled, StepPlan, StepResult
-from engine.requests import EndReason, EngineRequest, Handover, SamplingParams, StepOutput
+from engine.requests import EndReason, EngineRequest, Handover, Named, SamplingParams, StepOutput
 from engine.scheduler import Scheduler
 from engine.sequence import Phase, Sequence
 
@@ -284,6 +286,23 @@ class Announced:
     last: bool = False
 
 
+class StandInStore:
+    """Keeps copies of named blocks, as many as `keeps` says, and would load whatever it has."""
+
+    def __init__(self, keeps: float) -> None:
+        self.keeps = keeps
+        self.kv: dict[bytes, list[int]] = {}
+        self._random = Random(1)
+
+    def worth_loading(self, names: Many[bytes], compute_s: float | None) -> int:
+        assert compute_s is None or compute_s > 0
+        return next((index for index, name in enumerate(names) if name not in self.kv), len(names))
+
+    def save(self, named: Named, runner: StandInRunner) -> None:
+        if self._random.random() < self.keeps:
+            self.kv[named.name] = [runner.kv[named.block_id, offset] for offset in range(PAGE)]
+
+
 class World:
     """An engine, the clients that check its streams, the giver of TAKE requests and the reader of GIVE requests."""
 
@@ -296,10 +315,13 @@ class World:
         max_model_tokens: int = 64,
         max_waiting: int = 64,
         look_ahead: bool = False,
+        keeps: float = 0.0,
     ) -> None:
+        """`keeps`: share of the named blocks that the store keeps."""
         self.max_model_tokens = max_model_tokens
         self.runner = StandInRunner(max_model_tokens)
         self.drafter = StandInDrafter(self.runner)
+        self.store = StandInStore(keeps)
         self.engine = Engine(
             self.runner,
             num_blocks=num_blocks,
@@ -311,6 +333,7 @@ class World:
             max_waiting=max_waiting,
             drafter=self.drafter,
             look_ahead=look_ahead,
+            store=self.store,
         )
         self.allocator: BlockAllocator = self.engine._scheduler._allocator
         self.runner.scheduler = self.engine._scheduler
@@ -320,6 +343,8 @@ class World:
         self.reserved: dict[str, list[int]] = {}
         """Blocks that a giver may write into: RECEIVING or quarantined."""
         self.num_cached: dict[str, int] = {}
+        self.num_stored = 0
+        """Blocks that were to be loaded."""
         self.announced: dict[str, Announced] = {}
         self.leases: set[str] = set()
         self.quarantined: set[str] = set()
@@ -337,9 +362,18 @@ class World:
         self.started += [started.request_id for started in output.started]
         assert len(set(self.started)) == len(self.started)
         for reserved in output.reserved:
-            assert self.runner.streams[reserved.request_id].request.handover is Handover.TAKE
+            stream = self.runner.streams[reserved.request_id]
+            assert stream.request.handover is Handover.TAKE or reserved.stored
+            for index, name in enumerate(reserved.stored, reserved.num_cached_blocks):
+                assert self.store.kv[name] == stream.kv[index * PAGE : (index + 1) * PAGE], (
+                    "the store has another block"
+                )
             self.reserved[reserved.request_id] = list(reserved.block_ids)
             self.num_cached[reserved.request_id] = reserved.num_cached_blocks
+            self.num_stored += len(reserved.stored)
+        for named in output.named:
+            if self.allocator.generations[named.block_id] == named.generation:  # else it was handed out again
+                self.store.save(named, self.runner)
         for computed in output.computed:
             announced = self.announced.setdefault(computed.request_id, Announced())
             assert computed.first_block == len(announced.block_ids)
@@ -394,7 +428,7 @@ class World:
         for request_id in self.quarantined:
             assert self.allocator.owns_any(Owner(OwnerKind.QUARANTINE, request_id))
 
-    # -- The giver of a TAKE request -----------------------------------------------------------------------------
+    # -- The giver of a TAKE request, and the store ---------------------------------------------------------------
 
     def deliver(self, request_id: str, num_tokens: int) -> None:
         """Write the right KV of the first positions; those before the cached blocks' end are never written."""
@@ -411,7 +445,8 @@ class World:
     def receive(self, request_id: str, num_tokens: int, with_first_token: bool) -> bool:
         request = self.runner.streams[request_id].request
         index = len(request.token_ids) - request.num_prompt_tokens
-        first_token = self.runner.streams[request_id].outputs[index] if with_first_token else None
+        sampled = with_first_token and request.handover is Handover.TAKE
+        first_token = self.runner.streams[request_id].outputs[index] if sampled else None
         received = self.engine.receive(request_id, num_tokens, first_token)
         assert received == (request_id in self.reserved and request_id not in self.quarantined)
         if received:

@@ -36,8 +36,9 @@ class EngineMachine(RuleBasedStateMachine):
         num_blocks=st.sampled_from([6, 9, 12, 20]),
         max_running=st.sampled_from([1, 3, 5]),
         max_batch_tokens=st.sampled_from([5, 13]),
+        keeps=st.sampled_from([0.0, 0.7, 1.0]),
     )
-    def start(self, num_blocks: int, max_running: int, max_batch_tokens: int) -> None:
+    def start(self, num_blocks: int, max_running: int, max_batch_tokens: int, keeps: float) -> None:
         self.num_added = 0
         self.world = World(
             num_blocks=num_blocks,
@@ -46,6 +47,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_model_tokens=MAX_MODEL_TOKENS,
             max_waiting=8,
             look_ahead=self.look_ahead,
+            keeps=keeps,
         )
 
     def any_id(self, data: st.DataObject) -> str:

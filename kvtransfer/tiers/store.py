@@ -1,0 +1,180 @@
+"""The blocks of one pool that live on in tiers: saved when they get their name, loaded when that is sooner than
+computing them.
+
+    pool ──save: copied while the generation stands──▶ host memory, disk, shared store
+    pool ◀──load: checked, then copied up the tiers────┘
+
+Saving is a reader like any other (a seqlock's): a block that is handed out again meanwhile is dropped, not torn.
+Loading writes into blocks that a request has reserved for it.
+"""
+
+import asyncio
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtransfer.memory import PoolMemory
+from kvtransfer.tiers.base import Tier
+
+LOAD_THREADS = 4
+MAX_UNSAVED = 8192
+"""Blocks that wait to be saved; what comes on top is not kept."""
+ASSUMED_BYTES_PER_S = 1e9
+"""Of every tier, until its first load was measured."""
+_WEIGHT = 0.2
+
+
+class BlockStore:
+    """Tiers behind one pool, fastest first.
+
+    `worth_loading` may be called on any thread, `save` and `load` on the event loop's.
+    """
+
+    def __init__(self, memory: PoolMemory, tiers: Sequence[Tier]) -> None:
+        self._memory = memory
+        self._tiers = tuple(tiers)
+        self._counters = {"kv_blocks_loaded": 0.0, "kv_loads_missed": 0.0, "kv_saves_dropped": 0.0}
+        self._block_s = {tier.name: memory.block_bytes / ASSUMED_BYTES_PER_S for tier in tiers}
+        self._unsaved: deque[tuple[bytes, int, int]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._loaders = ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="kv-load")
+        self._saver = threading.Thread(target=self._save_all, name="kv-save", daemon=True)
+        self._saver.start()
+
+    def worth_loading(self, names: Sequence[bytes], compute_s: float | None) -> int:
+        """How many of these leading blocks come sooner than they are computed, each in `compute_s` (None: unknown).
+
+        As many as save the most time altogether: behind fast blocks slow ones may not pay any more.
+        """
+        held = [tier.holds(names) for tier in self._tiers]
+        saved_s, best_s, best = 0.0, 0.0, 0
+        for index in range(len(names)):
+            holder = next((tier for tier, row in zip(self._tiers, held, strict=True) if row[index]), None)
+            if holder is None:
+                break
+            saved_s += (compute_s if compute_s is not None else math.inf) - self._block_s[holder.name]
+            if saved_s >= best_s:
+                best_s, best = saved_s, index + 1
+        return best
+
+    def save(self, blocks: Sequence[tuple[bytes, int, int]]) -> None:
+        """Keep these (name, block id, generation), soon. Never waits: what there is no room for is dropped."""
+        with self._wake:
+            room = MAX_UNSAVED - len(self._unsaved)
+            self._unsaved.extend(blocks[:room])
+            self._counters["kv_saves_dropped"] += max(0, len(blocks) - room)
+            self._wake.notify()
+
+    async def load(
+        self, names: Sequence[bytes], block_ids: Sequence[int], deadline: float, cancelled: threading.Event
+    ) -> int:
+        """Write blocks into the pool; returns how many leading ones are right. Nothing writes any more by then.
+
+        `deadline` in `time.monotonic()` seconds; once `cancelled` is set, no further block is begun.
+        """
+        loading = _Loading(list(zip(names, block_ids, strict=True)), deadline, cancelled)
+        loop = asyncio.get_running_loop()
+        width = min(LOAD_THREADS, len(loading.blocks))
+        work = [loop.run_in_executor(self._loaders, self._load_some, loading, first, width) for first in range(width)]
+        outcomes = await asyncio.gather(*work, return_exceptions=True)
+        errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        if errors:
+            raise errors[0]
+        self._count("kv_blocks_loaded", loading.num_right)
+        self._count("kv_loads_missed", len(names) - loading.num_right)
+        return loading.num_right
+
+    def close(self, deadline: float) -> None:
+        """Save what waits as far as the deadline allows, and close the tiers. No load is running."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._saver.join(max(0.0, deadline - time.monotonic()))
+        self._loaders.shutdown(wait=True, cancel_futures=True)
+        for tier in self._tiers:
+            tier.close(deadline)
+
+    def status(self) -> dict[str, str]:
+        """Name of each tier -> its state, and why."""
+        return {tier.name: f"{tier.status.state.value} {tier.status.reason}".strip() for tier in self._tiers}
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Its own and those of the tiers."""
+        return self._counters | {name: value for tier in self._tiers for name, value in tier.counters.items()}
+
+    # -- Saving ------------------------------------------------------------------------------------------------------
+
+    def _save_all(self) -> None:
+        copy = np.empty(self._memory.block_bytes, np.uint8)
+        while True:
+            with self._wake:
+                while not self._unsaved and not self._stopping:
+                    self._wake.wait()
+                if not self._unsaved:
+                    return
+                name, block_id, generation = self._unsaved.popleft()
+            self._save_one(name, block_id, generation, copy)
+
+    def _save_one(self, name: bytes, block_id: int, generation: int, copy: npt.NDArray[np.uint8]) -> None:
+        missing = [tier for tier in self._tiers if not tier.holds([name])[0]]
+        if not missing:
+            return
+        generations = self._memory.generations
+        np.copyto(copy, self._memory.blocks[block_id])
+        if generations[block_id] != generation:
+            self._count("kv_saves_dropped", 1)
+            return
+        for tier in missing:
+            tier.put(name, copy)
+
+    # -- Loading -----------------------------------------------------------------------------------------------------
+
+    def _load_some(self, loading: "_Loading", first: int, step: int) -> None:
+        for index in range(first, len(loading.blocks), step):
+            if index >= loading.num_right or loading.cancelled.is_set():
+                loading.missed(index)
+                return
+            name, block_id = loading.blocks[index]
+            if not self._load_one(name, block_id, loading.deadline, step):
+                loading.missed(index)
+                return
+
+    def _load_one(self, name: bytes, block_id: int, deadline: float, num_threads: int) -> bool:
+        into = self._memory.blocks[block_id]
+        for position, tier in enumerate(self._tiers):
+            start = time.monotonic()
+            if tier.get(name, into, deadline):
+                seconds = (time.monotonic() - start) / num_threads
+                self._block_s[tier.name] += _WEIGHT * (seconds - self._block_s[tier.name])
+                for faster in self._tiers[:position]:
+                    faster.put(name, into)
+                return True
+        return False
+
+    def _count(self, name: str, amount: float) -> None:
+        with self._wake:
+            self._counters[name] += amount
+
+
+class _Loading:
+    """One load, shared by its threads."""
+
+    def __init__(self, blocks: list[tuple[bytes, int]], deadline: float, cancelled: threading.Event) -> None:
+        self.blocks = blocks
+        self.deadline = deadline
+        self.cancelled = cancelled
+        self.num_right = len(blocks)
+        """Blocks before the first that is missing: what lies behind it is of no use."""
+        self._lock = threading.Lock()
+
+    def missed(self, index: int) -> None:
+        with self._lock:
+            self.num_right = min(self.num_right, index)
