@@ -70,7 +70,7 @@ class EngineOptions:
     max_batch_tokens: int = setting(512, "tokens computed in one step: decodes first, prefill chunks fill the rest")
     max_running: int = setting(64, "requests computed side by side")
     step_stretch: float = setting(
-        1.75,
+        1.6,
         "longest step while prompts are computed beside running requests, as a multiple of a step without them; "
         "0 sets no bound",
     )

@@ -142,9 +142,11 @@ class Policy:
         """A step without prompts."""
         if num_sequences > self._most_running:
             return
-        cost = self._costs.setdefault(num_sequences, StepCost(num_sequences))
-        if num_drafts and not cost.num_plain:
-            return
+        cost = self._costs.get(num_sequences)
+        if cost is None:
+            if num_drafts:  # guesses for a batch of another size, before requests came or went
+                return
+            cost = self._costs[num_sequences] = StepCost(num_sequences)
         cost.observe(num_drafts, seconds)
         self._probe_s = min(self._probe_s + PROBE_SHARE * seconds, cost.plain_s)
 

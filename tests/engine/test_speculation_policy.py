@@ -171,3 +171,14 @@ def test_what_is_known_of_a_request_is_forgotten_with_it() -> None:
     policy.forget("a")
     policy.forget("never seen")
     assert not policy._records
+
+
+def test_guesses_for_a_batch_that_was_never_seen_without_them_tell_nothing() -> None:
+    """Requests come and go between the choice and the step."""
+    policy = Policy(most_running=64)
+    policy.observe_step(3, 0, 0.010)
+    policy.observe_step(2, 4, 0.012)
+    assert policy.choose(2, {"a": MOST, "b": MOST}) == {}
+    assert policy.spare_s(2) == 0.0
+    policy.observe_step(2, 0, 0.010)
+    assert policy.choose(2, {"a": MOST, "b": MOST})
