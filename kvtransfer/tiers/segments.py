@@ -1,0 +1,155 @@
+"""Which block is in which slot of which segment, and which slots are taken next. Bookkeeping alone: no I/O, no lock.
+
+    free ──take──▶ being written ──commit──▶ live ──recycle──▶ free
+                        │                     │                 ▲
+                        └─ failed ─▶ dead ◀─ drop (failed check)│
+                                      └───────────recycle───────┘
+
+Slots become free a segment at a time, so that writes run through whole segments: a new one while the capacity allows,
+then the least useful one that nobody reads or writes. Usefulness is the mean time of last use over its slots. In it
+the blocks used more recently than the average block of the tier stay where they are, in at most half of the slots;
+the others are evicted. That is the cleaning of a log-structured cache (Segcache, NSDI 2021) without its copying: fixed
+slots let the survivors stay.
+
+A time is a number that grows with every store and load. A record's sequence is the time of its store, so that after a
+restart the order of storing stands in for the order of use.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """One live block."""
+
+    segment: "Segment"
+    slot: int
+    last_use: int
+
+
+@dataclass(slots=True, eq=False)
+class Segment:
+    """One file. Pinned while somebody reads or writes in it, or wants its blocks kept."""
+
+    file: str
+    fd: int
+    num_slots: int
+    num_bytes: int
+    """What it is charged for."""
+    names: list[bytes | None] = field(init=False)
+    """Of the live blocks."""
+    num_pins: int = 0
+    use_sum: int = 0
+    """Sum of the last uses of its live blocks."""
+    is_removed: bool = False
+
+    def __post_init__(self) -> None:
+        self.names = [None] * self.num_slots
+
+
+class SegmentBook:
+    """Every segment and block of one tier. The caller sees to it that one thread at a time is in here."""
+
+    def __init__(self) -> None:
+        self.segments: list[Segment] = []
+        self.num_bytes = 0
+        """What all segments together are charged for."""
+        self.records: dict[bytes, Record] = {}
+        self._free: deque[tuple[Segment, int]] = deque()
+        self._time = 0
+        self._use_sum = 0
+
+    def next_time(self) -> int:
+        self._time += 1
+        return self._time
+
+    def add(self, segment: Segment, claims: Iterable[tuple[int, bytes, int]] = ()) -> None:
+        """A new file, or one found at the start with its claims (slot, name, sequence). The latest claim of a name
+        wins; slots without a winner are free."""
+        self.segments.append(segment)
+        self.num_bytes += segment.num_bytes
+        freed = set(range(segment.num_slots))
+        for slot, name, sequence in claims:
+            self._time = max(self._time, sequence)
+            loser = self.records.get(name)
+            if loser is None or loser.last_use < sequence:
+                freed.discard(slot)
+                if loser is not None:
+                    self.drop(name, loser)
+                    self._free.append((loser.segment, loser.slot))
+                self._enter(name, Record(segment, slot, sequence))
+        self._free.extend((segment, slot) for slot in sorted(freed))
+
+    def take(self) -> tuple[Segment, int] | None:
+        """A free slot to write, its segment pinned; None when there is none."""
+        if not self._free:
+            return None
+        segment, slot = self._free.popleft()
+        segment.num_pins += 1
+        return segment, slot
+
+    def commit(self, name: bytes, segment: Segment, slot: int, sequence: int) -> None:
+        """A taken slot holds the block. Its segment is still pinned."""
+        if not segment.is_removed:
+            self._enter(name, Record(segment, slot, sequence))
+
+    def use(self, record: Record) -> None:
+        time = self.next_time()
+        self._add_use(record.segment, time - record.last_use)
+        record.last_use = time
+
+    def drop(self, name: bytes, record: Record) -> bool:
+        """The block is lost; its slot stays unused until its segment is recycled. False when it is gone already."""
+        if self.records.get(name) is not record:
+            return False
+        del self.records[name]
+        record.segment.names[record.slot] = None
+        self._add_use(record.segment, -record.last_use)
+        return True
+
+    def least_useful(self) -> Segment | None:
+        """Of the segments that nobody has pinned."""
+        idle = [segment for segment in self.segments if not segment.num_pins]
+        return min(idle, key=lambda segment: segment.use_sum / segment.num_slots, default=None)
+
+    def recycle(self) -> int | None:
+        """Free the colder slots of the least useful segment; how many blocks that evicted, None when all are pinned.
+
+        Only once no slot is free: a free one would be freed again.
+        """
+        if self._free:
+            raise ValueError("there are free slots left")
+        segment = self.least_useful()
+        if segment is None:
+            return None
+        mean_use = self._use_sum / max(1, len(self.records))
+        live = [(self.records[name].last_use, name) for name in segment.names if name is not None]
+        hottest = sorted(live, reverse=True)[: segment.num_slots // 2]
+        kept = {name for last_use, name in hottest if last_use > mean_use}
+        evicted = [name for _, name in live if name not in kept]
+        for name in evicted:
+            self.drop(name, self.records[name])
+        self._free.extend((segment, slot) for slot, name in enumerate(segment.names) if name is None)
+        return len(evicted)
+
+    def remove(self, segment: Segment) -> int:
+        """Forget a segment that nobody may use any more; how many blocks are lost with it."""
+        lost = [name for name in segment.names if name is not None]
+        for name in lost:
+            self.drop(name, self.records[name])
+        self._free = deque(free for free in self._free if free[0] is not segment)
+        self.segments.remove(segment)
+        self.num_bytes -= segment.num_bytes
+        segment.is_removed = True
+        return len(lost)
+
+    def _enter(self, name: bytes, record: Record) -> None:
+        self.records[name] = record
+        record.segment.names[record.slot] = name
+        self._add_use(record.segment, record.last_use)
+
+    def _add_use(self, segment: Segment, amount: int) -> None:
+        segment.use_sum += amount
+        self._use_sum += amount
