@@ -1,0 +1,119 @@
+"""What a tier is: a place that keeps KV blocks by name, may lose any of them, and never gives back a wrong byte.
+
+A name is `baton.block_names.NAME_BYTES` bytes and stands for one content, so a block that is held already need not be
+stored again. All blocks of a tier have `block_bytes` bytes.
+
+    put(name, block)            -> True: taken; held at once, or soon where writes are queued; False: refused
+    holds([name, ...])          -> which of them a get would find now
+    pin([name, ...]), unpin     -> no eviction in between
+    get(name, into, deadline)   -> True: `into` is the block; False: a miss, and `into` may hold anything
+
+Whatever goes wrong below a tier ends as a miss or a refusal with a counter, and in `status`.
+"""
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from baton.block_names import NAME_BYTES
+
+Block = npt.NDArray[np.uint8] | memoryview
+"""The bytes of one block: contiguous, `block_bytes` long."""
+
+
+class TierState(Enum):
+    ON = "on"
+    READ_ONLY = "read-only"
+    OFF = "off"
+
+
+@dataclass(frozen=True, slots=True)
+class TierStatus:
+    """What a tier does at the moment, and why it does not do more."""
+
+    state: TierState
+    reason: str = ""
+
+
+COUNTED = ("stored", "loaded", "misses", "checksum_failures", "evicted", "refused", "io_errors", "timeouts", "bytes")
+"""What every tier counts, in blocks and since it was opened. `bytes` is what its blocks take at the moment."""
+
+
+class Counters:
+    """Numbers named `kv_<tier>_<what>`, added up by several threads."""
+
+    def __init__(self, tier: str, more: Iterable[str] = ()) -> None:
+        self._prefix = f"kv_{tier}_"
+        self._values: dict[str, float] = dict.fromkeys((*COUNTED, *more), 0)
+        self._lock = threading.Lock()
+
+    def add(self, what: str, amount: float = 1) -> None:
+        with self._lock:
+            self._values[what] += amount
+
+    def snapshot(self) -> dict[str, float]:
+        with self._lock:
+            return {self._prefix + what: value for what, value in self._values.items()}
+
+
+class Tier(ABC):
+    """Several threads may call everything but `close` at the same time."""
+
+    name: str
+    block_bytes: int
+
+    @abstractmethod
+    def holds(self, names: Sequence[bytes]) -> list[bool]:
+        """Which blocks a get would find now. Waits for nothing. A later get may miss all the same."""
+
+    @abstractmethod
+    def put(self, name: bytes, block: Block) -> bool:
+        """Take a copy of a block; the caller may change its memory afterwards. Never waits for a device.
+
+        False when it is refused: no room, too much to write already, or the tier is not on. Raises ValueError when
+        name or block do not have their size.
+        """
+
+    @abstractmethod
+    def get(self, name: bytes, into: npt.NDArray[np.uint8], deadline: float) -> bool:
+        """Copy a block into `into`, uint8 [block_bytes]; `deadline` in `time.monotonic()` seconds.
+
+        False for a miss of any kind: not held, unreadable, failed its check, or the deadline passed. Once it
+        returned, nothing writes `into`. Raises ValueError when name or `into` do not have their size.
+        """
+
+    @abstractmethod
+    def pin(self, names: Sequence[bytes]) -> list[bool]:
+        """Keep blocks from being evicted; False for those not held. Each True asks for one `unpin` of that name."""
+
+    @abstractmethod
+    def unpin(self, names: Iterable[bytes]) -> None:
+        """Give pins back. Raises KeyError for a name that is not pinned."""
+
+    @property
+    @abstractmethod
+    def counters(self) -> dict[str, float]:
+        """`kv_<tier>_<what>` for everything in `COUNTED`, and what the tier counts besides."""
+
+    @property
+    @abstractmethod
+    def status(self) -> TierStatus: ...
+
+    @abstractmethod
+    def close(self, deadline: float) -> None:
+        """Write out what was taken, as far as the deadline allows, and give everything back. Nobody calls any more."""
+
+    def block_view(self, name: bytes, block: Any) -> npt.NDArray[np.uint8]:
+        """The block as uint8 [block_bytes], without a copy. Raises ValueError when it or the name has another size."""
+        if len(name) != NAME_BYTES:
+            raise ValueError(f"a block name of {len(name)} bytes; it has {NAME_BYTES}")
+        view = np.frombuffer(block, np.uint8)
+        if len(view) != self.block_bytes:
+            raise ValueError(f"a block of {len(view)} bytes in a tier of blocks of {self.block_bytes}")
+        return view
