@@ -7,13 +7,17 @@ PoolMemory (shared) ──buffer──▶ KVPool ──▶ ModelRunner ──▶
 """
 
 import contextlib
+import dataclasses
+import json
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from baton.config import EngineOptions, HandoverOptions, parse_bytes
+from baton.config import EngineOptions, HandoverOptions, TierOptions, parse_bytes
 from baton.errors import ConfigurationError
 from baton.v1 import worker_link_pb2 as wire
 from decode.role import DecodeRole
@@ -33,6 +37,9 @@ from kvtransfer.lanes.registry import parse_lanes
 from kvtransfer.layout import BlockLayout
 from kvtransfer.memory import PoolMemory
 from kvtransfer.offers import OfferServer
+from kvtransfer.tiers.base import Tier
+from kvtransfer.tiers.disk import DiskTier
+from kvtransfer.tiers.host import HostTier
 from kvtransfer.tiers.store import BlockStore
 from kvtransfer.wire import PeerIdentity
 from prefill.role import PrefillRole
@@ -42,6 +49,9 @@ if TYPE_CHECKING:
     from engine.gpu.runner import DeviceRunner
 
 MIN_BLOCKS = 2
+NO_TIERS = TierOptions()
+CLOSE_TIMEOUT_S = 10.0
+"""What tiers get, when the worker ends, to write out what they have taken."""
 
 
 @dataclass
@@ -68,7 +78,11 @@ class Parts:
 
 
 def assemble(
-    model: LoadedModel, options: EngineOptions, build: Callable[..., Engine] = Engine, draft: LoadedModel | None = None
+    model: LoadedModel,
+    options: EngineOptions,
+    build: Callable[..., Engine] = Engine,
+    draft: LoadedModel | None = None,
+    tiers: TierOptions = NO_TIERS,
 ) -> Parts:
     """Pool and engine over a loaded model. Raises ConfigurationError when the options cannot work with it.
 
@@ -89,6 +103,15 @@ def assemble(
         raise ConfigurationError(f"--max-model-tokens is {options.max_model_tokens}; this model takes {context}")
     memory = PoolMemory.create(num_blocks, shape.block_bytes)
     max_model_tokens = min(options.max_model_tokens or context, num_blocks * options.page_size)
+    layout = BlockLayout(
+        model_fingerprint=model.fingerprint,
+        dtype=str(model.dtype).removeprefix("torch."),
+        num_layers=model.config.num_layers,
+        num_kv_heads=model.config.num_kv_heads,
+        head_dim=model.config.head_dim,
+        page_size_tokens=options.page_size,
+    )
+    store = _store(memory, layout, tiers)
     runner, mirror = _runner(model, shape, memory, options, max_model_tokens)
     engine = build(
         runner,
@@ -103,19 +126,24 @@ def assemble(
         drafter=_drafter(options, draft),
         look_ahead=model.ops.launches,
         mirror=mirror,
+        store=store,
     )
     for part in (runner, mirror):
         if part is not None and not isinstance(part, ModelRunner):
             part.count_into(engine.counters)
-    layout = BlockLayout(
-        model_fingerprint=model.fingerprint,
-        dtype=str(model.dtype).removeprefix("torch."),
-        num_layers=model.config.num_layers,
-        num_kv_heads=model.config.num_kv_heads,
-        head_dim=model.config.head_dim,
-        page_size_tokens=options.page_size,
-    )
-    return Parts(model, memory, engine, layout, max_model_tokens)
+    return Parts(model, memory, engine, layout, max_model_tokens, store)
+
+
+def _store(memory: PoolMemory, layout: BlockLayout, options: TierOptions) -> BlockStore | None:
+    """The tiers that were asked for, fastest first. Raises ConfigurationError when one cannot be had."""
+    tiers: list[Tier] = []
+    fingerprint = json.dumps(dataclasses.asdict(layout), sort_keys=True)
+    if host_bytes := parse_bytes(options.host_kv_memory):
+        tiers.append(HostTier(host_bytes, memory.block_bytes))
+    if options.disk_kv_folder:
+        disk_bytes = parse_bytes(options.disk_kv_memory)
+        tiers.append(DiskTier(Path(options.disk_kv_folder), disk_bytes, memory.block_bytes, fingerprint))
+    return BlockStore(memory, tiers) if tiers else None
 
 
 def _drafter(options: EngineOptions, draft: LoadedModel | None) -> Drafter | None:
@@ -195,6 +223,8 @@ async def wire_up(
     address = ""
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(parts.memory.close)
+        if parts.store is not None:
+            stack.callback(lambda store: store.close(time.monotonic() + CLOSE_TIMEOUT_S), parts.store)
         if wire.ROLE_PREFILL in roles:
             prefill = PrefillRole(shell)
             offers = OfferServer(

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import uvloop
@@ -26,8 +27,10 @@ from baton.config import (
     EngineOptions,
     HandoverOptions,
     ModelOptions,
+    TierOptions,
     WorkerOptions,
     from_arguments,
+    parse_bytes,
     to_arguments,
 )
 from baton.config import (
@@ -55,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--decode", type=int, default=None, help="decode workers (default: 1, or 0 with --mixed)")
     group.add_argument("--mixed", type=int, default=0, help="workers that carry both roles (default: 0)")
     group.add_argument("--no-restart", action="store_true", help="leave a worker that died dead")
-    add_options(parser, CoordinatorOptions, ModelOptions, EngineOptions, HandoverOptions)
+    add_options(parser, CoordinatorOptions, ModelOptions, EngineOptions, HandoverOptions, TierOptions)
 
 
 @dataclass
@@ -114,6 +117,7 @@ class Cluster:
         self.coordinator_options = from_arguments(CoordinatorOptions, arguments)
         self.model = from_arguments(ModelOptions, arguments)
         self.handover = from_arguments(HandoverOptions, arguments)
+        self.tiers = from_arguments(TierOptions, arguments)
         parse_lanes(self.handover.lanes)
         folder = model_folder(self.model)
         check_model(folder)
@@ -134,9 +138,19 @@ class Cluster:
         for (kind, name), cores in zip(names, own_cores(len(names), self.engine.threads), strict=True):
             worker = WorkerOptions(worker_id=name, coordinator=link, parent_pid=os.getpid())
             engine = dataclasses.replace(self.engine, cores=self.engine.cores or cores)
-            self.workers.append(Child(name, [kind, *words_of(worker, self.model, engine, self.handover)]))
+            self.workers.append(
+                Child(name, [kind, *words_of(worker, self.model, engine, self.handover, self._tiers_of(name))])
+            )
         for child in self.workers:
             await child.start()
+
+    def _tiers_of(self, name: str) -> TierOptions:
+        """Every worker has a folder of its own on the disk, and an equal part of what they may take there."""
+        if not self.tiers.disk_kv_folder:
+            return self.tiers
+        share = parse_bytes(self.tiers.disk_kv_memory) // sum(self.sizes.values())
+        folder = Path(self.tiers.disk_kv_folder).absolute() / name
+        return dataclasses.replace(self.tiers, disk_kv_folder=str(folder), disk_kv_memory=str(share))
 
     async def _start_coordinator(self) -> None:
         options = dataclasses.replace(self.coordinator_options, parent_pid=os.getpid())

@@ -22,6 +22,7 @@ from baton.config import (
     EngineOptions,
     HandoverOptions,
     ModelOptions,
+    TierOptions,
     WorkerOptions,
     default_worker_id,
     from_arguments,
@@ -55,7 +56,7 @@ STANDBY: dict[str, Roles] = {"prefill": [wire.ROLE_DECODE], "decode": [], "mixed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, WorkerOptions, ModelOptions, EngineOptions, HandoverOptions)
+    add_options(parser, WorkerOptions, ModelOptions, EngineOptions, HandoverOptions, TierOptions)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Settings:
     model: ModelOptions
     engine: EngineOptions
     handover: HandoverOptions
+    tiers: TierOptions
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -74,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         from_arguments(ModelOptions, arguments),
         from_arguments(EngineOptions, arguments),
         from_arguments(HandoverOptions, arguments),
+        from_arguments(TierOptions, arguments),
     )
     worker_id = settings.worker.worker_id or default_worker_id(settings.kind)
     log_to_stderr(worker_id)
@@ -115,7 +118,7 @@ def _load(settings: Settings, folder: Path) -> Parts:
     model = load_model(
         folder, options.dtype, _log_progress(), options.page_size, choose_device(options.device), options.deterministic
     )
-    parts = assemble(model, settings.engine, draft=_load_draft(settings.engine, folder))
+    parts = assemble(model, settings.engine, draft=_load_draft(settings.engine, folder), tiers=settings.tiers)
     log.info(
         "loaded and warm after %.1f s: %s, %s kernels on %d threads, %d blocks of %d KiB",
         time.monotonic() - started, parts.layout.dtype, model.ops.name, torch.get_num_threads(),

@@ -10,9 +10,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from baton.config import EngineOptions, HandoverOptions
+from baton.config import EngineOptions, HandoverOptions, TierOptions
 from baton.v1 import worker_link_pb2 as wire
-from cli.assembly import Parts, Wired, assemble, wire_up
+from cli.assembly import NO_TIERS, Parts, Wired, assemble, wire_up
 from engine.loading import LoadedModel, load_model
 from kvtransfer.wire import PeerIdentity
 
@@ -157,10 +157,14 @@ class Pair:
 async def relay(
     model: LoadedModel, *, lanes: str = "shm", prefill: EngineOptions | None = None,
     decode: EngineOptions | None = None, handover: HandoverOptions | None = None,
+    prefill_tiers: TierOptions = NO_TIERS, decode_tiers: TierOptions = NO_TIERS,
 ) -> AsyncIterator[Pair]:  # fmt: skip
     """A pair over one model; `prefill` None leaves the decode worker alone."""
     handover = handover or HandoverOptions(lanes=lanes)
-    pair = Pair(assemble(model, prefill) if prefill else None, assemble(model, decode or EngineOptions()))
+    pair = Pair(
+        assemble(model, prefill, tiers=prefill_tiers) if prefill else None,
+        assemble(model, decode or EngineOptions(), tiers=decode_tiers),
+    )
     async with AsyncExitStack() as stack:
         for worker, role in ((pair.prefill, wire.ROLE_PREFILL), (pair.decode, wire.ROLE_DECODE)):
             if worker is not None:

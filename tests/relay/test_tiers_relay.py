@@ -1,0 +1,172 @@
+"""Prompts whose KV comes back from host memory or disk: the tokens of transformers, and nothing computed twice."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from baton.config import EngineOptions, TierOptions
+from baton.v1 import worker_link_pb2 as wire
+from engine.loading import LoadedModel
+from tests.engine.tiny_models import VOCAB_SIZE, reference_generate, write_tiny_model
+from tests.relay.pair import Worker, load, relay
+
+PAGE, NEW_TOKENS = 16, 8
+OPTIONS = EngineOptions(dtype="float32", kv_memory="8MiB", max_batch_tokens=64, speculate="off")
+NUM_PROMPTS, PROMPT_TOKENS = 4, 200
+LOADABLE = PROMPT_TOKENS // PAGE * PAGE
+
+
+def random_prompt(seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB_SIZE, (PROMPT_TOKENS,), generator=generator).tolist()
+
+
+PROMPTS = [random_prompt(seed) for seed in range(NUM_PROMPTS)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, list[list[int]]]:
+    torch.set_num_threads(1)
+    folder = write_tiny_model(tmp_path_factory.mktemp("model"), "llama3")
+    return load(folder), [each.tokens for each in reference_generate(folder, PROMPTS, NEW_TOKENS)]
+
+
+def small_pool(model: LoadedModel) -> EngineOptions:
+    """Room for one prompt and a half, so that every prompt pushes the one before it out."""
+    config = model.config
+    block_bytes = config.num_layers * config.num_kv_heads * 2 * PAGE * config.head_dim * 4
+    num_blocks = (PROMPT_TOKENS + NEW_TOKENS) // PAGE + 1 + LOADABLE // PAGE // 2
+    return EngineOptions(
+        dtype="float32", kv_memory=str(num_blocks * block_bytes), max_batch_tokens=64, speculate="off",
+    )  # fmt: skip
+
+
+async def saved(worker: Worker, tier: str, num_blocks: int) -> None:
+    async with asyncio.timeout(30):
+        while worker.counters()[f"kv_{tier}_stored"] < num_blocks:
+            await asyncio.sleep(0.005)
+
+
+def host(size: str = "64MiB") -> TierOptions:
+    return TierOptions(host_kv_memory=size)
+
+
+def on_disk(folder: Path) -> TierOptions:
+    return TierOptions(disk_kv_folder=str(folder), disk_kv_memory="128MiB")
+
+
+def test_a_prompt_that_was_pushed_out_of_the_pool_is_loaded_from_host_memory(
+    model: tuple[LoadedModel, list[list[int]]],
+) -> None:
+    async def run() -> None:
+        async with relay(model[0], decode=small_pool(model[0]), decode_tiers=host()) as pair:
+            stored = 0
+            for prompt, expected in zip(PROMPTS, model[1], strict=True):
+                assert (await pair.generate(prompt, NEW_TOKENS)).output == expected
+                stored += LOADABLE // PAGE
+                await saved(pair.decode, "host", stored)
+            before = pair.decode.counters()
+            for prompt, expected in zip(PROMPTS, model[1], strict=True):
+                assert (await pair.generate(prompt, NEW_TOKENS)).output == expected
+            after = pair.decode.counters()
+            assert after["prompt_tokens_loaded"] - before["prompt_tokens_loaded"] == NUM_PROMPTS * LOADABLE
+            computed = after["prompt_tokens_computed"] - before["prompt_tokens_computed"]
+            assert computed == NUM_PROMPTS * (PROMPT_TOKENS - LOADABLE)
+            await pair.whole()
+
+    asyncio.run(run())
+
+
+def test_a_prefill_worker_hands_over_what_it_loaded(model: tuple[LoadedModel, list[list[int]]]) -> None:
+    async def run() -> None:
+        async with relay(
+            model[0], prefill=small_pool(model[0]), decode=small_pool(model[0]), prefill_tiers=host()
+        ) as pair:
+            assert pair.prefill is not None
+            for prompt, expected in zip(PROMPTS, model[1], strict=True):
+                assert (await pair.generate(prompt, NEW_TOKENS, remote=True)).output == expected
+            await saved(pair.prefill, "host", NUM_PROMPTS * (LOADABLE // PAGE))
+            for prompt, expected in zip(PROMPTS, model[1], strict=True):
+                assert (await pair.generate(prompt, NEW_TOKENS, remote=True)).output == expected
+            assert pair.prefill.counters()["prompt_tokens_loaded"] == NUM_PROMPTS * LOADABLE
+            assert pair.decode.counters()["local_prefill_fallbacks"] == 0
+            await pair.whole()
+
+    asyncio.run(run())
+
+
+def test_a_decode_worker_takes_from_its_peer_only_what_its_tiers_lack(
+    model: tuple[LoadedModel, list[list[int]]],
+) -> None:
+    async def run() -> None:
+        async with relay(model[0], prefill=OPTIONS, decode=small_pool(model[0]), decode_tiers=host()) as pair:
+            for prompt, expected in zip(PROMPTS, model[1], strict=True):
+                assert (await pair.generate(prompt, NEW_TOKENS, remote=True)).output == expected
+            await saved(pair.decode, "host", NUM_PROMPTS * (LOADABLE // PAGE))
+            before = pair.decode.counters()
+            for prompt, expected in zip(PROMPTS, model[1], strict=True):
+                assert (await pair.generate(prompt, NEW_TOKENS, remote=True)).output == expected
+            after = pair.decode.counters()
+            assert after["prompt_tokens_loaded"] - before["prompt_tokens_loaded"] == NUM_PROMPTS * LOADABLE
+            received = after["handover_blocks_received"] - before["handover_blocks_received"]
+            assert received == NUM_PROMPTS, "the last block, which is not full and has no name"
+            await pair.whole()
+
+    asyncio.run(run())
+
+
+def test_a_worker_that_starts_again_finds_its_blocks_on_disk_and_wrong_bytes_are_computed_again(
+    model: tuple[LoadedModel, list[list[int]]], tmp_path: Path
+) -> None:
+    async def first() -> None:
+        async with relay(model[0], decode=OPTIONS, decode_tiers=on_disk(tmp_path)) as pair:
+            for prompt, expected in zip(PROMPTS, model[1], strict=True):
+                assert (await pair.generate(prompt, NEW_TOKENS)).output == expected
+            await saved(pair.decode, "disk", NUM_PROMPTS * (LOADABLE // PAGE))
+
+    async def again(num_loaded: int, num_wrong: int) -> None:
+        async with relay(model[0], decode=OPTIONS, decode_tiers=on_disk(tmp_path)) as pair:
+            assert (await pair.generate(PROMPTS[0], NEW_TOKENS)).output == model[1][0]
+            counters = pair.decode.counters()
+            assert counters["prompt_tokens_loaded"] == num_loaded
+            assert (counters["kv_disk_checksum_failures"] > 0) == (num_wrong > 0)
+            await pair.whole()
+
+    asyncio.run(first())
+    asyncio.run(again(LOADABLE, 0))
+    for path in tmp_path.rglob("*.kv"):
+        content = bytearray(path.read_bytes())
+        content[::512] = bytes(each ^ 1 for each in content[::512])
+        path.write_bytes(content)
+    asyncio.run(again(0, 0))  # not even the records are believed
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_an_abort_while_blocks_are_loaded_leaves_the_pool_whole(
+    model: tuple[LoadedModel, list[list[int]]], remote: bool
+) -> None:
+    async def run() -> None:
+        async with relay(
+            model[0],
+            prefill=small_pool(model[0]),
+            decode=small_pool(model[0]),
+            prefill_tiers=host(),
+            decode_tiers=host(),
+        ) as pair:
+            for prompt, expected in zip(PROMPTS, model[1], strict=True):
+                assert (await pair.generate(prompt, NEW_TOKENS, remote=remote)).output == expected
+            workers = [worker for worker in (pair.prefill if remote else None, pair.decode) if worker is not None]
+            for worker in workers:
+                await saved(worker, "host", NUM_PROMPTS * (LOADABLE // PAGE))
+            for number in range(12):
+                request_id, _ = pair.start(PROMPTS[number % NUM_PROMPTS], 200, remote=remote)
+                for _ in range(number * 3):
+                    await asyncio.sleep(0)
+                for worker in workers:
+                    worker.shell.shell.on_abort(wire.AttemptId(request_id=request_id, attempt=1))
+            await pair.whole()
+            assert (await pair.generate(PROMPTS[0], NEW_TOKENS, remote=remote)).output == model[1][0]
+
+    asyncio.run(run())
