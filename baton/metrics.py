@@ -25,8 +25,24 @@ WORKER_COUNTERS: dict[str, str] = {
     "handover_leases_expired": "Leases that ended before their blocks were released",
     "handover_peer_losses": "Peers declared dead after silence, a sequence gap or a refusal",
     "local_prefill_fallbacks": "Requests prefilled by a decode worker although a prefill worker had been chosen",
+    "kv_blocks_loaded": "Blocks that came from host memory, disk or the shared store",
+    "kv_loads_missed": "Blocks that were expected there and did not come; computed instead",
+    "kv_saves_dropped": "Blocks that were not kept: handed out again too soon, or too many at once",
     "requests_aborted": "Attempts aborted",
     "requests_expired": "Attempts ended by their deadline",
     "requests_refused": "Attempts refused at admission",
 }
 """Counters in a worker's heartbeat; the coordinator exports each as baton_worker_<name>_total with label worker."""
+
+TIERS = ("host", "disk", "shared")
+TIER_COUNTERS: dict[str, str] = {
+    "stored": "Blocks taken in",
+    "loaded": "Blocks given back, checked",
+    "misses": "Blocks asked for that were not there, or not in time",
+    "checksum_failures": "Blocks whose bytes were wrong; never used",
+    "evicted": "Blocks that made room for others",
+    "refused": "Blocks not taken: no room, too much to write already, not admitted, or the tier is not on",
+    "io_errors": "Operations of the file system that failed",
+    "timeouts": "Loads that missed their deadline",
+}
+"""`kv_<tier>_<name>` in a heartbeat; exported as baton_worker_kv_tier_<name>_total with labels worker and tier."""

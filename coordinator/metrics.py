@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from baton.metrics import WORKER_COUNTERS
+from baton.metrics import TIER_COUNTERS, TIERS, WORKER_COUNTERS
 from coordinator.delivery import Choice, Request
 from coordinator.workers import Worker, WorkerRegistry
 
@@ -99,7 +99,20 @@ class _WorkerCollector(Collector):
             for worker in workers:
                 family.add_metric([worker.id], worker.heartbeat.counters.get(name, 0.0))
             yield family
+        for name, help in TIER_COUNTERS.items():
+            family = CounterMetricFamily(f"baton_worker_kv_tier_{name}", help, labels=["worker", "tier"])
+            for id, tier, value in _of_tiers(workers, name):
+                family.add_metric([id, tier], value)
+            yield family
         yield from _gauges(workers)
+
+
+def _of_tiers(workers: "list[Worker]", name: str) -> Iterator[tuple[str, str, float]]:
+    """(worker, tier, value) of a figure of the tiers that there are."""
+    for worker in workers:
+        for tier in TIERS:
+            if (value := worker.heartbeat.counters.get(f"kv_{tier}_{name}")) is not None:
+                yield worker.id, tier, value
 
 
 def _gauges(workers: "list[Worker]") -> Iterator[Metric]:
@@ -110,6 +123,11 @@ def _gauges(workers: "list[Worker]") -> Iterator[Metric]:
     tokens = GaugeMetricFamily("baton_worker_waiting_prefill_tokens", "Prompt tokens to compute", labels=["worker"])
     up = GaugeMetricFamily("baton_worker_up", "1 accepts work, 0 drains", labels=["worker", "role"])
     lanes = GaugeMetricFamily("baton_lane_in_use", "Always 1: who hands over how", labels=["worker", "peer", "lane"])
+    size = GaugeMetricFamily("baton_worker_kv_tier_bytes", "What its blocks take", labels=["worker", "tier"])
+    on = GaugeMetricFamily("baton_worker_kv_tier_on", "1 on, 0.5 read-only, 0 off", labels=["worker", "tier"])
+    for family, name in ((size, "bytes"), (on, "on")):
+        for id, tier, value in _of_tiers(workers, name):
+            family.add_metric([id, tier], value)
     for worker in workers:
         beat = worker.heartbeat
         for state in _BLOCK_STATES:
@@ -123,4 +141,4 @@ def _gauges(workers: "list[Worker]") -> Iterator[Metric]:
                 up.add_metric([worker.id, role], float(worker.accepts))
         for peer, lane in beat.lanes_in_use.items():
             lanes.add_metric([worker.id, peer, lane], 1)
-    yield from (blocks, total, running, waiting, tokens, up, lanes)
+    yield from (blocks, total, running, waiting, tokens, up, lanes, size, on)

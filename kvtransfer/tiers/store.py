@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtransfer.memory import PoolMemory
-from kvtransfer.tiers.base import Tier
+from kvtransfer.tiers.base import Tier, TierState
 
 LOAD_THREADS = 4
 MAX_UNSAVED = 8192
@@ -28,6 +28,7 @@ MAX_UNSAVED = 8192
 ASSUMED_BYTES_PER_S = 1e9
 """Of every tier, until its first load was measured."""
 _WEIGHT = 0.2
+_ON = {TierState.ON: 1.0, TierState.READ_ONLY: 0.5, TierState.OFF: 0.0}
 
 
 class BlockStore:
@@ -101,14 +102,14 @@ class BlockStore:
         for tier in self._tiers:
             tier.close(deadline)
 
-    def status(self) -> dict[str, str]:
-        """Name of each tier -> its state, and why."""
-        return {tier.name: f"{tier.status.state.value} {tier.status.reason}".strip() for tier in self._tiers}
-
     @property
     def counters(self) -> dict[str, float]:
-        """Its own and those of the tiers."""
-        return self._counters | {name: value for tier in self._tiers for name, value in tier.counters.items()}
+        """Its own and those of the tiers, and of each `kv_<tier>_on`: 1 on, 0.5 read-only, 0 off."""
+        result = dict(self._counters)
+        for tier in self._tiers:
+            result |= tier.counters
+            result[f"kv_{tier.name}_on"] = _ON[tier.status.state]
+        return result
 
     # -- Saving ------------------------------------------------------------------------------------------------------
 

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from baton.metrics import TIER_COUNTERS
 from kvtransfer.memory import PoolMemory
-from kvtransfer.tiers.base import Block, Tier, TierState, TierStatus
+from kvtransfer.tiers.base import COUNTED, Block, Tier, TierState, TierStatus
 from kvtransfer.tiers.store import MAX_UNSAVED, BlockStore
 
 BLOCKS, SIZE = 64, 4096
@@ -238,4 +239,11 @@ def test_a_fault_in_a_tier_is_not_taken_for_a_miss(monkeypatch: pytest.MonkeyPat
     world = World(tier)
     with pytest.raises(KeyError):
         world.load([1], 0)
+    world.close()
+
+
+def test_what_tiers_count_is_what_is_exported() -> None:
+    assert set(COUNTED) == {*TIER_COUNTERS, "bytes"}
+    world = World(DictTier("host"))
+    assert world.store.counters["kv_host_on"] == 1.0
     world.close()
