@@ -17,6 +17,8 @@ from baton.v1 import worker_link_pb2_grpc as rpc
 FIRST_TOKEN, NUM_TOKENS = 300, 3000
 _incarnations = itertools.count(1000)
 
+COUNTERS = {"generated_tokens": 7, "kv_host_loaded": 3, "kv_host_bytes": 4096}
+
 
 def token_at(prompt: Sequence[int], index: int) -> int:
     """The token that every honest fake worker has at `index` of the answer to `prompt`."""
@@ -45,7 +47,7 @@ class FakeWorker:
             | registration
         )  # fmt: skip
         self.heartbeat = wire.WorkerHeartbeat(
-            blocks=wire.BlockCounts(total=4096, free=4096), counters={"generated_tokens": 7}, lanes_in_use={"p": "shm"}
+            blocks=wire.BlockCounts(total=4096, free=4096), counters=COUNTERS, lanes_in_use={"p": "shm"}
         )
         # Knobs.
         self.refuse = ""

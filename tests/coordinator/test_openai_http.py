@@ -364,6 +364,9 @@ def test_operators_see_workers_and_metrics_and_others_behind_a_proxy_do_not(run)
                 text = await response.text()
             assert 'baton_worker_generated_tokens_total{worker="decode-0"} 7.0' in text
             assert 'baton_worker_blocks{state="free",worker="decode-0"} 4096.0' in text
+            assert 'baton_worker_kv_tier_loaded_total{tier="host",worker="decode-0"} 3.0' in text
+            assert 'baton_worker_kv_tier_bytes{tier="host",worker="decode-0"} 4096.0' in text
+            assert 'tier="disk"' not in text, "this worker has none"
             assert 'baton_lane_in_use{lane="shm",peer="p",worker="decode-0"} 1.0' in text
             for path in ("/status", "/metrics"):
                 async with system.http.get(path, headers={"X-Forwarded-For": "203.0.113.9"}) as response:
