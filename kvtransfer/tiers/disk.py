@@ -75,6 +75,14 @@ class _Load:
     def __post_init__(self) -> None:
         self.finished.acquire()
 
+    def wait(self, deadline: float) -> bool:
+        """Until the load is done, or can never again touch its caller's memory: False."""
+        if self.finished.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            return True
+        with self.guard:
+            self.is_given_up = not self.is_loaded
+        return self.is_loaded
+
 
 class _Breaker:
     """Open after failures in a row, for RETRY_S; then one more failure opens it again."""
@@ -190,28 +198,34 @@ class DiskTier(Tier):
         return True
 
     def get(self, name: bytes, into: npt.NDArray[np.uint8], deadline: float) -> bool:
-        view = self.block_view(name, into)
+        return self.get_many([name], [into], deadline)[0]
+
+    def get_many(self, names: Sequence[bytes], into: Sequence[npt.NDArray[np.uint8]], deadline: float) -> list[bool]:
+        views = [self.block_view(name, block) for name, block in zip(names, into, strict=True)]
         started = time.monotonic()
         with self._lock:
             is_served = not self._is_off and deadline > started and self._loads.qsize() < MAX_WAITING_LOADS
-            record = self._book.records.get(name) if is_served else None
-            if record is not None:
-                self._book.use(record)
-                record.segment.num_pins += 1
+            loads = [self._load(*wanted) if is_served else None for wanted in zip(names, views, strict=True)]
+        for load in loads:
+            if load is not None:
+                self._loads.put(load)
+        in_time = [load.wait(deadline) for load in loads if load is not None]
+        if not all(in_time):
+            self._counters.add("timeouts", in_time.count(False))
+            if not any(in_time) and deadline - started >= STALL_S:
+                self._fail(self._reads, "loads do not end before their deadline")
+        are_loaded = [load is not None and load.is_loaded for load in loads]
+        self._counters.add("loaded", are_loaded.count(True))
+        self._counters.add("misses", are_loaded.count(False))
+        return are_loaded
+
+    def _load(self, name: bytes, into: npt.NDArray[np.uint8]) -> _Load | None:
+        record = self._book.records.get(name)
         if record is None:
-            self._counters.add("misses")
-            return False
-        load = _Load(name, record, view)
-        self._loads.put(load)
-        if not load.finished.acquire(timeout=deadline - started):
-            with load.guard:
-                load.is_given_up = True
-            if not load.is_loaded:
-                self._counters.add("timeouts")
-                if deadline - started >= STALL_S:
-                    self._fail(self._reads, "loads do not end before their deadline")
-        self._counters.add("loaded" if load.is_loaded else "misses")
-        return load.is_loaded
+            return None
+        self._book.use(record)
+        record.segment.num_pins += 1
+        return _Load(name, record, into)
 
     def pin(self, names: Sequence[bytes]) -> list[bool]:
         with self._lock:
@@ -411,7 +425,9 @@ class DiskTier(Tier):
 
     def _open_segments(self) -> None:
         self._next_file = next_number(self._files)
-        for segment, claims in find_segments(self._files, self._format, self._io_error):
+        found = find_segments(self._files, self._format, self._io_error)
+        self._usable_bytes -= found.unused_bytes
+        for segment, claims in found.segments:
             self._book.add(segment, claims)
         self._counters.add("bytes", self._book.num_bytes)
         while self._book.num_bytes > self._usable_bytes and not self._files.is_read_only:

@@ -2,7 +2,7 @@
 
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -31,6 +31,13 @@ class FoundSegment(NamedTuple):
     segment: Segment
     claims: list[tuple[int, bytes, int]]
     """(slot, name, sequence) of every whole record page of the tier's layout."""
+
+
+class Found(NamedTuple):
+    """`unused_bytes`: what files take that are named like segments and cannot be used."""
+
+    segments: list[FoundSegment]
+    unused_bytes: int
 
 
 def segment_file(number: int) -> str:
@@ -87,33 +94,35 @@ def take_seat(folder: Path, layout: str, fingerprint: str, open_files: Callable[
     raise ConfigurationError(f"{folder}: {_MAX_SEATS} workers use this folder already; choose another one")
 
 
-def find_segments(files: Files, record_format: RecordFormat, on_error: OnError) -> Iterator[FoundSegment]:
-    """Every readable segment, opened, oldest file first. Foreign and truncated files are passed over."""
+def find_segments(files: Files, record_format: RecordFormat, on_error: OnError) -> Found:
+    """Every readable segment, opened, oldest file first. Foreign files and cut-off ends are passed over."""
     names = sorted(file for file in files.listdir() if _SEGMENT_FILE.fullmatch(file))
     with ThreadPoolExecutor(_NUM_SCANNERS) as pool:
-        found = pool.map(lambda file: _open_segment(files, record_format, file, on_error), names)
-        yield from (one for one in found if one is not None)
+        found = list(pool.map(lambda file: _open_segment(files, record_format, file, on_error), names))
+    segments = [one for one in found if isinstance(one, FoundSegment)]
+    return Found(segments, sum(one for one in found if isinstance(one, int)))
 
 
-def _open_segment(files: Files, record_format: RecordFormat, file: str, on_error: OnError) -> FoundSegment | None:
-    fd = -1
+def _open_segment(files: Files, record_format: RecordFormat, file: str, on_error: OnError) -> FoundSegment | int:
+    """The segment, or the bytes that the file takes without being one."""
+    fd, num_bytes = -1, 0
     try:
-        if not stat.S_ISREG(files.stat(file).st_mode):
-            return None
-        fd = files.open(file)
-        status = files.fstat(fd)
+        status = files.stat(file)
+        num_bytes = status.st_blocks * 512
         num_slots = status.st_size // record_format.slot_bytes
+        if not stat.S_ISREG(status.st_mode):
+            return num_bytes
         if num_slots == 0:  # cut off between its creation and its allocation
-            files.close_file(fd)
             files.unlink(file)
-            return None
-        segment = Segment(file, fd, num_slots, charge(max(status.st_size, status.st_blocks * 512)))
+            return 0
+        fd = files.open(file)
+        segment = Segment(file, fd, num_slots, charge(max(status.st_size, num_bytes)))
         return FoundSegment(segment, _claims(files, record_format, segment))
     except OSError as error:
         on_error("opened", error)
         if fd >= 0:
             files.close_file(fd)
-        return None
+        return num_bytes
 
 
 def _claims(files: Files, record_format: RecordFormat, segment: Segment) -> list[tuple[int, bytes, int]]:

@@ -1,0 +1,146 @@
+"""Slots have one owner each, and what was used last is evicted last."""
+
+import random
+from collections import OrderedDict
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from kvtransfer.tiers.segments import Segment, SegmentBook
+
+SLOTS = 4
+names = st.integers(0, 30).map(lambda number: number.to_bytes(16, "little"))
+
+
+class SlotsHaveOneOwner(RuleBasedStateMachine):
+    """Any order of stores, loads, failures, pins, evictions and lost files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.book = SegmentBook()
+        self.writing: list[tuple[bytes, Segment, int, int]] = []
+        self.pinned: list[Segment] = []
+        self.num_files = 0
+
+    @precondition(lambda self: len(self.book.segments) < 4)
+    @rule(claims=st.lists(st.tuples(st.integers(0, SLOTS - 1), names, st.integers(1, 500)), max_size=SLOTS))
+    def add(self, claims):
+        claims = list({slot: (slot, name, sequence) for slot, name, sequence in claims}.values())
+        being_written = {name for name, *_ in self.writing}
+        claims = [claim for claim in claims if claim[1] not in being_written]
+        before = {name: record.last_use for name, record in self.book.records.items()}
+        self.book.add(Segment(f"file-{self.num_files}", self.num_files, SLOTS, 100), claims)
+        self.num_files += 1
+        for _, name, sequence in claims:
+            assert self.book.records[name].last_use >= max(sequence, before.get(name, 0))
+
+    @rule(name=names)
+    def take(self, name):
+        if name in self.book.records or any(name == other for other, *_ in self.writing):
+            return
+        place = self.book.take()
+        if place is not None:
+            self.writing.append((name, *place, self.book.next_time()))
+
+    @precondition(lambda self: self.writing)
+    @rule(is_written=st.booleans(), data=st.data())
+    def finish(self, is_written, data):
+        write = self.writing.pop(data.draw(st.integers(0, len(self.writing) - 1)))
+        if is_written:
+            self.book.commit(*write)
+        write[1].num_pins -= 1
+
+    @rule(name=names, is_lost=st.booleans())
+    def use_or_drop(self, name, is_lost):
+        record = self.book.records.get(name)
+        if record is not None and is_lost:
+            assert self.book.drop(name, record)
+            assert not self.book.drop(name, record)
+        elif record is not None:
+            self.book.use(record)
+
+    @precondition(lambda self: self.book.segments)
+    @rule(data=st.data())
+    def pin(self, data):
+        segment = data.draw(st.sampled_from(self.book.segments))
+        segment.num_pins += 1
+        self.pinned.append(segment)
+
+    @precondition(lambda self: self.pinned)
+    @rule()
+    def unpin(self):
+        self.pinned.pop().num_pins -= 1
+
+    @precondition(lambda self: not self.book._free)
+    @rule()
+    def recycle(self):
+        before = {name: (record.segment, record.slot) for name, record in self.book.records.items()}
+        num_evicted = self.book.recycle()
+        gone = {segment for name, (segment, _) in before.items() if name not in self.book.records}
+        assert len(before) - len(self.book.records) == (num_evicted or 0)
+        assert len(gone) <= 1
+        assert not any(segment.num_pins for segment in gone)
+        assert (num_evicted is None) == (not self.book._free)
+        assert num_evicted is None or len(self.book._free) >= SLOTS // 2
+
+    @precondition(lambda self: self.book.segments)
+    @rule(data=st.data())
+    def remove(self, data):
+        self.book.remove(data.draw(st.sampled_from(self.book.segments)))
+
+    @invariant()
+    def every_slot_has_at_most_one_owner_and_the_sums_are_right(self):
+        owners = list(self.book._free)
+        owners += [(record.segment, record.slot) for record in self.book.records.values()]
+        owners += [(segment, slot) for _, segment, slot, _ in self.writing if not segment.is_removed]
+        assert len(owners) == len(set(owners))
+        assert all(segment in self.book.segments for segment, _ in owners)
+        for segment in self.book.segments:
+            live = [record for record in self.book.records.values() if record.segment is segment]
+            assert segment.use_sum == sum(record.last_use for record in live)
+            assert sorted(record.slot for record in live) == [
+                slot for slot, name in enumerate(segment.names) if name is not None
+            ]
+        assert self.book._use_sum == sum(segment.use_sum for segment in self.book.segments)
+        assert self.book.num_bytes == 100 * len(self.book.segments)
+
+
+TestSlotsHaveOneOwner = SlotsHaveOneOwner.TestCase
+
+
+def test_free_slots_are_used_up_before_anything_is_evicted():
+    book = SegmentBook()
+    book.add(Segment("file", 3, SLOTS, 100))
+    with pytest.raises(ValueError, match="free"):
+        book.recycle()
+
+
+@pytest.mark.parametrize("skew", [0.6, 1.0])
+def test_evicting_by_segments_hits_nearly_as_often_as_evicting_the_least_recently_used_block(skew):
+    """Zipf-distributed loads; a miss stores the block. 16 segments of 32 slots for 4096 names."""
+    draw = random.Random(1)
+    weights = [1 / rank**skew for rank in range(1, 4097)]
+    numbers = draw.choices(range(4096), weights, k=40000)
+    book, exact = SegmentBook(), OrderedDict[int, None]()
+    for file in range(16):
+        book.add(Segment(str(file), file, 32, 1))
+    hits = exact_hits = 0
+    for number in numbers:
+        exact_hits += number in exact
+        exact[number] = None
+        exact.move_to_end(number)
+        if len(exact) > 16 * 32:
+            exact.popitem(last=False)
+        name = number.to_bytes(16, "little")
+        if name in book.records:
+            hits += 1
+            book.use(book.records[name])
+            continue
+        place = book.take()
+        while place is None:
+            assert book.recycle() is not None
+            place = book.take()
+        book.commit(name, *place, book.next_time())
+        place[0].num_pins -= 1
+    assert hits >= 0.97 * exact_hits
