@@ -35,7 +35,7 @@ class _Entry:
 
 
 class HostTier(Tier):
-    """Bounded by `capacity_bytes`, all of it taken at the start.
+    """Bounded by `capacity_bytes`, all of it taken at the start. A prompt's blocks are best put tail first.
 
     Counters besides those of every tier: `not_admitted`, blocks that the admission filter kept out, which also count
     as refused; `expired`, blocks that nobody used for `ttl_s`.
@@ -49,15 +49,17 @@ class HostTier(Tier):
         block_bytes: int,
         *,
         policy: str = DEFAULT_POLICY,
-        admission: bool = True,
+        admission: bool = False,
         ttl_s: float = math.inf,
         pinned_share: float = 0.25,
         tenant_shares: Mapping[str, float] | None = None,
         buffer: memoryview | mmap.mmap | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`buffer`: writable memory of at least `capacity_bytes` to use, such as pinned memory of a GPU's driver; it
-        stays the caller's. Raises ConfigurationError when there is no room for a block, or no such memory."""
+        """`admission`: put the filter of `admission.py` in front; it says when that pays. `buffer`: writable memory
+        of at least `capacity_bytes` to use, such as pinned memory of a GPU's driver; it stays the caller's. The others
+        as in `Retention`. Raises ConfigurationError when there is no room for a block, or no such memory.
+        """
         num_slots = capacity_bytes // max(block_bytes, 1)
         if block_bytes <= 0 or num_slots <= 0:
             raise ConfigurationError(f"a host tier of {capacity_bytes} bytes has no room for blocks of {block_bytes}")
@@ -131,11 +133,6 @@ class HostTier(Tier):
         for what in ("loaded",) if is_right else ("checksum_failures", "misses"):
             self._counters.add(what)
         return is_right
-
-    def touch(self, names: Sequence[bytes]) -> None:
-        """A row of blocks, in the order of its chain, was used or is complete: its tail may go before its head."""
-        with self._lock:
-            self._retention.touch(names, self._clock())
 
     def pin(self, names: Sequence[bytes]) -> list[bool]:
         """As every tier's. It counts as a use of the row, so the names come in the order of their chain."""

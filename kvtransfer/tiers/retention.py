@@ -3,7 +3,12 @@
 A `Policy` orders entries of one size; a `Retention` is one tier's use of it: chains, pins, idle time and shares of
 tenants. KV blocks form chains: a block is of no use once one before it in its prompt is gone. So all names of a call
 come in the order of their chain, head first, and reach the policy tail first: of two blocks used equally, the deeper
-one is older and goes first. That is why a prompt that arrives in pieces should be touched as a whole when it is done.
+one is older and goes first. Whoever inserts a prompt in several calls begins with its tail. On the traces of
+`benchmarks/retention.py` that order is worth up to half a point of hits in small tiers; a check that no head ever goes
+before its tail would gain nothing more, and is not made.
+
+S3-FIFO is the default: with room for a fortieth to a third of what the traces come back to, it finds up to 1.8 times as
+much as LRU does and as much or more than LFU nearly everywhere; in larger tiers all are within a point.
 """
 
 import math
