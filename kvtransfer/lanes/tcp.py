@@ -1,12 +1,12 @@
 """Lane `tcp`: blocks over plain sockets, gathered from one pool and scattered into the other without a copy between.
 
-    request   token u64 | num_blocks u32 | zero u32 | num_blocks x (block u64, generation u64)
+    request   token u64 | num_reads u32 | zero u32 | num_reads x (block u64, generation u64, offset u64, length u64)
     answer    status u32 | zero u32 | block_bytes u64
-              the blocks in the order of the request     } only when the status is OK
-              status u32                                 }
+              the bytes read in the order of the request   } only when the status is OK
+              status u32                                   }
 
 The server looks at the generations before it sends and again after the last byte has left the pool; the second
-status tells what it found. A request of no blocks is a probe. Every number is little-endian. A connection on which
+status tells what it found. A request of no reads is a probe. Every number is little-endian. A connection on which
 anything goes wrong is closed, because nobody can say which bytes come next.
 """
 
@@ -21,8 +21,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from baton.errors import ConfigurationError, TransferError
-from kvtransfer.lanes.base import POLL_S, BlockRead, LaneClient, LaneEndpoint, LaneServer, check_still_wanted
-from kvtransfer.lanes.copying import BlockIds, coalesce, max_run_blocks
+from kvtransfer.lanes.base import (
+    ANY_GENERATION,
+    POLL_S,
+    BlockRead,
+    LaneClient,
+    LaneEndpoint,
+    LaneServer,
+    check_still_wanted,
+)
+from kvtransfer.lanes.copying import MAX_RUN_BYTES, Integers, Pieces, batches, coalesce
 from kvtransfer.memory import PoolMemory
 
 log = logging.getLogger(__name__)
@@ -30,7 +38,7 @@ log = logging.getLogger(__name__)
 NAME = "tcp"
 MAX_CONNECTIONS = 256  # a server's; each has a thread
 MAX_PARALLEL_PULLS = 4  # a client's; each has a connection
-MAX_REQUEST_BLOCKS = 1024
+MAX_REQUEST_READS = 1024
 MAX_REQUEST_BYTES = 64 << 20
 _MAX_VECTORS = 64  # memory ranges in one system call
 _SEND_STALL_S = 10.0  # a receiver that takes nothing for so long loses its connection
@@ -40,7 +48,7 @@ _LOCAL_BUFFER_BYTES = 256 << 10
 _REQUEST = struct.Struct("<QII")
 _ANSWER = struct.Struct("<IIQ")
 _STATUS = struct.Struct("<I")
-_WANTED = np.dtype([("block", "<u8"), ("generation", "<u8")])
+_WANTED = np.dtype([("block", "<u8"), ("generation", "<u8"), ("offset", "<u8"), ("length", "<u8")])
 _OK, _BAD_TOKEN, _BAD_REQUEST, _STALE = range(4)
 _REASONS = {
     _BAD_TOKEN: "lane tcp: the peer refused the token",
@@ -133,30 +141,43 @@ def _answer(connection: socket.socket, memory: PoolMemory) -> bool:
     head = connection.recv(_REQUEST.size, socket.MSG_WAITALL)
     if len(head) < _REQUEST.size:
         return False
-    token, num_blocks, _ = _REQUEST.unpack(head)
+    token, num_reads, _ = _REQUEST.unpack(head)
     status = _OK if token == memory.token else _BAD_TOKEN
-    if num_blocks > MAX_REQUEST_BLOCKS or num_blocks * memory.block_bytes > max(MAX_REQUEST_BYTES, memory.block_bytes):
+    if num_reads > MAX_REQUEST_READS:
         status = status or _BAD_REQUEST
     if status == _OK:
-        body = connection.recv(num_blocks * _WANTED.itemsize, socket.MSG_WAITALL) if num_blocks else b""
-        if len(body) < num_blocks * _WANTED.itemsize:
+        body = connection.recv(num_reads * _WANTED.itemsize, socket.MSG_WAITALL) if num_reads else b""
+        if len(body) < num_reads * _WANTED.itemsize:
             return False
         wanted = np.frombuffer(body, _WANTED)
-        status = _judge(memory, wanted)
+        status = _OK if _is_inside(wanted, memory) else _BAD_REQUEST
+        status = status or _judge(memory, wanted)
     connection.sendall(_ANSWER.pack(status, 0, memory.block_bytes))
     if status != _OK:
         return False
-    if num_blocks:
-        _send_all(connection, _slabs(memory, wanted["block"]))
+    if num_reads:
+        starts = wanted["block"] * np.uint64(memory.block_bytes) + wanted["offset"]
+        _send_all(connection, _ranges(memory, starts, wanted["length"]))
         status = _judge(memory, wanted)
     connection.sendall(_STATUS.pack(status))
     return status == _OK
 
 
+def _is_inside(wanted: np.ndarray, memory: PoolMemory) -> bool:
+    """Whether every read lies in a block, and all together are no more than one request may ask for."""
+    lengths, block_bytes = wanted["length"], memory.block_bytes
+    if not len(wanted):
+        return True
+    if wanted["block"].max() >= memory.num_blocks or lengths.min() == 0 or lengths.max() > block_bytes:
+        return False
+    within = wanted["offset"] <= np.uint64(block_bytes) - lengths  # never offset + length, which could wrap round
+    return bool(within.all()) and int(lengths.sum()) <= max(MAX_REQUEST_BYTES, block_bytes)
+
+
 def _judge(memory: PoolMemory, wanted: np.ndarray) -> int:
-    if len(wanted) and int(wanted["block"].max()) >= memory.num_blocks:
-        return _BAD_REQUEST
-    return _OK if bool((memory.generations[wanted["block"]] == wanted["generation"]).all()) else _STALE
+    fits = memory.generations[wanted["block"]] == wanted["generation"]
+    fits |= wanted["generation"] == ANY_GENERATION
+    return _OK if bool(fits.all()) else _STALE
 
 
 class TcpLaneClient(LaneClient):
@@ -177,25 +198,25 @@ class TcpLaneClient(LaneClient):
             client = cls(endpoint, local)
         except ValueError as error:
             raise TransferError(f"lane tcp: '{endpoint.address}' is not host:port") from error
-        client._request([], deadline, None)
+        client._request(Pieces.of([], local), deadline, None)
         return client
 
     def pull(self, reads: Sequence[BlockRead], deadline: float, cancelled: threading.Event | None = None) -> None:
-        size = min(MAX_REQUEST_BLOCKS, max(1, MAX_REQUEST_BYTES // self._local.block_bytes))
-        for start in range(0, len(reads), size):
-            self._request(reads[start : start + size], deadline, cancelled)
+        pieces = Pieces.of(reads, self._local)
+        for part in batches(pieces.lengths, MAX_REQUEST_READS, MAX_REQUEST_BYTES):
+            self._request(pieces.part(part), deadline, cancelled)
 
     def close(self) -> None:
         while self._idle:
             self._idle.pop().close()
 
-    def _request(self, reads: Sequence[BlockRead], deadline: float, cancelled: threading.Event | None) -> None:
+    def _request(self, pieces: Pieces, deadline: float, cancelled: threading.Event | None) -> None:
         while not self._slots.acquire(timeout=POLL_S):
             check_still_wanted(deadline, cancelled)
         try:
             connection = self._idle.pop() if self._idle else self._dial(deadline)
             try:
-                self._exchange(connection, reads, deadline, cancelled)
+                self._exchange(connection, pieces, deadline, cancelled)
             except (OSError, TransferError):
                 connection.close()
                 raise
@@ -217,12 +238,15 @@ class TcpLaneClient(LaneClient):
     def _exchange(
         self,
         connection: socket.socket,
-        reads: Sequence[BlockRead],
+        pieces: Pieces,
         deadline: float,
         cancelled: threading.Event | None,
     ) -> None:
-        wanted = np.array([(read.remote_block, read.remote_generation) for read in reads], _WANTED)
-        connection.sendall(_REQUEST.pack(self._token, len(reads), 0) + wanted.tobytes())
+        wanted = np.empty(len(pieces.blocks), _WANTED)
+        wanted["block"], wanted["generation"] = pieces.blocks, pieces.generations
+        wanted["offset"] = pieces.remote_starts - pieces.blocks * self._local.block_bytes
+        wanted["length"] = pieces.lengths
+        connection.sendall(_REQUEST.pack(self._token, len(wanted), 0) + wanted.tobytes())
         head = bytearray(_ANSWER.size)
         _receive_all(connection, [memoryview(head)], deadline, cancelled)
         status, _, block_bytes = _ANSWER.unpack(head)
@@ -230,18 +254,19 @@ class TcpLaneClient(LaneClient):
             raise TransferError(_REASONS.get(status, f"lane tcp: the peer answered {status}"))
         if block_bytes != self._local.block_bytes:
             raise TransferError(f"a block has {block_bytes} bytes at the peer and {self._local.block_bytes} here")
-        slabs = _slabs(self._local, np.array([read.local_block for read in reads], np.int64))
+        ranges = _ranges(self._local, pieces.local_starts, pieces.lengths)
         tail = bytearray(_STATUS.size)
-        _receive_all(connection, [*slabs, memoryview(tail)], deadline, cancelled)
+        _receive_all(connection, [*ranges, memoryview(tail)], deadline, cancelled)
         (status,) = _STATUS.unpack(tail)
         if status != _OK:
             raise TransferError(_REASONS.get(status, f"lane tcp: the peer answered {status}"))
 
 
-def _slabs(memory: PoolMemory, ids: BlockIds) -> list[memoryview]:
-    """The memory of these blocks in this order, neighbours joined."""
-    runs = coalesce(ids, ids, max_run_blocks(memory.block_bytes))
-    return [memory.blocks[run.local_block : run.local_block + run.num_blocks].data.cast("B") for run in runs]
+def _ranges(memory: PoolMemory, starts: Integers, lengths: Integers) -> list[memoryview]:
+    """These bytes of the pool in this order, neighbours joined."""
+    runs = coalesce(starts, starts, lengths, MAX_RUN_BYTES)
+    ends = runs.local_starts + runs.lengths
+    return [memory.buffer[start:end] for start, end in zip(runs.local_starts.tolist(), ends.tolist(), strict=True)]
 
 
 def _send_all(connection: socket.socket, parts: list[memoryview]) -> None:

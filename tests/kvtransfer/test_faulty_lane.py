@@ -1,12 +1,14 @@
 """Whatever a lane does wrong, a hand-over ends with the right bytes or with a failure, and nothing is written later."""
 
 import asyncio
+import time
 
 import pytest
 
+from kvtransfer.lanes.base import BlockRead
 from kvtransfer.lanes.faulty import FAULTS, FaultPlan
-from kvtransfer.lanes.registry import parse_lanes
-from tests.kvtransfer.world import DECODE_REF, pair, scattered, settles_unwritten
+from kvtransfer.lanes.registry import LANES, parse_lanes
+from tests.kvtransfer.world import DECODE_REF, new_memory, pair, scattered, settles_unwritten
 
 HARMLESS = {"delay", "duplicate", "reorder", "flip", "drop", "misplace"}  # once: the retry puts it right
 FATAL_ALWAYS = {"drop", "corrupt", "flip", "misplace", "stall", "raise", "stale"}
@@ -134,3 +136,18 @@ def test_parsing_twice_gives_plans_that_share_nothing():
     assert second is not None
     first.next_faults()
     assert second.num_pulls == 0
+
+
+@pytest.mark.parametrize("fault", ["corrupt", "flip", "misplace", "drop"])
+def test_a_fault_of_a_part_of_a_block_stays_within_the_parts_that_were_read(fault):
+    source, target = new_memory(seed=1), new_memory()
+    server = LANES["fake"].serve("127.0.0.1")
+    lane = parse_lanes(f"faulty:fake?{fault}=1")[0]
+    client = lane.connect(server.start(source), target, time.monotonic() + 5)
+    client.pull([BlockRead(3, 0, 5, 256, 512), BlockRead(4, 0, 6, 256, 512)], time.monotonic() + 5)
+    assert not target.blocks[:5].any()
+    assert not target.blocks[7:].any()
+    assert not target.blocks[5:7, :256].any()
+    assert not target.blocks[5:7, 768:].any()
+    assert (target.blocks[5:7, 256:768] != source.blocks[3:5, 256:768]).any()
+    server.close()

@@ -1,5 +1,6 @@
 import itertools
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 
 from baton.errors import ConfigurationError, TransferError
 from kvtransfer.lanes import copying, tcp
-from kvtransfer.lanes.base import BlockRead, LaneClient, LaneEndpoint, LaneServer
-from kvtransfer.lanes.copying import coalesce
+from kvtransfer.lanes.base import ANY_GENERATION, BlockRead, LaneClient, LaneEndpoint, LaneServer
+from kvtransfer.lanes.copying import batches, coalesce
 from kvtransfer.lanes.registry import LANES, parse_lanes
 from kvtransfer.memory import PoolMemory
 from tests.kvtransfer.world import BLOCK_BYTES, NUM_BLOCKS, new_memory, scattered
@@ -50,19 +51,27 @@ def served(request: pytest.FixtureRequest) -> Iterator[Served]:
     world.close()
 
 
-blocks = st.lists(st.integers(0, 12), max_size=12)
+pieces = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers(1, 3)), max_size=12)
 
 
-@given(blocks, st.integers(1, 4))
-def test_coalescing_keeps_every_block_in_order_and_joins_all_neighbours(remote, max_blocks):
-    local = [index if index < 6 else index + 3 for index in range(len(remote))]
-    runs = coalesce(np.array(remote, np.uint64), np.array(local, np.int64), max_blocks)
-    expanded = [(run.remote_block + k, run.local_block + k) for run in runs for k in range(run.num_blocks)]
-    assert expanded == list(zip(remote, local, strict=True))
-    assert all(1 <= run.num_blocks <= max_blocks for run in runs)
-    for run, after in itertools.pairwise(runs):
-        follows = (after.remote_block - run.remote_block, after.local_block - run.local_block)
-        assert follows != (run.num_blocks, run.num_blocks) or run.num_blocks == max_blocks
+@given(pieces, st.integers(1, 7))
+def test_coalescing_keeps_every_byte_in_order_and_joins_all_neighbours(pieces, max_bytes):
+    remote, local, lengths = (np.array([piece[place] for piece in pieces], np.int64) for place in range(3))
+    runs = list(zip(*coalesce(remote, local, lengths, max_bytes), strict=True))
+    wanted = [(there + k, here + k) for there, here, length in pieces for k in range(length)]
+    assert [(there + k, here + k) for there, here, length in runs for k in range(length)] == wanted
+    assert all(1 <= length <= max_bytes for _, _, length in runs)
+    for (there, here, length), after in itertools.pairwise(runs):
+        assert (after[0] - there, after[1] - here) != (length, length) or length == max_bytes
+
+
+@given(st.lists(st.integers(1, 9), max_size=20), st.integers(1, 5), st.integers(1, 12))
+def test_batches_are_as_long_as_their_bounds_allow(lengths, max_count, max_bytes):
+    rows = [lengths[part] for part in batches(np.array(lengths, np.int64), max_count, max_bytes)]
+    assert list(itertools.chain(*rows)) == lengths
+    assert all(len(row) <= max_count and (sum(row) <= max_bytes or len(row) == 1) for row in rows)
+    for row, after in itertools.pairwise(rows):
+        assert len(row) == max_count or sum(row) + after[0] > max_bytes
 
 
 @settings(max_examples=40, deadline=None)
@@ -78,6 +87,85 @@ def test_every_lane_copies_exactly_the_blocks_asked_for(name, data):
     expected = np.zeros_like(served.target.blocks)
     expected[local] = served.source.blocks[list(remote)]
     assert (served.target.blocks == expected).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7), st.integers(0, 31), st.integers(1, 32)), max_size=40))
+@pytest.mark.parametrize("name", NAMES)
+def test_every_lane_copies_exactly_the_parts_of_blocks_asked_for(name, parts):
+    served = _shared(name)
+    unit = BLOCK_BYTES // 32
+    reads = [
+        BlockRead(remote, int(served.source.generations[remote]), local, first * unit, min(count, 32 - first) * unit)
+        for remote, local, first, count in parts
+    ]
+    served.target.blocks[:] = 0
+    expected = np.zeros_like(served.target.blocks)
+    for read in reads:
+        part = slice(read.offset, read.offset + read.num_bytes)
+        expected[read.local_block, part] = served.source.blocks[read.remote_block, part]
+    served.client.pull(reads, soon())
+    assert (served.target.blocks == expected).all()
+
+
+def test_a_part_without_a_length_goes_to_the_end_of_its_block(served):
+    served.client.pull([BlockRead(3, 0, 5, offset=100)], soon())
+    assert (served.target.blocks[5, 100:] == served.source.blocks[3, 100:]).all()
+    assert not served.target.blocks[5, :100].any()
+    assert not served.target.blocks[6].any()
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        BlockRead(0, 0, 0, 0, 0),
+        BlockRead(0, 0, 0, 0, -2),
+        BlockRead(0, 0, 0, -1, 8),
+        BlockRead(0, 0, 0, 0, BLOCK_BYTES + 1),
+        BlockRead(0, 0, 0, 1, BLOCK_BYTES),
+        BlockRead(0, 0, 0, BLOCK_BYTES),
+        BlockRead(0, 0, 0, 2**40, 8),
+        BlockRead(0, 0, NUM_BLOCKS),
+        BlockRead(0, 0, -1),
+        BlockRead(-1, 0, 0),
+        BlockRead(2**32 - 1, 0, 0),
+    ],
+)
+def test_a_read_that_is_not_inside_of_a_block_moves_nothing(served, read):
+    with pytest.raises(TransferError):
+        served.client.pull([BlockRead(1, 0, 1), read], soon())
+    assert not served.target.blocks.any()
+    served.client.pull([BlockRead(1, 0, 1)], soon())
+
+
+@pytest.mark.parametrize(
+    ("block", "offset", "length"),
+    [
+        (NUM_BLOCKS, 0, 8),
+        (2**64 - 1, 0, 8),
+        (0, BLOCK_BYTES, 8),
+        (0, 2**64 - 8, 16),
+        (0, 8, BLOCK_BYTES),
+        (0, 0, 2**64 - 1),
+        (0, 0, 0),
+    ],
+)
+def test_the_tcp_lane_sends_nothing_from_outside_of_its_blocks(block, offset, length):
+    served = Served("tcp")
+    host, _, port = served.endpoint.address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=5) as peer:
+        peer.sendall(tcp._REQUEST.pack(served.endpoint.token, 1, 0) + struct.pack("<4Q", block, 0, offset, length))
+        answer = b""
+        while part := peer.recv(65536):
+            answer += part
+    assert tcp._ANSWER.unpack(answer)[0] == tcp._BAD_REQUEST
+    served.close()
+
+
+def test_any_generation_matches_whatever_a_block_holds(served):
+    served.source.generations[4] = 9
+    served.client.pull([BlockRead(4, ANY_GENERATION, 0)], soon())
+    assert (served.target.blocks[0] == served.source.blocks[4]).all()
 
 
 _kept: dict[str, Served] = {}
