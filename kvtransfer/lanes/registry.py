@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from baton.errors import ConfigurationError
 from kvtransfer.lanes.base import LaneClient, LaneEndpoint, LaneServer
+from kvtransfer.lanes.cma import CmaLaneClient, CmaLaneServer
 from kvtransfer.lanes.fake import FakeLaneClient, FakeLaneServer
 from kvtransfer.lanes.faulty import FaultPlan, FaultyLaneClient
 from kvtransfer.lanes.shm import ShmLaneClient, ShmLaneServer
@@ -31,6 +32,7 @@ LANES: dict[str, Lane] = {
     lane.name: lane
     for lane in (
         Lane("shm", lambda host: ShmLaneServer(), ShmLaneClient.connect),
+        Lane("cma", lambda host: CmaLaneServer(), CmaLaneClient.connect),
         Lane("tcp", TcpLaneServer, TcpLaneClient.connect),
         Lane("fake", lambda host: FakeLaneServer(), FakeLaneClient.connect),
     )

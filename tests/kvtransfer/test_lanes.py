@@ -1,6 +1,13 @@
+import ctypes
+import errno
 import itertools
+import json
+import os
+import random
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,14 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.errors import ConfigurationError, TransferError
-from kvtransfer.lanes import copying, tcp
-from kvtransfer.lanes.base import ANY_GENERATION, BlockRead, LaneClient, LaneEndpoint, LaneServer
+from kvtransfer.lanes import cma, copying, tcp
+from kvtransfer.lanes.base import ANY_GENERATION, BlockRead, LaneClient, LaneEndpoint, LaneServer, OtherHostError
 from kvtransfer.lanes.copying import batches, coalesce
+from kvtransfer.lanes.host import boot_id
 from kvtransfer.lanes.registry import LANES, parse_lanes
 from kvtransfer.memory import PoolMemory
-from tests.kvtransfer.world import BLOCK_BYTES, NUM_BLOCKS, new_memory, scattered
+from tests.kvtransfer.world import BLOCK_BYTES, NUM_BLOCKS, ROOT, new_memory, scattered
 
-NAMES = ("shm", "tcp", "fake")
+NAMES = ("shm", "cma", "tcp", "fake")
 
 
 def soon(seconds: float = 5.0) -> float:
@@ -201,8 +209,13 @@ def test_a_block_that_changes_while_it_is_copied_is_refused(served, monkeypatch)
 
         return copy_then_bump
 
+    def bump_at_the_end():
+        served.source.generations[5] += 1
+        yield from ()
+
     monkeypatch.setattr(copying, "_copy_runs", bump_after(copying._copy_runs))
     monkeypatch.setattr(tcp, "_send_all", bump_after(tcp._send_all))
+    monkeypatch.setattr(cma, "batches", lambda *arguments: itertools.chain(batches(*arguments), bump_at_the_end()))
     with pytest.raises(TransferError, match="no longer holds"):
         served.client.pull(served.reads([5], [0]), soon())
 
@@ -221,7 +234,7 @@ def test_a_wrong_token_is_refused(name):
     served.close()
 
 
-@pytest.mark.parametrize("name", ["shm", "tcp"])
+@pytest.mark.parametrize("name", ["shm", "cma", "tcp"])
 def test_a_pool_with_blocks_of_another_size_is_refused(name):
     served = Served(name)
     with pytest.raises(TransferError, match="bytes"):
@@ -232,7 +245,14 @@ def test_a_pool_with_blocks_of_another_size_is_refused(name):
 @pytest.mark.parametrize(
     "endpoint",
     [
-        LaneEndpoint("shm", "baton-kv-of-another-host", 1),
+        LaneEndpoint("shm", f"{boot_id()}/baton-kv-of-nobody", 1),
+        LaneEndpoint("shm", "not an address", 1),
+        LaneEndpoint("cma", "not an address", 1),
+        LaneEndpoint("cma", f"{boot_id()}/1/2/3", 1),
+        LaneEndpoint("cma", f"{boot_id()}/-1/1/1/1/1/1/{BLOCK_BYTES}", 1),
+        LaneEndpoint("cma", f"{boot_id()}/{2**31}/1/1/1/1/1/{BLOCK_BYTES}", 1),
+        LaneEndpoint("cma", f"{boot_id()}/{os.getpid()}/{2**70}/1/1/1/1/{BLOCK_BYTES}", 1),
+        LaneEndpoint("cma", f"{boot_id()}/{2**22 + 1}/1/8/8/8/1/{BLOCK_BYTES}", 1),
         LaneEndpoint("fake", "fake-of-another-process", 1),
         LaneEndpoint("tcp", "127.0.0.1:1", 1),
         LaneEndpoint("tcp", "not an address", 1),
@@ -241,6 +261,15 @@ def test_a_pool_with_blocks_of_another_size_is_refused(name):
 def test_a_peer_that_a_lane_does_not_reach_is_a_transfer_error(endpoint):
     with pytest.raises(TransferError):
         LANES[endpoint.lane].connect(endpoint, new_memory(), soon(1))
+
+
+@pytest.mark.parametrize("name", ["shm", "cma"])
+def test_a_lane_of_one_host_says_when_the_peer_is_on_another(name):
+    served = Served(name)
+    elsewhere = "0" * 36 + served.endpoint.address[36:]
+    with pytest.raises(OtherHostError):
+        LANES[name].connect(replace(served.endpoint, address=elsewhere), served.target, soon())
+    served.close()
 
 
 def test_nothing_can_be_pulled_once_the_server_is_closed(served):
@@ -299,7 +328,7 @@ def test_strangers_and_garbage_do_not_disturb_the_others(name):
     for payload in (b"", b"GET / HTTP/1.1\r\n\r\n", bytes(4096)):
         if name == "shm":
             stranger = socket.socket(socket.AF_UNIX)
-            stranger.connect("\0" + served.endpoint.address)
+            stranger.connect("\0" + served.endpoint.address.rpartition("/")[2])
         else:
             host, _, port = served.endpoint.address.rpartition(":")
             stranger = socket.create_connection((host, int(port)))
@@ -389,3 +418,99 @@ def test_lanes_are_parsed_in_order_and_a_faulty_lane_keeps_its_name_on_the_wire(
     assert lanes[0].faults is not None
     assert lanes[0].faults.seed == 5
     assert lanes[1].faults is None
+
+
+class Stranger:
+    """A process that serves a pool by lane cma, prints its endpoint, and lives until it is killed."""
+
+    CODE = """
+import json, sys
+from kvtransfer.lanes.cma import CmaLaneServer
+from tests.kvtransfer.world import new_memory
+memory = new_memory(seed=1)
+server = CmaLaneServer()
+endpoint = server.start(memory)
+print(json.dumps([endpoint.lane, endpoint.address, endpoint.token]), flush=True)
+sys.stdin.read()
+"""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-c", self.CODE]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        self.endpoint = LaneEndpoint(*json.loads(self.process.stdout.readline()))
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate(timeout=10)
+
+
+def test_lane_cma_reads_another_process_and_never_one_that_has_ended():
+    stranger, target = Stranger(), new_memory()
+    client = LANES["cma"].connect(stranger.endpoint, target, soon())
+    client.pull([BlockRead(block, 0, NUM_BLOCKS - 1 - block) for block in range(NUM_BLOCKS)], soon())
+    assert (target.blocks[::-1] == new_memory(seed=1).blocks).all()
+    target.blocks[:] = 0
+    stranger.process.kill()
+    os.waitid(os.P_PID, stranger.process.pid, os.WEXITED | os.WNOWAIT)  # a zombie: its number is still its own
+    with pytest.raises(TransferError):
+        client.pull([BlockRead(0, 0, 0)], soon())
+    stranger.end()
+    with pytest.raises(TransferError, match="ended"):
+        client.pull([BlockRead(0, 0, 0)], soon())
+    with pytest.raises(TransferError):
+        LANES["cma"].connect(stranger.endpoint, target, soon())
+    assert not target.blocks.any()
+    client.close()
+
+
+@pytest.mark.parametrize("part", ["start time", "probe"])
+def test_lane_cma_does_not_read_a_process_that_got_the_peers_number(part):
+    served = Served("cma")
+    place = served.endpoint.address.split("/")
+    if part == "start time":
+        place[2] = str(int(place[2]) - 1)
+    else:  # another process image: something else lies where the token was
+        place[3] = place[5]
+    with pytest.raises(TransferError, match="another one" if part == "start time" else "token"):
+        LANES["cma"].connect(replace(served.endpoint, address="/".join(place)), served.target, soon())
+    served.close()
+
+
+def test_lane_cma_goes_on_where_the_kernel_stopped(monkeypatch):
+    """Whatever number of bytes one call copies, the rest follows; where nothing more comes it is an error."""
+    served = Served("cma")
+    draw, whole = random.Random(1), cma.read_memory
+
+    def some(pid, remote, local):
+        lengths = remote["length"].tolist()
+        keep = draw.randint(1, sum(lengths))
+        rows = [row.copy() for row in (remote, local)]
+        for index, length in enumerate(lengths):
+            for row in rows:
+                row["length"][index] = min(length, max(0, keep))
+            keep -= length
+        return whole(pid, *rows)
+
+    monkeypatch.setattr(served.client, "_check_probe", lambda: None)
+    monkeypatch.setattr(cma, "read_memory", some)
+    remote = scattered(40, 1)
+    served.client.pull(served.reads(remote, list(range(40))), soon())
+    assert (served.target.blocks[:40] == served.source.blocks[remote]).all()
+    monkeypatch.undo()
+    served.source.close()  # unmapped, as after a crash of everything but the process
+    with pytest.raises(TransferError):
+        served.client.pull([BlockRead(1, 0, 1)], soon())
+    served.close()
+
+
+def test_a_kernel_that_forbids_lane_cma_is_told_apart_from_a_peer_that_is_gone(monkeypatch):
+    def denied(*arguments):
+        ctypes.set_errno(errno.EPERM)
+        return -1
+
+    monkeypatch.setattr(cma, "_vm_readv", denied)
+    with pytest.raises(ConfigurationError, match="ptrace_scope"):
+        LANES["cma"].serve("127.0.0.1").start(new_memory())
+    monkeypatch.setattr(cma, "_vm_readv", None)
+    with pytest.raises(ConfigurationError, match="process_vm_readv"):
+        LANES["cma"].serve("127.0.0.1").start(new_memory())
