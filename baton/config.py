@@ -102,7 +102,9 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class HandoverOptions:
-    lanes: str = setting("shm,cma,tcp", "lanes that may carry KV blocks, best first")
+    lanes: str = setting(
+        "shm,cma,tcp", "lanes that may carry KV blocks, best first; of several networks the one measured faster"
+    )
     lease_s: float = setting(10.0, "seconds offered blocks are kept without a sign of life from the decode worker")
     heartbeat_interval_s: float = setting(0.5, "seconds between signs of life of two workers that hand over")
     heartbeat_timeout_s: float = setting(2.0, "silence after which such a peer counts as dead")

@@ -22,7 +22,10 @@ from cli.profiling.breakdown import PARTS
 from engine.costs import CostTable, StepShape
 from kvtransfer.lanes.registry import LANES
 
-SMALL = ("--max-batch-tokens", "64", "--max-running", "9", "--max-model-tokens", "512", "--kv-memory", "24MiB")
+SMALL = (
+    "--max-batch-tokens", "64", "--max-running", "9", "--max-model-tokens", "512", "--kv-memory", "24MiB",
+    "--lanes", "shm,tcp",
+)  # fmt: skip
 KINDS = {"scheduler", "kernels", "transfers", "requests"}
 
 
@@ -75,7 +78,7 @@ def test_the_cost_table_has_every_kind_of_step_and_transfer(profiled: Profiled) 
     assert {cost.context for cost in costs.prefill} == {0, 448}
     assert {cost.batch for cost in costs.decode} == {1, 2, 4, 8, 9}
     assert {cost.context for cost in costs.decode} == {16, 128}
-    assert {cost.lane for cost in costs.transfer} == {"shm", "cma", "tcp", "checksum"}
+    assert {cost.lane for cost in costs.transfer} == {"shm", "tcp", "checksum"}
     assert {cost.batch for cost in costs.scheduler} == {1, 8}
     assert costs.estimate(StepShape(3, 100, ((40, 200),))) > 0
 
@@ -138,7 +141,7 @@ def test_what_is_pulled_is_what_is_handed_over_block_by_block(profiled: Profiled
     for event in (*pulls, *handovers, *profiled.events("i", "transfers", "offer")):
         assert event["args"]["bytes"] == event["args"]["blocks"] * block_bytes
     assert sum(pull["args"]["blocks"] for pull in pulls) == sum(each["args"]["blocks"] for each in handovers)
-    assert {pull["args"]["lane"] for pull in pulls} == {"shm", "cma", "tcp"}
+    assert {pull["args"]["lane"] for pull in pulls} == {"shm", "tcp"}
     assert sorted(each["args"]["cached_blocks"] > 0 for each in handovers) == [False, False, True]
     checks = profiled.events("X", "transfers", "check")
     assert len([event for event in checks if event["name"] == "check"]) == len(pulls)
