@@ -10,6 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 from baton.errors import TransferError
 from kvtransfer.memory import PoolMemory
@@ -24,13 +25,27 @@ class LaneEndpoint:
     token: int
 
 
-@dataclass(frozen=True, slots=True)
-class BlockRead:
-    """Copy `remote_block` of the peer, if it still has that generation, over `local_block`."""
+TO_END: Final = -1
+"""As `num_bytes`: up to the end of the block."""
+ANY_GENERATION: Final = 2**64 - 1
+"""Matches whatever a block holds: for measuring a lane with bytes that nobody will use."""
+
+
+class BlockRead(NamedTuple):
+    """Copy `num_bytes` of the peer's `remote_block`, from `offset` on, to the same place in `local_block`.
+
+    The whole block by default, or a part such as a group of layers. Only if the block still has that generation.
+    """
 
     remote_block: int
     remote_generation: int
     local_block: int
+    offset: int = 0
+    num_bytes: int = TO_END
+
+
+class OtherHostError(TransferError):
+    """The peer is on another host, where a lane between processes of one host cannot reach it: no reason to worry."""
 
 
 class LaneServer(ABC):
@@ -54,11 +69,11 @@ class LaneClient(ABC):
 
     @abstractmethod
     def pull(self, reads: Sequence[BlockRead], deadline: float, cancelled: threading.Event | None = None) -> None:
-        """Copy every block, in the calling thread; `deadline` in `time.monotonic()` seconds.
+        """Copy every read, in the calling thread; `deadline` in `time.monotonic()` seconds.
 
-        Raises TransferError when the peer is gone, a generation no longer matches, the deadline passes, or
-        `cancelled` is set, the latter two within POLL_S. Whatever it raises, no local block is written after it
-        returns.
+        Raises TransferError when the peer is gone, a generation no longer matches, a read is not inside of a block,
+        the deadline passes, or `cancelled` is set, the latter two within POLL_S. Whatever it raises, no local block
+        is written after it returns.
         """
 
     @abstractmethod

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from baton.errors import ConfigurationError, TransferError
-from kvtransfer.lanes.base import POLL_S, BlockRead, LaneClient, check_still_wanted
+from kvtransfer.lanes.base import POLL_S, TO_END, BlockRead, LaneClient, check_still_wanted
 from kvtransfer.memory import PoolMemory
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class FaultPlan:
     seed: int = 0
     delay_s: float = 0.2
     injected: Counter[str] = field(default_factory=Counter)
-    bad_blocks: set[tuple[int, int]] = field(default_factory=set)  # (remote block, generation)
+    bad_reads: set[tuple[int, int, int]] = field(default_factory=set)  # (remote block, generation, offset)
     num_pulls: int = 0
     _draw: random.Random = field(init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -135,14 +135,9 @@ class FaultyLaneClient(LaneClient):
     def _copy(self, copy: Callable[[Sequence[BlockRead]], None], reads: Sequence[BlockRead], faults: list[str]) -> None:
         if "drop" in faults:
             copy(reads[1:])
-        elif "misplace" in faults and len(reads) > 1:
-            first, last = reads[0], reads[-1]
-            swapped = [
-                BlockRead(first.remote_block, first.remote_generation, last.local_block),
-                *reads[1:-1],
-                BlockRead(last.remote_block, last.remote_generation, first.local_block),
-            ]
-            copy(swapped)
+        elif "misplace" in faults and (last := _last_of_another_block(reads)):
+            first, others = reads[0], [read for read in reads[1:] if read is not last]
+            copy([first._replace(local_block=last.local_block), *others, last._replace(local_block=first.local_block)])
         elif "reorder" in faults:
             for read in self._plan.shuffled(reads):
                 copy([read])
@@ -153,14 +148,19 @@ class FaultyLaneClient(LaneClient):
 
     def _spoil(self, reads: Sequence[BlockRead], faults: list[str]) -> None:
         if "corrupt" in faults:
-            self._plan.bad_blocks.add((reads[0].remote_block, reads[0].remote_generation))
+            self._plan.bad_reads.add((reads[0].remote_block, reads[0].remote_generation, reads[0].offset))
         for index, read in enumerate(reads):
-            bad = (read.remote_block, read.remote_generation) in self._plan.bad_blocks
+            bad = (read.remote_block, read.remote_generation, read.offset) in self._plan.bad_reads
             if bad or ("flip" in faults and index == 0):
-                self._local.blocks[read.local_block, self._local.block_bytes // 2] ^= 0x40
+                end = self._local.block_bytes if read.num_bytes == TO_END else read.offset + read.num_bytes
+                self._local.blocks[read.local_block, (read.offset + end) // 2] ^= 0x40
 
     def close(self) -> None:
         self._inner.close()
+
+
+def _last_of_another_block(reads: Sequence[BlockRead]) -> BlockRead | None:
+    return next((read for read in reversed(reads) if read.local_block != reads[0].local_block), None)
 
 
 def _wait_until(moment: float, cancelled: threading.Event | None) -> None:

@@ -1,12 +1,14 @@
 """Whatever a lane does wrong, a hand-over ends with the right bytes or with a failure, and nothing is written later."""
 
 import asyncio
+import time
 
 import pytest
 
+from kvtransfer.lanes.base import BlockRead
 from kvtransfer.lanes.faulty import FAULTS, FaultPlan
-from kvtransfer.lanes.registry import parse_lanes
-from tests.kvtransfer.world import DECODE_REF, pair, scattered, settles_unwritten
+from kvtransfer.lanes.registry import LANES, parse_lanes
+from tests.kvtransfer.world import DECODE_REF, new_memory, pair, scattered, settles_unwritten
 
 HARMLESS = {"delay", "duplicate", "reorder", "flip", "drop", "misplace"}  # once: the retry puts it right
 FATAL_ALWAYS = {"drop", "corrupt", "flip", "misplace", "stall", "raise", "stale"}
@@ -110,22 +112,21 @@ def test_a_lane_that_breaks_gives_way_to_the_next_one_for_later_hand_overs(caplo
             assert world.intake.lanes_in_use() == {"prefill-0": "tcp"}
 
     asyncio.run(scenario())
-    assert "come by lane tcp (before: faulty:fake)" in caplog.text
+    assert "came by lane faulty:fake before, and by tcp now" in caplog.text
 
 
 def test_an_unreachable_lane_gives_way_to_the_next_one(caplog):
     async def scenario() -> None:
         async with pair("fake,tcp") as world:
-            world.offers._lanes[0].close()  # as on another host
+            world.offers._lanes[0].close()
             task = world.take("h", [0, 1])
             world.offer_all("h", [3, 4])
             assert (await task).failure is None
             assert world.intake.lanes_in_use() == {"prefill-0": "tcp"}
+            assert world.intake_counters["handover_lane_fallbacks"] == 1
 
-    with caplog.at_level("INFO"):
-        asyncio.run(scenario())
-    assert "cannot be reached by lane fake" in caplog.text
-    assert "come by lane tcp" in caplog.text
+    asyncio.run(scenario())
+    assert "come by lane tcp (not fake: lane fake: no such pool in this process)" in caplog.text
 
 
 def test_parsing_twice_gives_plans_that_share_nothing():
@@ -134,3 +135,18 @@ def test_parsing_twice_gives_plans_that_share_nothing():
     assert second is not None
     first.next_faults()
     assert second.num_pulls == 0
+
+
+@pytest.mark.parametrize("fault", ["corrupt", "flip", "misplace", "drop"])
+def test_a_fault_of_a_part_of_a_block_stays_within_the_parts_that_were_read(fault):
+    source, target = new_memory(seed=1), new_memory()
+    server = LANES["fake"].serve("127.0.0.1")
+    lane = parse_lanes(f"faulty:fake?{fault}=1")[0]
+    client = lane.connect(server.start(source), target, time.monotonic() + 5)
+    client.pull([BlockRead(3, 0, 5, 256, 512), BlockRead(4, 0, 6, 256, 512)], time.monotonic() + 5)
+    assert not target.blocks[:5].any()
+    assert not target.blocks[7:].any()
+    assert not target.blocks[5:7, :256].any()
+    assert not target.blocks[5:7, 768:].any()
+    assert (target.blocks[5:7, 256:768] != source.blocks[3:5, 256:768]).any()
+    server.close()
