@@ -112,6 +112,7 @@ def assemble(
         num_kv_heads=model.config.num_kv_heads,
         head_dim=model.config.head_dim,
         page_size_tokens=options.page_size,
+        weights_fingerprint=model.weights_fingerprint,
     )
     return Parts(model, memory, engine, layout, max_model_tokens)
 

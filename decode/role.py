@@ -86,7 +86,7 @@ class DecodeRole(RoleHandler):
         first_token = result.first_token_id
         if first_token is not None and first_token >= self._vocab_size:
             first_token = None  # no token of this model: sample it here
-        self._shell.steps.submit(lambda engine: engine.receive(key, verified, first_token))
+        self._shell.steps.submit(lambda engine: engine.receive(key, verified, first_token, result.same_bits))
 
     def abort(self, attempt: Attempt) -> None:
         key = attempt.key

@@ -169,8 +169,8 @@ class WatchedEngine(Engine):
         super().add(request)
         self._notes.added[request.id] = now()
 
-    def receive(self, request_id: str, num_tokens: int, first_token: int | None) -> bool:
-        received = super().receive(request_id, num_tokens, first_token)
+    def receive(self, request_id: str, num_tokens: int, first_token: int | None, same_bits: bool = True) -> bool:
+        received = super().receive(request_id, num_tokens, first_token, same_bits)
         if received:
             self._notes.received[request_id] = (now(), num_tokens)
         return received

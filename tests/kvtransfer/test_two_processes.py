@@ -15,6 +15,7 @@ import pytest
 
 from kvtransfer.intake import Intake, IntakeResult
 from kvtransfer.lanes.registry import parse_lanes
+from kvtransfer.layout import BlockLayout
 from kvtransfer.memory import PoolMemory
 from kvtransfer.wire import PeerRef
 from tests.kvtransfer.world import (
@@ -34,11 +35,13 @@ BIG = (96, 1 << 20)  # long enough to be hit in the middle of a pull
 
 
 class Puller:
-    def __init__(self, lanes: str, shape: tuple[int, int] | None = None, **options: float) -> None:
-        self.memory = PoolMemory.create(*shape) if shape else new_memory()
+    def __init__(
+        self, lanes: str, shape: tuple[int, int] | None = None, layout: BlockLayout = LAYOUT, **options: float
+    ) -> None:
+        self.memory = PoolMemory.create(*shape) if shape else new_memory(block_bytes=layout.block_bytes)
         self.counters: dict[str, float] = {}
         settings = replace(OPTIONS, **options)
-        self.intake = Intake(DECODE, LAYOUT, self.memory, parse_lanes(lanes), settings, self.counters)
+        self.intake = Intake(DECODE, layout, self.memory, parse_lanes(lanes), settings, self.counters, True)
 
     def take(self, handover_id: str, peer: PeerRef, local: list[int]) -> "asyncio.Task[IntakeResult]":
         return asyncio.create_task(self.intake.take(handover_id, peer, local, 0, time.monotonic() + 15))
@@ -54,7 +57,7 @@ class Puller:
 
 
 @contextlib.asynccontextmanager
-async def puller(lanes: str, shape: tuple[int, int] | None = None, **options: float) -> AsyncIterator[Puller]:
+async def puller(lanes: str, shape: tuple[int, int] | None = None, **options: object) -> AsyncIterator[Puller]:
     world = Puller(lanes, shape, **options)
     try:
         yield world
