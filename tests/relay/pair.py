@@ -156,11 +156,11 @@ class Pair:
 @asynccontextmanager
 async def relay(
     model: LoadedModel, *, lanes: str = "shm", prefill: EngineOptions | None = None,
-    decode: EngineOptions | None = None, handover: HandoverOptions | None = None,
+    decode: EngineOptions | None = None, handover: HandoverOptions | None = None, giver: LoadedModel | None = None,
 ) -> AsyncIterator[Pair]:  # fmt: skip
-    """A pair over one model; `prefill` None leaves the decode worker alone."""
+    """A pair over one model; `prefill` None leaves the decode worker alone. `giver`: the prefill worker's own model."""
     handover = handover or HandoverOptions(lanes=lanes)
-    pair = Pair(assemble(model, prefill) if prefill else None, assemble(model, decode or EngineOptions()))
+    pair = Pair(assemble(giver or model, prefill) if prefill else None, assemble(model, decode or EngineOptions()))
     async with AsyncExitStack() as stack:
         for worker, role in ((pair.prefill, wire.ROLE_PREFILL), (pair.decode, wire.ROLE_DECODE)):
             if worker is not None:
