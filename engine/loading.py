@@ -59,7 +59,7 @@ def load_model(
     fingerprint = model_fingerprint(weights_name, resolved)
     ops = choose_ops(config, resolved, page_size, device, deterministic)
     if deterministic:
-        # The page size too: it decides where the long sums of attention are cut.
+        # The page size too: kernels may cut the long sums of attention where pages end.
         fingerprint = xxhash.xxh3_128_hexdigest("\n".join((fingerprint, str(page_size), *bits_depend_on(ops))))
         weights_name = ""
     weights = load_weights(folder, config, resolved, ops, on_progress)
