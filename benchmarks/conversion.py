@@ -100,7 +100,10 @@ def measure_pulls(report: Report, shape: str, peer: BlockLayout, repeat: int) ->
         first = 0
         while first < moved:
             part = wanted[first : first + size]
-            first += converter.pull(client, part, first, row, time.monotonic() + 60, cancelled).num_verified
+            outcome = converter.pull(client, part, first, row, time.monotonic() + 60, cancelled)
+            if outcome.failure is not None:
+                raise SystemExit(outcome.failure)
+            first += outcome.num_verified
 
     plain, converted = [], []
     with connected("shm", raw) as to_pool, connected("shm", converter.staging.memory) as to_staging:

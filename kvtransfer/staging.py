@@ -121,7 +121,10 @@ class Converters:
             staging = self._staging.get(layout.block_bytes)
             if staging is None:
                 if len(self._staging) >= MAX_SIZES:
-                    raise PeerError(f"blocks of {MAX_SIZES} other sizes come in already; use fewer layouts")
+                    raise PeerError(
+                        f"blocks of {MAX_SIZES} other sizes have come in already; give workers fewer different "
+                        "--page-size, or restart this one"
+                    )
                 staging = self._staging[layout.block_bytes] = Staging(layout.block_bytes)
         return Converter(conversion, staging, self._memory)
 
