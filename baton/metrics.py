@@ -18,6 +18,7 @@ WORKER_COUNTERS: dict[str, str] = {
     "handover_blocks_offered": "Blocks offered to decode workers",
     "handover_blocks_received": "Blocks pulled from a peer and verified",
     "handover_bytes_received": "Bytes of those blocks",
+    "handover_blocks_converted": "Of those blocks, the ones with another page size, dtype or range of heads than here",
     "handover_seconds": "Seconds in which blocks were being pulled",
     "handover_blocks_retried": "Blocks that arrived with bytes other than those offered and were pulled once more",
     "handover_checksum_failures": "Blocks that were wrong the second time, too; recomputed",

@@ -110,6 +110,7 @@ def assemble(
         num_kv_heads=model.config.num_kv_heads,
         head_dim=model.config.head_dim,
         page_size_tokens=options.page_size,
+        weights_fingerprint=model.weights_fingerprint,
     )
     store = _store(memory, layout, tiers)
     runner, mirror = _runner(model, shape, memory, options, max_model_tokens)

@@ -128,7 +128,7 @@ class Worker:
 
 
 class WorkerRegistry:
-    """Workers by id. All of them compute the same KV: same model, fingerprint and page size."""
+    """Workers by id. All of them compute the same KV; those with another page size convert what they take in."""
 
     def __init__(self, served_model: str) -> None:
         self._served_model = served_model
@@ -172,13 +172,12 @@ class WorkerRegistry:
             raise PeerError(f"model is '{new.model}', this coordinator serves '{self._served_model}'")
         others = (worker for worker in self.workers.values() if worker.id != new.worker_id)
         for other in others:
-            for name in ("model_fingerprint", "page_size_tokens"):
-                theirs = getattr(other.registration, name)
-                if getattr(new, name) != theirs:
-                    raise PeerError(
-                        f"{name} is {getattr(new, name)}, that of the other workers {theirs}; start all workers with "
-                        "the same model, dtype and page size"
-                    )
+            theirs = other.registration.model_fingerprint
+            if new.model_fingerprint != theirs:
+                raise PeerError(
+                    f"model_fingerprint is {new.model_fingerprint}, that of the other workers {theirs}; start all "
+                    "workers with the same model and dtype, with --deterministic also with the same --page-size"
+                )
 
     def _lost(self, worker: Worker) -> None:
         if self.workers.get(worker.id) is worker:

@@ -57,7 +57,7 @@ class DecodeRole(RoleHandler):
         )
         verified = min(max(result.num_blocks, first_block) * self._page_size, num_tokens)
         if result.failure == CANCELLED:
-            return Arrived(verified)
+            return Arrived(verified, same_bits=result.same_bits)
         if result.failure is not None or result.num_blocks < num_blocks:
             self._shell.counters["local_prefill_fallbacks"] += 1
             log.warning("hand-over of %s: %s; %d of %d tokens are here, the rest is prefilled locally",
@@ -65,7 +65,7 @@ class DecodeRole(RoleHandler):
         first_token = result.first_token_id
         if first_token is not None and first_token >= self._vocab_size:
             first_token = None  # no token of this model: sample it here
-        return Arrived(verified, first_token)
+        return Arrived(verified, first_token, result.same_bits)
 
     def abort(self, attempt: Attempt) -> None:
         self._shell.arrivals.abort(attempt.key)

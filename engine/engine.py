@@ -91,14 +91,16 @@ class Engine:
         """Queue a request. Raises InvalidRequestError when it can never be served here, EngineFull when the line is."""
         self._scheduler.add(request)
 
-    def receive(self, request_id: str, num_tokens: int, first_token: int | None, num_loaded: int = 0) -> bool:
+    def receive(
+        self, request_id: str, num_tokens: int, first_token: int | None, num_loaded: int = 0, same_bits: bool = True
+    ) -> bool:
         """The first `num_tokens` positions of a request are verified KV; see `Scheduler.receive`.
 
         False, and nothing happens, unless the request waits for its KV.
         """
         if self._mirror is not None and (blocks := self._scheduler.blocks_from_outside(request_id, num_tokens)):
             self._mirror.fetch(blocks)
-        return self._scheduler.receive(request_id, num_tokens, first_token, num_loaded)
+        return self._scheduler.receive(request_id, num_tokens, first_token, num_loaded, same_bits)
 
     def abort(self, request_id: str) -> bool:
         """End a request in whatever state; its end is in the next step's output. False when it is not here.

@@ -11,7 +11,14 @@ import xxhash
 
 from baton.errors import ConfigurationError
 from engine.model_config import ModelConfig
-from engine.weights import Weights, expected_tensors, load_weights, model_fingerprint, resolve_dtype
+from engine.weights import (
+    Weights,
+    expected_tensors,
+    load_weights,
+    model_fingerprint,
+    resolve_dtype,
+    weights_fingerprint,
+)
 from kernels.cpu.build import Unavailable
 from kernels.cpu.native import NativeOps
 from kernels.deterministic import DeterministicNativeOps, DeterministicOps, bits_depend_on
@@ -30,6 +37,8 @@ class LoadedModel:
     dtype: torch.dtype
     fingerprint: str
     """Equal for models that compute equal KV."""
+    weights_fingerprint: str = ""
+    """Equal for those that would in the same dtype; empty where KV of another dtype is never good enough."""
 
     @property
     def device(self) -> torch.device:
@@ -46,14 +55,17 @@ def load_model(
     """
     config = ModelConfig.load(folder)
     resolved = resolve_dtype(dtype, config)
-    fingerprint = model_fingerprint(folder, config, resolved)
+    weights_name = weights_fingerprint(folder, config)
+    fingerprint = model_fingerprint(weights_name, resolved)
     ops = choose_ops(config, resolved, page_size, device, deterministic)
     if deterministic:
-        fingerprint = xxhash.xxh3_128_hexdigest("\n".join((fingerprint, *bits_depend_on(ops))))
+        # The page size too: kernels may cut the long sums of attention where pages end.
+        fingerprint = xxhash.xxh3_128_hexdigest("\n".join((fingerprint, str(page_size), *bits_depend_on(ops))))
+        weights_name = ""
     weights = load_weights(folder, config, resolved, ops, on_progress)
     if device.type != "cpu":
         weights = _moved(weights, device, config.tie_word_embeddings)
-    return LoadedModel(config, weights, ops, resolved, fingerprint)
+    return LoadedModel(config, weights, ops, resolved, fingerprint, weights_name)
 
 
 def gpu_ops(config: ModelConfig, page_size: int, device: torch.device, deterministic: bool = False) -> Ops[Any]:

@@ -32,6 +32,7 @@ from engine.block_tables import BlockTables
 from engine.blocks import BlockAccountingError, BlockAllocator, Owner, OwnerKind
 from engine.limits import SchedulerLimits, check_servable
 from engine.plan import DraftRequest, PlannedSequence, Sampled, StepPlan, StepResult
+from engine.prefix_cache import NameChain
 from engine.requests import (
     Computed,
     Ended,
@@ -108,13 +109,16 @@ class Scheduler:
         self._sequences[request.id] = sequence
         self._waiting.append(sequence)
 
-    def receive(self, request_id: str, num_tokens: int, first_token: int | None, num_loaded: int = 0) -> bool:
+    def receive(
+        self, request_id: str, num_tokens: int, first_token: int | None, num_loaded: int = 0, same_bits: bool = True
+    ) -> bool:
         """The first `num_tokens` positions of a request hold verified KV, and nobody outside writes any more.
 
         Of those after the cached ones the first `num_loaded` came from the store. What is missing is computed here.
         `first_token` is the output token that the giver sampled; it comes out as a TokenOutput once more. False, and
-        nothing happens, unless the request waits for its KV: late and repeated calls are harmless. Raises ValueError
-        when `num_tokens` is beyond the request's tokens.
+        nothing happens, unless the request waits for its KV: late and repeated calls are harmless. `same_bits` False:
+        the KV was cast and is not what would have been computed here, so that no block of this request gets a name,
+        which would promise just that to others. Raises ValueError when `num_tokens` is beyond the request's tokens.
         """
         sequence = self._sequences.get(request_id)
         if sequence is None or sequence.phase is not Phase.RECEIVING:
@@ -125,6 +129,8 @@ class Scheduler:
         num_valid = max(num_tokens, num_cached)
         self._num_receiving -= 1
         sequence.awaits_kv = False
+        if not same_bits:
+            sequence.names = NameChain(b"", self._limits.page_size, max_tokens=0)
         sequence.phase = Phase.RUNNING
         insort(self._running, sequence, key=_arrival)
         self._count("prompt_tokens_loaded", num_cached, min(num_cached + num_loaded, num_valid), sequence)

@@ -145,20 +145,25 @@ def load_weights(
         return Weights(embedding, tuple(layers), reader.get("model.norm.weight"), head)
 
 
-def model_fingerprint(folder: Path, config: ModelConfig, dtype: torch.dtype) -> str:
-    """Models with equal fingerprints compute equal KV: 32 hex digits.
+def weights_fingerprint(folder: Path, config: ModelConfig) -> str:
+    """Models with equal fingerprints are the same function, whatever dtype it is computed in: 32 hex digits.
 
-    Hashed are the parsed config, the dtype, and of every tensor its name and up to SAMPLED_ROWS rows, evenly spread
-    and with the first and the last. So a model of any size takes milliseconds a tensor; in return two models that
-    differ only in single rows of a matrix may look the same. Training, merging and quantising all change every row.
+    Hashed are the parsed config, and of every tensor its name and up to SAMPLED_ROWS rows, evenly spread and with the
+    first and the last. So a model of any size takes milliseconds a tensor; in return two models that differ only in
+    single rows of a matrix may look the same. Training, merging and quantising all change every row.
     """
     digest = xxhash.xxh3_128()
-    digest.update(json.dumps([asdict(config), str(dtype)], sort_keys=True).encode())
-    with _Reader(check_weights(folder, config), dtype) as reader:
+    digest.update(json.dumps(asdict(config), sort_keys=True).encode())
+    with _Reader(check_weights(folder, config), torch.float32) as reader:  # samples are bytes as they are
         for name in sorted(reader.files):
             digest.update(name.encode())
             digest.update(reader.sample(name))
     return digest.hexdigest()
+
+
+def model_fingerprint(weights: str, dtype: torch.dtype) -> str:
+    """Models with equal fingerprints compute equal KV. `weights`: their `weights_fingerprint`."""
+    return xxhash.xxh3_128_hexdigest(f"{weights}\n{dtype}")
 
 
 class _Reader:

@@ -1,10 +1,16 @@
-"""What two workers tell each other first, and the reasons to refuse."""
+"""What two workers tell each other first, and the reasons to refuse.
+
+The version of the protocol is raised only when a message comes to mean something else. What is added is a field whose
+absence means what it meant before: a Hello without `converts` comes from a worker that can only copy blocks as they
+are, and a reply without a layout from one that accepts no layout but its own.
+"""
 
 from collections.abc import Sequence
 
 from baton.errors import PeerError
 from baton.v1 import handover_pb2 as pb
-from kvtransfer.layout import BlockLayout, mismatch
+from kvtransfer.conversion import plan
+from kvtransfer.layout import BlockLayout, difference
 from kvtransfer.wire import PROTOCOL_VERSION, PeerIdentity, PeerRef
 
 
@@ -18,6 +24,7 @@ def hello(me: PeerIdentity, peer: PeerRef, layout: BlockLayout, lanes: Sequence[
             expected_peer_incarnation=peer.incarnation,
             layout=layout.to_proto(),
             lanes=lanes,
+            converts=True,
         )
     )
 
@@ -30,7 +37,18 @@ def refusal(hello: pb.Hello, me: PeerIdentity, layout: BlockLayout, endpoints: S
         return f"worker {me.worker_id} has another incarnation than the one expected: it was restarted"
     if not {endpoint.lane for endpoint in endpoints} & set(hello.lanes):
         return f"no common lane: {', '.join(endpoint.lane for endpoint in endpoints)} here"
-    return mismatch(layout, BlockLayout.from_proto(hello.layout))
+    theirs = BlockLayout.from_proto(hello.layout)
+    if not hello.converts:
+        return difference(theirs, layout)
+    try:
+        plan(theirs, layout, other_dtypes=True)  # whether it wants another dtype is for the puller to say
+    except PeerError as error:
+        return str(error)
+    return None
+
+
+def offered_layout(reply: pb.HelloReply, here: BlockLayout) -> BlockLayout:
+    return BlockLayout.from_proto(reply.layout) if reply.HasField("layout") else here
 
 
 def check_reply(reply: pb.HelloReply, peer: PeerRef) -> None:

@@ -5,7 +5,8 @@ The life of one hand-over, seen from here:
 1. `take` connects to the peer unless it is connected: handshake, then the best lane that really works.
 2. Want tells the peer from which block on this side needs the row.
 3. Offers arrive while the peer still computes; what has been offered is pulled in bounded batches, each block checked
-   by the xxh3 of the bytes that arrived. Heartbeats renew the lease.
+   by the xxh3 of the bytes that arrived. From a peer with another layout they land beside the pool and are converted
+   (`staging`). Heartbeats renew the lease.
 4. Closed and everything verified: Release(verified) goes out at once, and the result carries the first token.
 5. Anything else (loss of the peer, stale or corrupt block, deadline, Revoke, cancellation) ends it with what was
    verified until then. In every case `take` returns only when no thread can write the local blocks any more.
@@ -26,6 +27,7 @@ from kvtransfer.layout import BlockLayout
 from kvtransfer.link import PeerLink
 from kvtransfer.memory import PoolMemory
 from kvtransfer.pulls import MAX_BATCH_BYTES, WantedBlock, pull_and_verify
+from kvtransfer.staging import Converters
 from kvtransfer.taking import CANCELLED, IntakeResult, Taking
 from kvtransfer.wire import PeerIdentity, PeerRef, spawn
 
@@ -47,14 +49,20 @@ class Intake:
         lanes: Sequence[Lane],
         options: HandoverOptions,
         counters: dict[str, float],
+        other_dtypes: bool = False,
     ) -> None:
-        """`lanes`: best first, see `lanes.registry.parse_lanes`."""
+        """`lanes`: best first, see `lanes.registry.parse_lanes`.
+
+        `other_dtypes`: also take blocks of another dtype, cast to the one here. Never for workers whose answers are to
+        be exact: such KV is not what they would compute, and `IntakeResult.same_bits` tells.
+        """
         self._me = me
         self._layout = layout
         self._memory = memory
         self._lanes = lanes
         self._options = options
         self._counters = counters
+        self._converters = Converters(layout, memory, other_dtypes)
         self._context = zmq.asyncio.Context()
         self._links: dict[PeerRef, asyncio.Task[PeerLink]] = {}
         self._takings: dict[str, Taking] = {}
@@ -123,6 +131,7 @@ class Intake:
         for link in list(self._users):
             self._retire(link)
         await asyncio.gather(*self._closing)
+        self._converters.close()
         await asyncio.to_thread(self._context.term)
 
     # -- one hand-over -----------------------------------------------------------------------------------------------
@@ -163,6 +172,8 @@ class Intake:
         handover_id = taking.handover_id
         self._users[link].add(handover_id)
         try:
+            if link.converter is not None:
+                taking.convert_with(link.converter.conversion)
             want = pb.Want(handover_id=handover_id, first_block=taking.num_verified)
             link.send(pb.HandoverMessage(want=want))
             if link.lost is not None:
@@ -185,16 +196,25 @@ class Intake:
 
     async def _pull(self, taking: Taking, link: PeerLink, batch: list[WantedBlock]) -> None:
         deadline = time.monotonic() + self._options.pull_timeout_s
-        taking.pull = link.threads.submit(pull_and_verify, link.lane, self._memory, batch, deadline, taking.cancelled)
+        converter = link.converter
+        if converter is None:
+            block_bytes = self._memory.block_bytes
+            pull = link.threads.submit(pull_and_verify, link.lane, self._memory, batch, deadline, taking.cancelled)
+        else:
+            block_bytes, first = converter.conversion.peer.block_bytes, taking.num_verified
+            pull = link.threads.submit(converter.pull, link.lane, batch, first, taking.row, deadline, taking.cancelled)
+        taking.pull = pull
         try:
-            outcome = await asyncio.wrap_future(taking.pull)
+            outcome = await asyncio.wrap_future(pull)
         except asyncio.CancelledError:  # by taking.end(), before a thread took it up
             return
         finally:
             taking.pull = None
         taking.num_verified += outcome.num_verified
         self._count("handover_blocks_received", outcome.num_verified)
-        self._count("handover_bytes_received", outcome.num_verified * self._memory.block_bytes)
+        self._count("handover_bytes_received", outcome.num_verified * block_bytes)
+        if converter is not None:
+            self._count("handover_blocks_converted", outcome.num_verified)
         self._count("handover_seconds", outcome.seconds)
         self._count("handover_blocks_retried", outcome.num_retried)
         self._count("handover_checksum_failures", outcome.num_mismatched)
@@ -216,7 +236,7 @@ class Intake:
     async def _connect(self, peer: PeerRef) -> PeerLink:
         link = PeerLink(self._me, peer, self._options, self._on_message, self._on_lost, self._active_ids)
         try:
-            await link.connect(self._context, self._layout, self._memory, self._lanes)
+            await link.connect(self._context, self._layout, self._memory, self._lanes, self._converters)
         except PeerError:
             self._links.pop(peer, None)  # whoever comes next tries anew
             self._count("handover_peer_losses", 1)

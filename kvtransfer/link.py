@@ -17,12 +17,13 @@ from zmq.utils.monitor import parse_monitor_message
 from baton.config import HandoverOptions
 from baton.errors import PeerError, TransferError
 from baton.v1 import handover_pb2 as pb
-from kvtransfer.handshake import check_reply, hello
+from kvtransfer.handshake import check_reply, hello, offered_layout
 from kvtransfer.lanes.base import LaneClient, LaneEndpoint
 from kvtransfer.lanes.choosing import open_best
 from kvtransfer.lanes.registry import Lane
 from kvtransfer.layout import BlockLayout
 from kvtransfer.memory import PoolMemory
+from kvtransfer.staging import Converter, Converters
 from kvtransfer.wire import (
     HIGH_WATER_MARK,
     MAX_FRAME_BYTES,
@@ -61,6 +62,8 @@ class PeerLink:
         """Takes no further hand-overs; set by the owner."""
         self.fell_back = False
         """A better lane than the one in use should have reached the peer and did not."""
+        self.converter: Converter | None = None
+        """What to pull with where the peer's blocks are not laid out as those here."""
         self._me = me
         self._options = options
         self._on_message = on_message
@@ -82,7 +85,12 @@ class PeerLink:
         return self._lane
 
     async def connect(
-        self, context: zmq.asyncio.Context, layout: BlockLayout, memory: PoolMemory, lanes: Sequence[Lane]
+        self,
+        context: zmq.asyncio.Context,
+        layout: BlockLayout,
+        memory: PoolMemory,
+        lanes: Sequence[Lane],
+        converters: Converters,
     ) -> None:
         """Handshake, then open the best lane that really reaches the peer, all within heartbeat_timeout_s each.
 
@@ -100,7 +108,12 @@ class PeerLink:
             raise PeerError("the peer did not answer the handshake") from error
         self._last_heard = time.monotonic()
         self._tasks.append(spawn(self._beat(reply)))
-        self._lane = await self._open_lane(reply, memory, lanes)
+        loop, theirs = asyncio.get_running_loop(), offered_layout(reply, layout)
+        self.converter = await loop.run_in_executor(self.threads, converters.for_peer, theirs)
+        if self.converter is not None:
+            log.info("blocks of worker %s are converted: %s", self.peer.worker_id, self.converter.conversion)
+        landing = self.converter.staging.memory if self.converter else memory
+        self._lane = await self._open_lane(reply, landing, lanes)
         if self.lost:
             raise PeerError(self.lost)
 

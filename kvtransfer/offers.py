@@ -261,6 +261,7 @@ class OfferServer:
             self._connections[routing_id] = Connection(routing_id, peer, numbering, time.monotonic())
             reply.pool_epoch = self._memory.epoch
             reply.lanes.extend(self._endpoints)
+            reply.layout.CopyFrom(self._layout.to_proto())
             reply.lease_s = self._options.lease_s
             reply.heartbeat_interval_s = self._options.heartbeat_interval_s
             reply.heartbeat_timeout_s = self._options.heartbeat_timeout_s

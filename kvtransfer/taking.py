@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from baton.v1 import handover_pb2 as pb
+from kvtransfer.conversion import Conversion, Row
 from kvtransfer.lanes.base import BlockRead
 from kvtransfer.pulls import PullOutcome, WantedBlock
 
@@ -23,6 +24,7 @@ class IntakeResult:
     num_blocks: leading blocks that are here and verified, those that were here before included.
     num_tokens, first_token_id, first_token_index: what closed the offer; None unless everything arrived.
     failure: why it ended early, or None.
+    same_bits: False where numbers were cast, so that the blocks do not hold what this worker would compute.
     """
 
     num_blocks: int
@@ -30,6 +32,7 @@ class IntakeResult:
     first_token_id: int | None = None
     first_token_index: int | None = None
     failure: str | None = None
+    same_bits: bool = True
 
 
 class Taking:
@@ -38,15 +41,22 @@ class Taking:
     def __init__(self, handover_id: str, block_ids: Sequence[int], first_block: int) -> None:
         """`block_ids`: the local block of every position; those before `first_block` are here already."""
         self.handover_id = handover_id
+        self.row = Row(list(block_ids), first_block)
         self.num_verified = first_block
+        """Leading blocks of the peer's row that are here."""
         self.failure: str | None = None
         self.cancelled = threading.Event()
         self.changed = asyncio.Event()
         self.pull: Future[PullOutcome] | None = None
-        self._block_ids = list(block_ids)
-        self._offered: list[WantedBlock] = []  # from position _first_block on
-        self._first_block = first_block
+        self._conversion: Conversion | None = None
+        self._offered: list[WantedBlock] = []  # from position _first_wanted on
+        self._first_wanted = first_block
         self._closed: pb.OfferClosed | None = None
+
+    def convert_with(self, conversion: Conversion) -> None:
+        """The peer's row has other blocks than the one here. Comes before any offer."""
+        self._conversion = conversion
+        self.num_verified = self._first_wanted = conversion.first_needed(self.row.first_block)
 
     @property
     def complete(self) -> bool:
@@ -62,21 +72,23 @@ class Taking:
         self.changed.set()
 
     def on_offer(self, offer: pb.Offer) -> None:
-        position = self._first_block + len(self._offered)
+        position = self._first_wanted + len(self._offered)
         end = position + len(offer.blocks)
         if offer.first_block != position or self._closed is not None:
             self.end(f"the peer offered block {offer.first_block} where {position} was due")
-        elif end > len(self._block_ids):
-            self.end(f"the peer offers more than the {len(self._block_ids)} blocks that are reserved here")
+        elif end > self._num_wanted:
+            self.end(f"the peer offers more than the {len(self.row.block_ids)} blocks that are reserved here")
         else:
-            for block, local_block in zip(offer.blocks, self._block_ids[position:end], strict=True):
+            # Where blocks are converted, each pull has its own places to land; see `staging.Converter`.
+            local = self.row.block_ids[position:end] if self._conversion is None else [0] * len(offer.blocks)
+            for block, local_block in zip(offer.blocks, local, strict=True):
                 read = BlockRead(block.block_id, block.generation, local_block)
                 self._offered.append(WantedBlock(read, block.checksum))
             self.changed.set()
 
     def on_closed(self, closed: pb.OfferClosed) -> None:
-        end = self._first_block + len(self._offered)
-        # A row that ends before first_block is here in full already; nothing is offered then.
+        end = self._first_wanted + len(self._offered)
+        # A row that ends before the first block wanted is here in full already; nothing is offered then.
         if closed.num_blocks != end and (self._offered or closed.num_blocks > end):
             self.end(f"the peer closed at {closed.num_blocks} blocks, and block {end} was due")
         else:
@@ -84,11 +96,26 @@ class Taking:
             self.changed.set()
 
     def next_batch(self, max_blocks: int) -> list[WantedBlock]:
-        start = self.num_verified - self._first_block
+        start = self.num_verified - self._first_wanted
         return self._offered[start : start + max_blocks]
 
     def result(self) -> IntakeResult:
+        num_blocks, same_bits = self._num_blocks_here(), self._conversion is None or self._conversion.same_bits
         if self.failure is not None or self._closed is None:
-            return IntakeResult(self.num_verified, failure=self.failure or CANCELLED)
+            return IntakeResult(num_blocks, failure=self.failure or CANCELLED, same_bits=same_bits)
         closed = self._closed
-        return IntakeResult(self.num_verified, closed.num_tokens, closed.first_token_id, closed.first_token_index)
+        return IntakeResult(
+            num_blocks, closed.num_tokens, closed.first_token_id, closed.first_token_index, same_bits=same_bits
+        )
+
+    @property
+    def _num_wanted(self) -> int:
+        """Blocks of the peer that the row here has room for."""
+        num_blocks = len(self.row.block_ids)
+        return num_blocks if self._conversion is None else self._conversion.num_needed(num_blocks)
+
+    def _num_blocks_here(self) -> int:
+        if self._conversion is None:
+            return self.num_verified
+        count = self._conversion.num_touched if self.complete else self._conversion.num_filled
+        return max(self.row.first_block, min(len(self.row.block_ids), count(self.num_verified)))

@@ -25,6 +25,8 @@ class Arrived:
 
     num_tokens: int
     first_token: int | None = None
+    same_bits: bool = True
+    """Whether they are what would have been computed here."""
 
 
 Fetch = Callable[[int], Awaitable[Arrived]]
@@ -82,7 +84,9 @@ class Arrivals:
             self._steps.submit(lambda engine: engine.resolve(key))
         else:
             loaded = num_loaded * self._page_size
-            self._steps.submit(lambda engine: engine.receive(key, arrived.num_tokens, arrived.first_token, loaded))
+            self._steps.submit(
+                lambda engine: engine.receive(key, arrived.num_tokens, arrived.first_token, loaded, arrived.same_bits)
+            )
 
     def _reap(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)

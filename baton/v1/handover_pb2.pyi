@@ -81,7 +81,7 @@ Global___HandoverMessage: _TypeAlias = HandoverMessage  # noqa: Y015
 
 @_typing.final
 class BlockLayout(_message.Message):
-    """What one block's bytes look like: equal layouts are copied raw, others are refused."""
+    """What one block's bytes look like. Equal layouts are copied raw; of others the puller makes its own blocks, where it can."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -93,6 +93,7 @@ class BlockLayout(_message.Message):
     PAGE_SIZE_TOKENS_FIELD_NUMBER: _builtins.int
     TP_RANK_FIELD_NUMBER: _builtins.int
     TP_SIZE_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FINGERPRINT_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     dtype: _builtins.str
     num_layers: _builtins.int
@@ -101,6 +102,9 @@ class BlockLayout(_message.Message):
     page_size_tokens: _builtins.int
     tp_rank: _builtins.int
     tp_size: _builtins.int
+    """rank r holds KV heads r * num_kv_heads and on"""
+    weights_fingerprint: _builtins.str
+    """configuration and weights, without dtype; empty where another dtype never will do"""
     def __init__(
         self,
         *,
@@ -112,10 +116,11 @@ class BlockLayout(_message.Message):
         page_size_tokens: _builtins.int = ...,
         tp_rank: _builtins.int = ...,
         tp_size: _builtins.int = ...,
+        weights_fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "head_dim", b"head_dim", "model_fingerprint", b"model_fingerprint", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "page_size_tokens", b"page_size_tokens", "tp_rank", b"tp_rank", "tp_size", b"tp_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "head_dim", b"head_dim", "model_fingerprint", b"model_fingerprint", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "page_size_tokens", b"page_size_tokens", "tp_rank", b"tp_rank", "tp_size", b"tp_size", "weights_fingerprint", b"weights_fingerprint"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -131,11 +136,14 @@ class Hello(_message.Message):
     EXPECTED_PEER_INCARNATION_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     LANES_FIELD_NUMBER: _builtins.int
+    CONVERTS_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.int
     expected_peer_incarnation: _builtins.int
     """refuse when the process behind the address is another one"""
+    converts: _builtins.bool
+    """the puller accepts every layout that it can make its own blocks of"""
     @_builtins.property
     def layout(self) -> Global___BlockLayout: ...
     @_builtins.property
@@ -151,10 +159,11 @@ class Hello(_message.Message):
         expected_peer_incarnation: _builtins.int = ...,
         layout: Global___BlockLayout | None = ...,
         lanes: _abc.Iterable[_builtins.str] | None = ...,
+        converts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_peer_incarnation", b"expected_peer_incarnation", "incarnation", b"incarnation", "lanes", b"lanes", "layout", b"layout", "protocol_version", b"protocol_version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["converts", b"converts", "expected_peer_incarnation", b"expected_peer_incarnation", "incarnation", b"incarnation", "lanes", b"lanes", "layout", b"layout", "protocol_version", b"protocol_version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -172,6 +181,7 @@ class HelloReply(_message.Message):
     LEASE_S_FIELD_NUMBER: _builtins.int
     HEARTBEAT_INTERVAL_S_FIELD_NUMBER: _builtins.int
     HEARTBEAT_TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    LAYOUT_FIELD_NUMBER: _builtins.int
     accepted: _builtins.bool
     reason: _builtins.str
     """when refused: which field differs"""
@@ -185,6 +195,10 @@ class HelloReply(_message.Message):
     def lanes(self) -> _containers.RepeatedCompositeFieldContainer[Global___LaneEndpoint]:
         """in the offerer's order of preference"""
 
+    @_builtins.property
+    def layout(self) -> Global___BlockLayout:
+        """of the blocks that are offered"""
+
     def __init__(
         self,
         *,
@@ -196,10 +210,11 @@ class HelloReply(_message.Message):
         lease_s: _builtins.float = ...,
         heartbeat_interval_s: _builtins.float = ...,
         heartbeat_timeout_s: _builtins.float = ...,
+        layout: Global___BlockLayout | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "heartbeat_interval_s", b"heartbeat_interval_s", "heartbeat_timeout_s", b"heartbeat_timeout_s", "incarnation", b"incarnation", "lanes", b"lanes", "lease_s", b"lease_s", "pool_epoch", b"pool_epoch", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "heartbeat_interval_s", b"heartbeat_interval_s", "heartbeat_timeout_s", b"heartbeat_timeout_s", "incarnation", b"incarnation", "lanes", b"lanes", "layout", b"layout", "lease_s", b"lease_s", "pool_epoch", b"pool_epoch", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -169,8 +169,10 @@ class WatchedEngine(Engine):
         super().add(request)
         self._notes.added[request.id] = now()
 
-    def receive(self, request_id: str, num_tokens: int, first_token: int | None, num_loaded: int = 0) -> bool:
-        received = super().receive(request_id, num_tokens, first_token, num_loaded)
+    def receive(
+        self, request_id: str, num_tokens: int, first_token: int | None, num_loaded: int = 0, same_bits: bool = True
+    ) -> bool:
+        received = super().receive(request_id, num_tokens, first_token, num_loaded, same_bits)
         if received:
             self._notes.received[request_id] = (now(), num_tokens)
         return received

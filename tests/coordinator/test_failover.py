@@ -287,7 +287,7 @@ def test_requests_are_spread_over_workers_and_a_draining_one_gets_none(run) -> N
         ({"protocol_version": 99}, "protocol_version"),
         ({"model": "other"}, "model is 'other'"),
         ({"model_fingerprint": "g"}, "model_fingerprint"),
-        ({"page_size_tokens": 32}, "page_size_tokens"),
+        ({"page_size_tokens": 0}, "page_size_tokens"),
         ({"total_blocks": 0}, "total_blocks"),
         ({"roles": []}, "roles"),
         ({"roles": [7]}, "roles"),

@@ -442,12 +442,12 @@ class World:
             for offset in range(PAGE):
                 self.runner.kv[block, offset] = GARBAGE
 
-    def receive(self, request_id: str, num_tokens: int, with_first_token: bool) -> bool:
+    def receive(self, request_id: str, num_tokens: int, with_first_token: bool, same_bits: bool = True) -> bool:
         request = self.runner.streams[request_id].request
         index = len(request.token_ids) - request.num_prompt_tokens
         sampled = with_first_token and request.handover is Handover.TAKE
         first_token = self.runner.streams[request_id].outputs[index] if sampled else None
-        received = self.engine.receive(request_id, num_tokens, first_token)
+        received = self.engine.receive(request_id, num_tokens, first_token, same_bits=same_bits)
         assert received == (request_id in self.reserved and request_id not in self.quarantined)
         if received:
             del self.reserved[request_id]

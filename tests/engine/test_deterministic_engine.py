@@ -245,6 +245,8 @@ def test_workers_whose_bits_could_differ_do_not_look_alike(tmp_path: Path, monke
     fingerprint = load_model(folder, deterministic=True).fingerprint
     assert fingerprint == load_model(folder, deterministic=True).fingerprint
     assert fingerprint != load_model(folder).fingerprint
+    assert not load_model(folder, deterministic=True).weights_fingerprint, "KV of another dtype never will do"
+    assert fingerprint != load_model(folder, page_size=32, deterministic=True).fingerprint
     monkeypatch.setattr("platform.libc_ver", lambda: ("another libc", "1"))
     assert fingerprint != load_model(folder, deterministic=True).fingerprint
 

@@ -101,6 +101,21 @@ def test_a_giver_whose_first_token_ends_the_stream_leaves_no_lease(reason: EndRe
     world.assert_idle()
 
 
+def test_kv_that_was_cast_serves_its_own_request_and_no_other() -> None:
+    world = World()
+    world.add(make_request("taken", list(range(8)), TAKE, max_tokens=6))
+    world.step()
+    world.deliver("taken", 8)
+    assert world.receive("taken", 8, with_first_token=True, same_bits=False)
+    world.run_to_the_end()
+    world.assert_idle()
+    assert world.allocator.counts().cached == 0
+    world.add(make_request("again", list(range(9))))
+    assert world.step().started[0].num_cached_tokens == 0
+    world.run_to_the_end()
+    assert world.allocator.counts().cached > 0
+
+
 def test_an_expired_lease_stays_quarantined_until_its_reader_is_resolved() -> None:
     world = World(num_blocks=4)
     world.add(make_request("given", list(range(10)), GIVE))

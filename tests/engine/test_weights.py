@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from baton.errors import ModelError
 from engine.model_config import FAMILIES, ModelConfig
-from engine.weights import check_model, load_weights, model_fingerprint, resolve_dtype
+from engine.weights import check_model, load_weights, model_fingerprint, resolve_dtype, weights_fingerprint
 from kernels.ops import TorchOps
 from tests.engine.tiny_models import DYNAMIC_ORIGINAL_MAX, WINDOW, edit_config, write_tiny_model
 
@@ -265,7 +265,7 @@ def test_prompts_share_kv_only_where_it_does_not_depend_on_their_length(folder, 
 
 def test_fingerprints_differ_when_kv_would_and_only_then(pristine, folder):
     def fingerprint(where, dtype=torch.float32):
-        return model_fingerprint(where, ModelConfig.load(where), dtype)
+        return model_fingerprint(weights_fingerprint(where, ModelConfig.load(where)), dtype)
 
     original = fingerprint(pristine)
     shard(folder)
@@ -278,4 +278,4 @@ def test_fingerprints_differ_when_kv_would_and_only_then(pristine, folder):
 def test_a_changed_weight_changes_the_fingerprint(pristine, folder):
     config = ModelConfig.load(pristine)
     change_tensors(folder, lambda tensors: tensors[KEY].mul_(1.5))
-    assert model_fingerprint(folder, config, torch.float32) != model_fingerprint(pristine, config, torch.float32)
+    assert weights_fingerprint(folder, config) != weights_fingerprint(pristine, config)

@@ -22,10 +22,11 @@ class Printer(world.Owner):
 async def main(settings: dict[str, object]) -> None:
     incarnation, address = settings.pop("incarnation", 11), settings.pop("address", None)
     world.PREFILL = PeerIdentity("prefill-0", incarnation)
-    num_blocks, block_bytes = settings.pop("shape", (world.NUM_BLOCKS, world.BLOCK_BYTES))
+    layout = replace(world.LAYOUT, **settings.pop("layout", {}))
+    num_blocks, block_bytes = settings.pop("shape", (world.NUM_BLOCKS, layout.block_bytes))
     memory = world.new_memory(seed=settings.pop("seed", 1), num_blocks=num_blocks, block_bytes=block_bytes)
     options = replace(world.OPTIONS, **settings)
-    offers: OfferServer = world.offer_server(memory, Printer(), {}, options)
+    offers: OfferServer = world.offer_server(memory, Printer(), {}, options, layout)
     port = int(address.rpartition(":")[2]) if address else 0  # that of the worker which this one replaces
     print(json.dumps({"incarnation": incarnation, "address": await offers.start("127.0.0.1", port)}), flush=True)
     loop = asyncio.get_running_loop()

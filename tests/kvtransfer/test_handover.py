@@ -143,7 +143,10 @@ def test_a_long_prefill_keeps_its_lease_by_the_pullers_heartbeats():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"layout": replace(LAYOUT, dtype="bfloat16")}, "dtype differs: float32 here, bfloat16 at the peer"),
+        (
+            {"layout": replace(LAYOUT, dtype="bfloat16")},
+            "dtype differs: bfloat16 at the puller, float32 at the offerer",
+        ),
         ({"incarnation": 12}, "restarted"),
         ({"lanes": "tcp"}, "no common lane"),
     ],

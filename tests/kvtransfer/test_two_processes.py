@@ -15,8 +15,10 @@ import pytest
 
 from kvtransfer.intake import Intake, IntakeResult
 from kvtransfer.lanes.registry import parse_lanes
+from kvtransfer.layout import BlockLayout
 from kvtransfer.memory import PoolMemory
 from kvtransfer.wire import PeerRef
+from tests.kvtransfer.dense import lay_out, read_back
 from tests.kvtransfer.world import (
     DECODE,
     LAYOUT,
@@ -34,11 +36,13 @@ BIG = (96, 1 << 20)  # long enough to be hit in the middle of a pull
 
 
 class Puller:
-    def __init__(self, lanes: str, shape: tuple[int, int] | None = None, **options: float) -> None:
-        self.memory = PoolMemory.create(*shape) if shape else new_memory()
+    def __init__(
+        self, lanes: str, shape: tuple[int, int] | None = None, layout: BlockLayout = LAYOUT, **options: float
+    ) -> None:
+        self.memory = PoolMemory.create(*shape) if shape else new_memory(block_bytes=layout.block_bytes)
         self.counters: dict[str, float] = {}
         settings = replace(OPTIONS, **options)
-        self.intake = Intake(DECODE, LAYOUT, self.memory, parse_lanes(lanes), settings, self.counters)
+        self.intake = Intake(DECODE, layout, self.memory, parse_lanes(lanes), settings, self.counters, True)
 
     def take(self, handover_id: str, peer: PeerRef, local: list[int]) -> "asyncio.Task[IntakeResult]":
         return asyncio.create_task(self.intake.take(handover_id, peer, local, 0, time.monotonic() + 15))
@@ -54,7 +58,7 @@ class Puller:
 
 
 @contextlib.asynccontextmanager
-async def puller(lanes: str, shape: tuple[int, int] | None = None, **options: float) -> AsyncIterator[Puller]:
+async def puller(lanes: str, shape: tuple[int, int] | None = None, **options: object) -> AsyncIterator[Puller]:
     world = Puller(lanes, shape, **options)
     try:
         yield world
@@ -76,6 +80,70 @@ def test_blocks_cross_processes_unchanged(lane):
             assert (world.memory.blocks[local] == SOURCE.blocks[remote]).all()
             assert world.intake.lanes_in_use() == {"prefill-0": lane}
             assert offerer.read() == {"event": ["h", "released", "verified"]}
+
+    with offerer_process(lanes=lane) as offerer:
+        asyncio.run(scenario(offerer))
+
+
+BFLOAT16 = {"dtype": "bfloat16", "model_fingerprint": "tiny in bfloat16", "weights_fingerprint": "tiny"}
+
+
+@pytest.mark.parametrize("lane", ["shm", "tcp"])
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [
+        ({}, {"page_size_tokens": 32}),
+        ({"page_size_tokens": 64}, {}),
+        (BFLOAT16, {"page_size_tokens": 32, "weights_fingerprint": "tiny"}),
+    ],
+)
+def test_blocks_of_another_layout_cross_processes_and_are_what_they_should_be(lane, there, here):
+    offered, layout = replace(LAYOUT, **there), replace(LAYOUT, **here)
+    num_tokens = 640
+    remote = scattered(num_tokens // offered.page_size_tokens, 1)
+    local = scattered(num_tokens // layout.page_size_tokens, 2)
+
+    async def scenario(offerer: OffererProcess) -> None:
+        async with puller(f"faulty:{lane}?flip=2&reorder=3", layout=layout) as world:
+            task = world.take("h", offerer.peer, local)
+            offerer.tell("open", "h")
+            for start in range(0, len(remote), 4):
+                offerer.tell("offer", "h", start, remote[start : start + 4])
+                await world.received(min(start + 4, len(remote)))
+            offerer.tell("close", "h", len(remote))
+            result = await task
+            assert (result.failure, result.num_blocks) == (None, len(local))
+            source = new_memory(seed=1, block_bytes=offered.block_bytes).blocks[remote]
+            expected = lay_out(read_back(source, offered, num_tokens).float(), layout)
+            assert (world.memory.blocks[local] == expected).all()
+            assert world.counters["handover_blocks_retried"] == world.faults("flip") == 1
+            assert offerer.read() == {"event": ["h", "released", "verified"]}
+
+    with offerer_process(lanes=lane, layout=there) as offerer:
+        asyncio.run(scenario(offerer))
+
+
+@pytest.mark.parametrize("lane", ["shm", "tcp"])
+def test_an_offerer_killed_while_its_blocks_are_converted_leaves_only_right_ones(lane):
+    layout = replace(LAYOUT, page_size_tokens=32)
+
+    async def scenario(offerer: OffererProcess) -> None:
+        async with puller(f"faulty:{lane}?delay=3-&delay_s=0.2", layout=layout) as world:
+            task = world.take("h", offerer.peer, list(range(10)))
+            offerer.tell("open", "h")
+            for start in range(0, 20, 5):
+                offerer.tell("offer", "h", start, list(range(30 + start, 35 + start)))
+                if start < 10:
+                    await world.received(start + 5)
+            while not world.faults("delay"):
+                await asyncio.sleep(0.002)
+            os.kill(offerer.process.pid, signal.SIGKILL)
+            result = await task
+            assert result.failure is not None
+            assert 5 <= result.num_blocks <= 7
+            source = read_back(SOURCE.blocks[30:50], LAYOUT, result.num_blocks * 32)
+            assert (world.memory.blocks[: result.num_blocks] == lay_out(source, layout)).all()
+            assert await settles_unwritten(world.memory)
 
     with offerer_process(lanes=lane) as offerer:
         asyncio.run(scenario(offerer))

@@ -26,9 +26,9 @@ from kvtransfer.offers import OfferServer
 from kvtransfer.wire import Numbering, PeerIdentity, PeerRef
 
 ROOT = Path(__file__).parents[2]
-LAYOUT = BlockLayout("tiny", "float32", 2, 2, 8, 16)
+LAYOUT = BlockLayout("tiny", "float32", 2, 2, 16, 16)
 NUM_BLOCKS = 64
-BLOCK_BYTES = 8192
+BLOCK_BYTES = LAYOUT.block_bytes
 OPTIONS = HandoverOptions(lease_s=5.0, heartbeat_interval_s=0.05, heartbeat_timeout_s=1.0, pull_timeout_s=2.0)
 """Heartbeats are fast, so that tests are; no busy machine keeps a loop waiting for a whole second."""
 PREFILL = PeerIdentity("prefill-0", 11)
@@ -118,17 +118,21 @@ class Pair:
 
 @contextlib.asynccontextmanager
 async def pair(
-    lanes: str = "fake", pull_lanes: str = "", layout: BlockLayout = LAYOUT, **options: float
-) -> AsyncIterator[Pair]:
-    """Both ends, connected by `lanes`; `pull_lanes` are those of the pulling side where they differ."""
+    lanes: str = "fake", pull_lanes: str = "", offered: BlockLayout = LAYOUT, layout: BlockLayout = LAYOUT,
+    other_dtypes: bool = False, **options: float,
+) -> AsyncIterator[Pair]:  # fmt: skip
+    """Both ends, connected by `lanes`; `pull_lanes` are those of the pulling side where they differ.
+
+    `offered` and `layout` are the blocks of the offering and of the pulling side.
+    """
     settings = replace(OPTIONS, lanes=lanes, **options)
-    source, target = new_memory(seed=1), new_memory()
+    source, target = new_memory(seed=1, block_bytes=offered.block_bytes), new_memory(block_bytes=layout.block_bytes)
     owner = Owner()
     offer_counters: dict[str, float] = {}
     intake_counters: dict[str, float] = {}
-    offers = offer_server(source, owner, offer_counters, settings)
+    offers = offer_server(source, owner, offer_counters, settings, offered)
     address = await offers.start("127.0.0.1")
-    intake = Intake(DECODE, layout, target, parse_lanes(pull_lanes or lanes), settings, intake_counters)
+    intake = Intake(DECODE, layout, target, parse_lanes(pull_lanes or lanes), settings, intake_counters, other_dtypes)
     peer = PeerRef(PREFILL.worker_id, PREFILL.incarnation, address)
     try:
         yield Pair(offers, intake, owner, source, target, peer, offer_counters, intake_counters)
@@ -170,13 +174,15 @@ class RawPuller:
     async def send(self, **body: object) -> None:
         await self._socket.send(self.numbering.stamp(pb.HandoverMessage(**body)))
 
-    async def hello(self, expected: int = PREFILL.incarnation, version: int = 1) -> pb.HelloReply:
+    async def hello(
+        self, expected: int = PREFILL.incarnation, version: int = 1, layout: BlockLayout = LAYOUT
+    ) -> pb.HelloReply:
         hello = pb.Hello(
             protocol_version=version,
             worker_id=self.identity.worker_id,
             incarnation=self.identity.incarnation,
             expected_peer_incarnation=expected,
-            layout=LAYOUT.to_proto(),
+            layout=layout.to_proto(),
             lanes=["fake"],
         )
         await self.send(hello=hello)

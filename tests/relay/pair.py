@@ -156,13 +156,13 @@ class Pair:
 @asynccontextmanager
 async def relay(
     model: LoadedModel, *, lanes: str = "shm", prefill: EngineOptions | None = None,
-    decode: EngineOptions | None = None, handover: HandoverOptions | None = None,
+    decode: EngineOptions | None = None, handover: HandoverOptions | None = None, giver: LoadedModel | None = None,
     prefill_tiers: TierOptions = NO_TIERS, decode_tiers: TierOptions = NO_TIERS,
 ) -> AsyncIterator[Pair]:  # fmt: skip
-    """A pair over one model; `prefill` None leaves the decode worker alone."""
+    """A pair over one model; `prefill` None leaves the decode worker alone. `giver`: the prefill worker's own model."""
     handover = handover or HandoverOptions(lanes=lanes)
     pair = Pair(
-        assemble(model, prefill, tiers=prefill_tiers) if prefill else None,
+        assemble(giver or model, prefill, tiers=prefill_tiers) if prefill else None,
         assemble(model, decode or EngineOptions(), tiers=decode_tiers),
     )
     async with AsyncExitStack() as stack:

@@ -3,13 +3,17 @@
 import asyncio
 import threading
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from baton.config import EngineOptions, HandoverOptions
 from baton.v1 import worker_link_pb2 as wire
-from engine.loading import LoadedModel
+from cli import assembly
+from engine.loading import LoadedModel, load_model
+from kvtransfer.intake import Intake
 from tests.engine.tiny_models import VOCAB_SIZE, reference_generate, write_tiny_model
 from tests.relay.pair import Pair, load, relay
 
@@ -125,6 +129,30 @@ def test_a_prefill_worker_of_another_life_is_not_believed(model: tuple[LoadedMod
             assert stream.output == model[1]
             assert pair.decode.counters()["handover_blocks_received"] == 0
             assert pair.decode.counters()["local_prefill_fallbacks"] == 1
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_kv_of_another_dtype_is_taken_only_where_allowed_and_never_shared(
+    model: tuple[LoadedModel, list[int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, allowed: bool
+) -> None:
+    giver = load_model(write_tiny_model(tmp_path, "llama3"), "bfloat16")
+    assert giver.weights_fingerprint == model[0].weights_fingerprint
+    monkeypatch.setattr(assembly, "Intake", partial(Intake, other_dtypes=allowed))
+
+    async def run() -> None:
+        options = replace(OPTIONS, dtype="bfloat16")
+        async with relay(model[0], prefill=options, decode=OPTIONS, handover=HANDOVER, giver=giver) as pair:
+            stream = await pair.generate(PROMPT, NEW_TOKENS, remote=True)
+            assert len(stream.output) == NEW_TOKENS
+            counters = pair.decode.counters()
+            assert (counters["handover_blocks_converted"] > 0) == allowed
+            assert (counters["local_prefill_fallbacks"] == 0) == allowed
+            again = await pair.generate(PROMPT, NEW_TOKENS)
+            assert again.output == model[1], "computed here, or from blocks that were"
+            assert (again.cached_tokens["decode"] == 0) == allowed
+            await pair.whole()
 
     asyncio.run(run())
 

@@ -92,6 +92,24 @@ def test_handed_over(oracle: Oracle, lane: str) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(("there", "here"), [(16, 32), (32, 16)])
+def test_handed_over_between_page_sizes(oracle: Oracle, there: int, here: int) -> None:
+    """The second time part of the prompt is here already: fewer blocks are pulled, and those here are not written."""
+
+    async def run() -> None:
+        giver, taker = replace(CHUNKED, page_size=there), replace(BIG, page_size=here)
+        async with relay(oracle.model, prefill=giver, decode=taker) as pair:
+            for number in (*oracle.lengths, *oracle.lengths):
+                stream = await pair.generate(oracle.prompts[number], NEW_TOKENS, remote=True)
+                oracle.check(number, stream)
+            await pair.whole()
+            counters = pair.decode.counters()
+            assert counters["handover_blocks_converted"] == counters["handover_blocks_received"] >= 700 // there
+            assert counters["handover_failures"] == counters["local_prefill_fallbacks"] == 0
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("number", range(len(LENGTHS)))
 def test_preempted_and_resumed(oracle: Oracle, number: int) -> None:
     """An older request grows into the second block of a pool that holds no more than both had at first."""

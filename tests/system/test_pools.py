@@ -68,6 +68,12 @@ class Parts:
             time.sleep(0.05)
         return workers
 
+    def counted(self, name: str, worker: str) -> float:
+        with urllib.request.urlopen(self.url + "/metrics", timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+        start = f'baton_worker_{name}_total{{worker="{worker}"}} '
+        return sum(float(line.removeprefix(start)) for line in lines if line.startswith(start))
+
     def logs(self) -> str:
         return "\n".join(path.read_text()[-3000:] for path in sorted(self._folder.glob("*.log")))
 
@@ -141,13 +147,31 @@ def test_sigterm_lets_a_worker_finish_its_streams_and_take_no_new_ones(parts: Pa
     assert worker.wait(TIMEOUT_S) == 0
 
 
-def test_a_worker_with_another_page_size_is_refused_and_says_why(parts: Parts) -> None:
+def test_a_worker_with_another_page_size_takes_blocks_over_all_the_same(parts: Parts) -> None:
+    prompt = "A module is a file that contains definitions. " * 12
     parts.start_coordinator()
     parts.start_worker("decode-a")
     parts.wait_for("decode-a")
+    text = parts.ask(prompt)
+    parts.processes["decode-a"].terminate()
+    parts.start_worker("prefill-a")
     parts.start_worker("decode-b", "--page-size", "32")
+    parts.wait_for("prefill-a", "decode-b")
+    assert parts.ask(prompt) == text
+    deadline = time.monotonic() + TIMEOUT_S
+    while not parts.counted("handover_blocks_converted", "decode-b"):  # told with the next heartbeat
+        assert time.monotonic() < deadline, parts.logs()
+        time.sleep(0.05)
+    assert not parts.counted("local_prefill_fallbacks", "decode-b")
+
+
+def test_a_worker_with_another_dtype_is_refused_and_says_why(parts: Parts) -> None:
+    parts.start_coordinator()
+    parts.start_worker("decode-a")
+    parts.wait_for("decode-a")
+    parts.start_worker("decode-b", "--dtype", "bfloat16")
     assert parts.processes["decode-b"].wait(TIMEOUT_S) == 2
-    assert "page_size_tokens is 32" in parts.logs()
+    assert "start all workers with the same model and dtype" in parts.logs()
     assert set(parts.workers()) == {"decode-a"}
 
 
