@@ -75,11 +75,13 @@ import sys
 from pathlib import Path
 from tests.kvtransfer.tiers.disk_world import block_of, name_of, open_tier
 tier = open_tier(Path(sys.argv[1]), block_bytes=int(sys.argv[2]), num_writers=4)
-print("ready", flush=True)
-number = 0
+number, said = 0, False
 while True:
     number = (number + 1) % 40
     tier.put(name_of(number), block_of(name_of(number), tier.block_bytes))
+    if not said and tier.counters["kv_disk_stored"] > 4:
+        said = True
+        print("ready", flush=True)
 """
 
 
