@@ -1,11 +1,16 @@
 """How fast the disk tier stores and loads KV blocks, beside a bare loop on the same disk, and how fast it comes back.
 
-    python -m benchmarks.disk [--quick] [--json FILE] [--folder DIR] [--block-sizes 262144] [--threads 4] [--repeat 7]
+    python -m benchmarks.disk [--quick] [--json FILE] [--folder DIR] [--block-sizes 262144,1048576] [--threads 4]
+                             [--rounds 5]
 
-The bare loop: as many threads, each with one page-aligned buffer, pread or pwrite whole blocks past the page cache
-(O_DIRECT) at random places of one file that was written before. It neither copies, checks, looks up nor evicts. The
-tier is full and evicts while it stores. Repetitions of both alternate, so that other load on the machine hits both.
-Disks with a cache of their own, or of their host, are measured with it.
+The bare loop: as many threads pread or pwrite whole blocks past the page cache (O_DIRECT) at random places of one file
+that was written before. They use the tier's own buffers, as the speed of a virtual machine's memory differs from place
+to place, twofold where this was written. It neither copies, checks, looks up nor evicts. The tier is full and evicts
+while it stores; one thread puts, and asks for a repetition's blocks at once.
+
+Every repetition moves 128 MiB. They alternate, and so does who begins, so that other load on the machine and limits of
+bandwidth over time hit both; after four the tier is opened anew. Disks with a cache of their own, or of their host, are
+measured with it.
 """
 
 import argparse
@@ -15,17 +20,19 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.report import Report, add_common_arguments
 from kvtransfer.tiers.disk import DiskTier
-from kvtransfer.tiers.files import aligned_bytes
+from kvtransfer.tiers.files import Files, aligned_buffers
 
 GIB = 1 << 30
 GOAL = ">= 0.9"
+MOVED_BYTES = 128 << 20
+POOL_BLOCKS = 64
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -34,17 +41,21 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def in_threads(num_threads: int, numbers: list[int], work: Callable[[list[int]], None]) -> float:
-    """Seconds until every thread has done its share of the numbers."""
-    threads = [threading.Thread(target=work, args=(numbers[k::num_threads],)) for k in range(num_threads)]
+class WatchedFiles(Files):
+    """Notes the buffers that the tier reads and writes with, so that the bare loop can use the same ones."""
 
-    def run() -> None:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.read_buffers: dict[int, memoryview] = {}
+        self.write_buffers: dict[int, memoryview] = {}
 
-    return seconds(run)
+    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        self.read_buffers[id(buffers[0])] = buffers[0]
+        return super().preadv(fd, buffers, offset)
+
+    def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        self.write_buffers[id(buffers[0])] = buffers[0]
+        return super().pwritev(fd, buffers, offset)
 
 
 class BareLoop:
@@ -55,24 +66,31 @@ class BareLoop:
         self._block_bytes = block_bytes
         self._num_threads = num_threads
         os.posix_fallocate(self._file, 0, num_blocks * block_bytes)
-        self.write(list(range(num_blocks)))
+        block = aligned_buffers(1, block_bytes)
+        np.frombuffer(block[0], np.uint8)[:] = np.random.default_rng(0).integers(0, 256, block_bytes, np.uint8)
+        self.write(list(range(num_blocks)), block)
 
-    def write(self, numbers: list[int]) -> float:
-        return self._run(os.pwritev, numbers)
+    def write(self, numbers: list[int], buffers: list[memoryview]) -> float:
+        return self._run(os.pwritev, numbers, buffers)
 
-    def read(self, numbers: list[int]) -> float:
-        return self._run(os.preadv, numbers)
+    def read(self, numbers: list[int], buffers: list[memoryview]) -> float:
+        return self._run(os.preadv, numbers, buffers)
 
-    def _run(self, operation: Callable[..., int], numbers: list[int]) -> float:
-        def work(mine: list[int]) -> None:
-            buffer = [aligned_bytes(self._block_bytes)]
-            for number in mine:
-                operation(self._file, buffer, number * self._block_bytes)
+    def _run(self, operation: Callable[..., int], numbers: list[int], buffers: list[memoryview]) -> float:
+        def work(first: int) -> None:
+            for at in range(first, len(numbers), self._num_threads):
+                buffer = buffers[at % len(buffers)][: self._block_bytes]
+                operation(self._file, [buffer], numbers[at] * self._block_bytes)
 
-        return in_threads(self._num_threads, numbers, work)
+        threads = [threading.Thread(target=work, args=(first,)) for first in range(self._num_threads)]
 
-    def close(self) -> None:
-        os.close(self._file)
+        def run() -> None:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+        return seconds(run)
 
 
 class MeasuredTier:
@@ -81,7 +99,8 @@ class MeasuredTier:
     def __init__(self, folder: Path, num_blocks: int, block_bytes: int, num_threads: int) -> None:
         self._num_threads = num_threads
         self._next_name = 0
-        self._blocks = np.random.default_rng(0).integers(0, 256, (32, block_bytes), np.uint8)
+        self._blocks = np.random.default_rng(0).integers(0, 256, (POOL_BLOCKS, block_bytes), np.uint8)
+        self._pool = np.zeros((POOL_BLOCKS, block_bytes), np.uint8)
         self.folder = folder
         self.capacity_bytes = int(num_blocks * (block_bytes + 4096) * 1.01) + (8 << 20)
         self.open()
@@ -90,8 +109,18 @@ class MeasuredTier:
         block_bytes = self._blocks.shape[1]
         threads = self._num_threads
         self.tier = DiskTier(
-            self.folder, self.capacity_bytes, block_bytes, "benchmark", num_readers=threads, num_writers=threads
+            self.folder,
+            self.capacity_bytes,
+            block_bytes,
+            "benchmark",
+            num_readers=threads,
+            num_writers=threads,
+            open_files=self._watch,
         )
+
+    def _watch(self, folder: Path) -> WatchedFiles:
+        self.files = WatchedFiles(folder)
+        return self.files
 
     def count(self, what: str) -> int:
         return int(self.tier.counters[f"kv_disk_{what}"])
@@ -113,41 +142,53 @@ class MeasuredTier:
         return seconds(run)
 
     def load(self, numbers: list[int]) -> float:
-        """Seconds until the blocks stored so long ago (1: the last one) were loaded."""
-
-        def work(mine: list[int]) -> None:
-            into = np.zeros(self._blocks.shape[1], np.uint8)
-            for ago in mine:
-                number = self._next_name - ago
-                if not self.tier.get(number.to_bytes(16, "little"), into, time.monotonic() + 30):
-                    raise SystemExit(f"block {number} is lost: {self.tier.counters}")
-            if not (into == self._blocks[number % len(self._blocks)]).all():
-                raise SystemExit("the tier gave wrong bytes")
-
-        return in_threads(self._num_threads, numbers, work)
+        """Seconds until the blocks stored so long ago (0: the last one) were loaded."""
+        newest = self._next_name
+        names = [(newest - ago).to_bytes(16, "little") for ago in numbers]
+        into = [self._pool[at % POOL_BLOCKS] for at in range(len(numbers))]
+        took = seconds(lambda: self.tier.get_many(names, into, time.monotonic() + 60))
+        right = self._blocks[(newest - numbers[-1]) % POOL_BLOCKS]
+        if self.count("misses") or not (into[-1] == right).all():
+            raise SystemExit(f"blocks are lost or wrong: {self.tier.counters}")
+        return took
 
 
-def measure(report: Report, folder: Path, block_bytes: int, num_threads: int, moved: int, repeat: int) -> None:
-    num_blocks = moved // block_bytes
-    bare = BareLoop(folder, num_blocks, block_bytes, num_threads)
-    ours = MeasuredTier(folder / "tier", 2 * num_blocks, block_bytes, num_threads)
-    ours.store(2 * num_blocks)
+def measure(report: Report, folder: Path, block_bytes: int, num_threads: int, held: int, rounds: int) -> None:
+    num_blocks, num_moved = held // block_bytes, MOVED_BYTES // block_bytes
+    ours = MeasuredTier(folder / "tier", num_blocks, block_bytes, num_threads)
+    ours.store(num_blocks)
     random = np.random.default_rng(1)
     times: dict[str, list[float]] = {"bare write": [], "write": [], "bare read": [], "read": []}
-    for _ in range(repeat + 1):
-        order = random.permutation(num_blocks).tolist()
-        times["bare write"].append(bare.write(order))
-        times["write"].append(ours.store(num_blocks))
-        times["bare read"].append(bare.read(order))
-        times["read"].append(ours.load(order))
-    for work in ("write", "read"):
+    bare = BareLoop(folder, num_blocks, block_bytes, num_threads)
+    for _ in range(rounds):
+        ours.store(num_moved)
+        ours.load(list(range(num_moved)))
+        write_buffers = list(ours.files.write_buffers.values())
+        read_buffers = list(ours.files.read_buffers.values())[-num_threads:]  # without those that read the record pages
+        for repetition in range(4):
+            # The older half may be evicted by the next repetition.
+            order = random.permutation(num_blocks // 2)[:num_moved].tolist()
+            sides = ["bare write", "write", "bare read", "read"]
+            for side in reversed(sides) if repetition % 2 else sides:
+                if side == "bare write":
+                    took = bare.write(order, write_buffers)
+                elif side == "write":
+                    took = ours.store(num_moved)
+                elif side == "bare read":
+                    took = bare.read(order, read_buffers)
+                else:
+                    took = ours.load(order)
+                times[side].append(took)
+        ours.tier.close(time.monotonic() + 30)
+        ours.open()
+    ours.tier.close(time.monotonic() + 30)
+    for kind_of_work in ("write", "read"):
         for kind, pick in (("best", min), ("median", statistics.median)):
-            speed, limit = (moved / pick(times[side][1:]) / 1e9 for side in (work, f"bare {work}"))
-            name = f"{work} {block_bytes >> 10} KiB blocks, {num_threads} threads, {kind}"
+            speed = MOVED_BYTES / pick(times[kind_of_work]) / 1e9
+            limit = MOVED_BYTES / pick(times[f"bare {kind_of_work}"]) / 1e9
+            name = f"{kind_of_work} {block_bytes >> 10} KiB blocks, {num_threads} threads, {kind}"
             goal = GOAL if kind == "median" else None
             report.row(name, speed, "GB/s", f"bare loop {limit:.2f}", speed / limit, goal)
-    ours.tier.close(time.monotonic() + 30)
-    bare.close()
 
 
 def measure_start(report: Report, folder: Path, num_bytes: int, num_threads: int) -> None:
@@ -172,20 +213,20 @@ def main() -> None:
     parser.add_argument("--folder", help="where to measure (default: a temporary folder)")
     parser.add_argument("--block-sizes", default="262144,1048576", help="bytes of a block, several with commas")
     parser.add_argument("--threads", type=int, default=4, help="that read and that write, on both sides")
-    parser.add_argument("--repeat", type=int, default=7, help="repetitions of each figure")
+    parser.add_argument("--rounds", type=int, default=5, help="of four repetitions each")
     arguments = parser.parse_args()
-    moved = GIB // 4 if arguments.quick else GIB
+    held = GIB // 2 if arguments.quick else GIB
     tier_bytes = GIB if arguments.quick else 10 * GIB
     report = Report("KV blocks on a disk")
     with tempfile.TemporaryDirectory(prefix="baton-disk-", dir=arguments.folder) as name:
         folder, free = Path(name), shutil.disk_usage(name).free
-        if free < 5 * moved:
+        if free < 5 * held:
             report.note(
-                f"not measured: reading and writing, as {free / GIB:.1f} GiB are free and {5 * moved / GIB} needed"
+                f"not measured: reading and writing, as {free / GIB:.1f} GiB are free and {5 * held / GIB} needed"
             )
         else:
             for size in arguments.block_sizes.split(","):
-                measure(report, folder, int(size), arguments.threads, moved, arguments.repeat)
+                measure(report, folder, int(size), arguments.threads, held, 3 if arguments.quick else arguments.rounds)
                 shutil.rmtree(folder / "tier")
         if free < 2 * tier_bytes:
             report.note(f"not measured: the start, as {free / GIB:.1f} GiB are free and {2 * tier_bytes / GIB} needed")

@@ -31,7 +31,8 @@ import numpy.typing as npt
 
 from baton.errors import ConfigurationError
 from kvtransfer.tiers.base import Block, Counters, Tier, TierState, TierStatus
-from kvtransfer.tiers.files import Files, aligned_bytes
+from kvtransfer.tiers.breaker import RETRY_S, Breaker
+from kvtransfer.tiers.files import Files, aligned_buffers
 from kvtransfer.tiers.opening import (
     SMALL_FILES_BYTES,
     charge,
@@ -46,8 +47,6 @@ from kvtransfer.tiers.segments import Record, Segment, SegmentBook
 
 log = logging.getLogger(__name__)
 
-RETRY_S: Final = 30.0
-FAILURES_IN_A_ROW: Final = 3
 MAX_WAITING_LOADS: Final = 1024
 """More than any caller has threads for: with as many the disk hangs, and nobody waits for the older ones any more."""
 STALL_S: Final = 1.0
@@ -84,29 +83,6 @@ class _Load:
         return self.is_loaded
 
 
-class _Breaker:
-    """Open after failures in a row, for RETRY_S; then one more failure opens it again."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._num_failures = 0
-        self._closed_from = 0.0
-        self.reason = ""
-
-    @property
-    def is_open(self) -> bool:
-        return self._num_failures >= FAILURES_IN_A_ROW and self._clock() < self._closed_from
-
-    def fail(self, reason: str, is_final: bool = False) -> None:
-        self._num_failures = max(self._num_failures + 1, FAILURES_IN_A_ROW if is_final else 0)
-        self.reason = reason
-        if self._num_failures >= FAILURES_IN_A_ROW:
-            self._closed_from = self._clock() + RETRY_S
-
-    def succeed(self) -> None:
-        self._num_failures = 0
-
-
 class DiskTier(Tier):
     name = "disk"
 
@@ -140,7 +116,7 @@ class DiskTier(Tier):
         self._book = SegmentBook()
         self._pinned: dict[bytes, list[Segment]] = {}
         self._pending: set[bytes] = set()
-        self._reads, self._writes = _Breaker(clock), _Breaker(clock)
+        self._reads, self._writes = Breaker(clock), Breaker(clock)
         self._off_reason = ""
         self._end_at = float("inf")
         self._next_file = 0
@@ -154,12 +130,14 @@ class DiskTier(Tier):
             raise ConfigurationError(f"{self._files.folder} cannot be read: {error.strerror}") from error
         slot_bytes = self._format.slot_bytes
         num_buffers = max(num_writers + 1, write_buffer_bytes // slot_bytes)
-        memory = aligned_bytes(num_buffers * slot_bytes)
-        self._idle_buffers = [memory[start : start + slot_bytes] for start in range(0, len(memory), slot_bytes)]
+        self._idle_buffers = aligned_buffers(num_buffers, slot_bytes)
         self._stores: queue.SimpleQueue[_Store | None] = queue.SimpleQueue()  # bounded by the buffers
         self._loads: queue.SimpleQueue[_Load | None] = queue.SimpleQueue()  # bounded by MAX_WAITING_LOADS
         self._writers = [threading.Thread(target=self._write_all, daemon=True) for _ in range(num_writers)]
-        self._readers = [threading.Thread(target=self._read_all, daemon=True) for _ in range(num_readers)]
+        self._readers = [
+            threading.Thread(target=self._read_all, args=(buffer,), daemon=True)
+            for buffer in aligned_buffers(num_readers, slot_bytes)
+        ]
         for thread in (*self._writers, *self._readers):
             thread.start()
         log.info(
@@ -386,8 +364,7 @@ class DiskTier(Tier):
 
     # Loading: everything below runs in reader threads
 
-    def _read_all(self) -> None:
-        buffer = aligned_bytes(self._format.slot_bytes)
+    def _read_all(self, buffer: memoryview) -> None:
         while (load := self._loads.get()) is not None:
             if not load.is_given_up:
                 self._read(load, buffer)
@@ -469,7 +446,7 @@ class DiskTier(Tier):
         self._counters.add("io_errors")
         log.warning("disk tier %s could not be %s: %s", self._files.folder, what, error)
 
-    def _fail(self, breaker: _Breaker, reason: str, is_final: bool = False) -> None:
+    def _fail(self, breaker: Breaker, reason: str, is_final: bool = False) -> None:
         with self._lock:
             was_open = breaker.is_open
             breaker.fail(reason, is_final)

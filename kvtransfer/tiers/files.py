@@ -128,6 +128,7 @@ class Files:
         log.warning("%s: this filesystem has no O_DIRECT; blocks go through the page cache", self.folder)
 
 
-def aligned_bytes(num_bytes: int) -> memoryview:
-    """Zeroed memory of its own that starts on a page, as O_DIRECT wants it."""
-    return memoryview(mmap.mmap(-1, num_bytes))
+def aligned_buffers(count: int, num_bytes: int) -> list[memoryview]:
+    """Zeroed buffers that start on a page, as O_DIRECT wants them; `num_bytes` is a multiple of 4096."""
+    memory = memoryview(mmap.mmap(-1, count * num_bytes))
+    return [memory[start : start + num_bytes] for start in range(0, len(memory), num_bytes)]

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 
 from baton.errors import ConfigurationError
 from baton.files import replace_file, writable_folder
-from kvtransfer.tiers.files import Files, aligned_bytes
+from kvtransfer.tiers.files import Files, aligned_buffers
 from kvtransfer.tiers.records import PAGE_BYTES, RecordFormat
 from kvtransfer.tiers.segments import Segment
 
@@ -126,7 +126,7 @@ def _open_segment(files: Files, record_format: RecordFormat, file: str, on_error
 
 
 def _claims(files: Files, record_format: RecordFormat, segment: Segment) -> list[tuple[int, bytes, int]]:
-    page, claims = aligned_bytes(PAGE_BYTES), []
+    (page,), claims = aligned_buffers(1, PAGE_BYTES), []
     for slot in range(segment.num_slots):
         offset = slot * record_format.slot_bytes + record_format.page_offset
         if files.preadv(segment.fd, [page], offset) != PAGE_BYTES:

@@ -9,6 +9,7 @@ import pytest
 
 from kvtransfer.tiers import disk
 from kvtransfer.tiers.base import TierState
+from kvtransfer.tiers.breaker import RETRY_S
 from tests.kvtransfer.tiers.disk_world import (
     BLOCK_BYTES,
     SLOTS,
@@ -61,7 +62,7 @@ def test_a_full_disk_keeps_the_tier_at_the_size_that_it_has(world):
     assert count(world.tier, "io_errors") == 1
     assert world.state() is TierState.ON
     del world.disk.fail["fallocate"]
-    world.now += disk.RETRY_S
+    world.now += RETRY_S
     store(world.tier, range(200, 220))
     assert len(segment_files(world.disk.folder)) == 6
 
@@ -74,7 +75,7 @@ def test_a_disk_that_is_full_from_the_start_makes_the_tier_read_only_until_there
     assert not world.put(2)
     assert count(world.tier, "refused") == 2
     del world.disk.fail["fallocate"]
-    world.now += disk.RETRY_S
+    world.now += RETRY_S
     assert world.state() is TierState.ON
     store(world.tier, [3])
     assert load(world.tier, 3)
@@ -89,7 +90,7 @@ def test_a_disk_that_lets_nothing_be_written_makes_the_tier_read_only_at_once(wo
     assert not world.put(4)
     assert loaded(world.tier, range(5)) == [0, 1, 2]
     del world.disk.fail["pwritev"]
-    world.now += disk.RETRY_S
+    world.now += RETRY_S
     store(world.tier, [4])
     assert loaded(world.tier, range(5)) == [0, 1, 2, 4]
     assert world.state() is TierState.ON
@@ -120,11 +121,11 @@ def test_reads_that_fail_are_misses_and_switch_the_tier_off_until_it_is_tried_ag
     assert not load(world.tier, 5)
     assert not world.put(50)
     assert world.disk.num_calls["preadv"] == 3
-    world.now += disk.RETRY_S
+    world.now += RETRY_S
     assert not load(world.tier, 3)
     assert world.state() is TierState.OFF, "one more failure is enough"
     del world.disk.fail["preadv"]
-    world.now += disk.RETRY_S
+    world.now += RETRY_S
     assert loaded(world.tier, range(10)) == [4, 5, 6, 7, 8, 9]
     assert world.state() is TierState.ON
 
@@ -178,7 +179,7 @@ def test_a_read_that_hangs_ends_at_its_deadline_and_never_touches_its_callers_me
     assert not world.tier.get(name_of(0), into[0], soon())
     assert time.monotonic() - start < 2, "nobody waits for a disk that hangs"
     release.set()
-    world.now += disk.RETRY_S
+    world.now += RETRY_S
     assert loaded(world.tier, [0, 1]) == [0, 1]
     assert (into == 7).all()
 
