@@ -7,6 +7,7 @@ stored again. All blocks of a tier have `block_bytes` bytes.
     holds([name, ...])          -> which of them a get would find now
     pin([name, ...]), unpin     -> no eviction in between
     get(name, into, deadline)   -> True: `into` is the block; False: a miss, and `into` may hold anything
+    get_many                    -> the same for several at once
 
 Whatever goes wrong below a tier ends as a miss or a refusal with a counter, and in `status`.
 """
@@ -87,6 +88,10 @@ class Tier(ABC):
         False for a miss of any kind: not held, unreadable, failed its check, or the deadline passed. Once it
         returned, nothing writes `into`. Raises ValueError when name or `into` do not have their size.
         """
+
+    def get_many(self, names: Sequence[bytes], into: Sequence[npt.NDArray[np.uint8]], deadline: float) -> list[bool]:
+        """Get several blocks, each into the array at its place. Tiers with latency have many on their way at once."""
+        return [self.get(name, block, deadline) for name, block in zip(names, into, strict=True)]
 
     @abstractmethod
     def pin(self, names: Sequence[bytes]) -> list[bool]:
