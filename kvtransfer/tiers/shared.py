@@ -151,7 +151,8 @@ class SharedStore(Tier):
         """`root` must be there: a folder made in place of a mount that is missing would fill the wrong disk.
 
         capacity_bytes: what all blocks of this layout may take, for all workers together; exceeded for a sweep's
-        interval at most. layout_fingerprint: as the disk tier's. Raises ConfigurationError.
+        interval at most. layout_fingerprint: as the disk tier's. The folder is made for the user of the first worker
+        alone. Raises ConfigurationError.
         """
         if capacity_bytes < block_bytes or block_bytes <= 0 or ttl_s <= 0:
             raise ConfigurationError(
@@ -240,7 +241,7 @@ class SharedStore(Tier):
         with self._lock:
             self._pins.update(pinned)
         if pinned:
-            self._readers.submit(lambda: self._guard(self._reads, lambda: self._refresh(pinned)))
+            self._readers.submit(partial(self._refresh, pinned))
         return held
 
     def unpin(self, names: Iterable[bytes]) -> None:
@@ -302,14 +303,16 @@ class SharedStore(Tier):
 
     def _guard(self, breaker: _Breaker, work: Callable[[], T]) -> T | None:
         """What `work` gives; None, counted, when the filesystem refuses."""
+        started = time.monotonic()
         try:
             result = work()
         except OSError as error:
             self._counters.add("io_errors")
             self._fail(breaker, f"the shared store {self._root} fails: {error.strerror or error}")
             return None
-        with self._lock:
-            breaker.succeed()
+        if time.monotonic() - started < SLOW_S:  # what comes so late was given up and is no success
+            with self._lock:
+                breaker.succeed()
         return result
 
     def _fail(self, breaker: _Breaker, reason: str) -> None:
@@ -381,15 +384,18 @@ class SharedStore(Tier):
             self._known.pop(name, None)
         if num_bytes >= 0:
             self._counters.add("checksum_failures")
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+            self._guard(self._writes, partial(path.unlink, missing_ok=True))
         return None
 
     def _refresh(self, names: Sequence[bytes]) -> None:
-        """Blocks were used, by the filesystem's clock."""
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(self._path(name))
+        """Blocks were used, by the filesystem's clock. Runs in a thread of the store; one that is only read fails."""
+
+        def renew() -> None:
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    os.utime(self._path(name))
+
+        self._guard(self._writes, renew)
 
     def _store(self, name: bytes, slot: memoryview) -> None:
         """Write a block unless it is there. Runs in a thread of the store."""
@@ -428,7 +434,7 @@ class SharedStore(Tier):
     def _make_folder(self, folder: Path) -> None:
         if os.stat(self._root).st_dev != self._device:
             raise OSError(errno.ENODEV, "another filesystem is mounted there now")
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # prompts can be told from their KV
 
 
 def _is_there(path: Path) -> bool:

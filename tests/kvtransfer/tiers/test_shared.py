@@ -315,6 +315,47 @@ def test_a_store_that_hangs_costs_nobody_more_than_the_deadline(opened, trouble,
     assert not into.any(), "a load that comes late must not write into memory given back"
 
 
+def test_a_store_that_answers_but_always_too_late_is_left_alone(opened, monkeypatch):
+    monkeypatch.setattr(shared, "SLOW_S", 0.02)
+    store = opened(num_threads=1)
+    put(store, name(1))
+    late = threading.Semaphore(0)
+    load = store._load
+
+    def late_load(entry):
+        late.acquire(timeout=30)
+        return load(entry)
+
+    monkeypatch.setattr(store, "_load", late_load)
+    for _ in range(FAILURES_IN_A_ROW):
+        assert not store.get(name(1), np.zeros(BLOCK, np.uint8), time.monotonic() + 0.03)
+        late.release()
+        assert store._readers.submit(lambda: True).result(30), "the late answer has come"
+    assert store.status.state is TierState.OFF
+
+
+def test_a_store_that_may_only_be_read_is_read(opened, tmp_path, monkeypatch):
+    store = opened()
+    put(store, name(1), name(2))
+    age(file_of(tmp_path, name(1)), 1000)
+    damage("cut off", file_of(tmp_path, name(2)), file_of(tmp_path, name(1)))
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    for _ in range(FAILURES_IN_A_ROW):
+        assert has(store, name(1))
+        assert not has(store, name(2))
+    assert store.status.state is TierState.READ_ONLY
+
+
+def test_nobody_but_its_user_can_look_into_the_folder(opened, tmp_path):
+    put(opened(), name(1))
+    assert all(folder.stat().st_mode & 0o077 == 0 for folder in tmp_path.iterdir())
+
+
 def test_a_deadline_that_is_too_near_is_no_failure_of_the_store(opened, trouble):
     store = opened()
     put(store, name(1))
