@@ -467,6 +467,18 @@ def test_the_longest_unused_go_when_the_store_is_too_large(opened, tmp_path):
     assert again.num_evicted == 0
 
 
+def test_a_pin_holds_in_this_workers_sweeps_for_as_long_as_it_lasts(opened, tmp_path):
+    store = opened(ttl_s=1000)
+    put(store, *row(0, 2))
+    age(file_of(tmp_path, name(0)), 5000)
+    store.pin(row(0, 1))
+    wait_for(lambda: time.time() - file_of(tmp_path, name(0)).stat().st_mtime < 100)
+    for entry in row(0, 2):
+        age(file_of(tmp_path, entry), 5000)
+    store.sweep()
+    assert [has(store, entry) for entry in row(0, 2)] == [True, False]
+
+
 def test_no_sweep_deletes_what_was_used_just_now(opened, tmp_path):
     store = opened(capacity=BLOCK)
     put(store, *row(0, 4))
