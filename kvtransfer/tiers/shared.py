@@ -39,6 +39,7 @@ import numpy.typing as npt
 
 from baton.errors import ConfigurationError
 from kvtransfer.tiers.base import Block, Counters, Tier, TierState, TierStatus
+from kvtransfer.tiers.breaker import RETRY_S, Breaker
 from kvtransfer.tiers.records import RecordFormat, layout_hash
 from kvtransfer.tiers.sweeping import BLOCK_SUFFIX, FOLDER_DIGITS, SPARE_S, Sweeper, Swept
 
@@ -46,8 +47,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-FAILURES_IN_A_ROW: Final = 3
-RETRY_S: Final = 30.0
 SLOW_S: Final = 0.5
 """A load that its caller gave up after this long was slow; one given up earlier was merely called too late."""
 SWEEP_EVERY_S: Final = 60.0
@@ -100,32 +99,6 @@ class _Asked(Generic[T]):
     future: "Future[T | None] | None"
 
 
-class _Breaker:
-    """Open for RETRY_S after FAILURES_IN_A_ROW; then whoever comes tries, and one more failure opens it again."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._num_failures = 0
-        self._closed_from = 0.0
-        self.reason = ""
-
-    @property
-    def is_open(self) -> bool:
-        return self._num_failures >= FAILURES_IN_A_ROW and self._clock() < self._closed_from
-
-    def succeed(self) -> None:
-        self._num_failures = 0
-
-    def fail(self, reason: str) -> bool:
-        """True when this failure opens it."""
-        was_open = self.is_open
-        self._num_failures += 1
-        self.reason = reason
-        if self._num_failures >= FAILURES_IN_A_ROW:
-            self._closed_from = self._clock() + RETRY_S
-        return self.is_open and not was_open
-
-
 class SharedStore(Tier):
     """`holds` knows what this worker has written or seen lately; `find` asks the store.
 
@@ -170,7 +143,7 @@ class SharedStore(Tier):
         self._counters = Counters("shared", ("switched_off", "expired"))
         self._clock = clock
         self._lock = threading.Lock()  # of what follows; never held during I/O
-        self._reads, self._writes = _Breaker(clock), _Breaker(clock)
+        self._reads, self._writes = Breaker(clock), Breaker(clock)
         self._known: OrderedDict[bytes, float] = OrderedDict()  # name -> when it was last seen there
         self._gave_up_at = -math.inf
         self._pins: Counter[bytes] = Counter()
@@ -301,7 +274,7 @@ class SharedStore(Tier):
             if len(self._known) > _MAX_KNOWN:
                 self._known.popitem(last=False)
 
-    def _guard(self, breaker: _Breaker, work: Callable[[], T]) -> T | None:
+    def _guard(self, breaker: Breaker, work: Callable[[], T]) -> T | None:
         """What `work` gives; None, counted, when the filesystem refuses."""
         started = time.monotonic()
         try:
@@ -315,10 +288,12 @@ class SharedStore(Tier):
                 breaker.succeed()
         return result
 
-    def _fail(self, breaker: _Breaker, reason: str) -> None:
+    def _fail(self, breaker: Breaker, reason: str) -> None:
         with self._lock:
-            opened = breaker.fail(reason)
-        if opened:
+            was_open = breaker.is_open
+            breaker.fail(reason)
+            is_open = breaker.is_open
+        if is_open and not was_open:
             self._counters.add("switched_off")
             log.warning("%s; it is left alone for %d s", reason, RETRY_S)
 

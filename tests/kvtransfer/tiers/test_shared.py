@@ -16,7 +16,8 @@ import pytest
 from baton.errors import ConfigurationError
 from kvtransfer.tiers import shared, sweeping
 from kvtransfer.tiers.base import COUNTED, TierState
-from kvtransfer.tiers.shared import FAILURES_IN_A_ROW, KNOWN_S, RETRY_S, SharedStore
+from kvtransfer.tiers.breaker import FAILURES_IN_A_ROW, RETRY_S
+from kvtransfer.tiers.shared import KNOWN_S, SharedStore
 from kvtransfer.tiers.sweeping import LEASE_S, SPARE_S
 
 BLOCK = 5000
