@@ -574,7 +574,6 @@ def test_lane_cma_goes_on_where_the_kernel_stopped(monkeypatch):
             keep -= length
         return whole(pid, *rows)
 
-    monkeypatch.setattr(served.client, "_check_probe", lambda: None)
     monkeypatch.setattr(cma, "read_memory", some)
     remote = scattered(40, 1)
     served.client.pull(served.reads(remote, list(range(40))), soon())
@@ -584,6 +583,21 @@ def test_lane_cma_goes_on_where_the_kernel_stopped(monkeypatch):
     with pytest.raises(TransferError):
         served.client.pull([BlockRead(1, 0, 1)], soon())
     served.close()
+
+
+@given(st.lists(st.integers(0, 9), max_size=30), st.integers(1, 5))
+def test_lane_cma_finds_the_generation_of_every_block(ids, stretch):
+    blocks = np.array(ids, np.int64) * 150 * stretch
+    place = cma._Place("", 1, 1, 8, 1 << 20, 1, 10_000, 8)
+    watch = cma._Watch.of(place, blocks)
+    base, there = watch.words.ctypes.data, np.full(len(watch.words), -1)
+    for remote, local in zip(watch.remote.tolist(), watch.local.tolist(), strict=True):
+        start = (local[0] - base) // 8
+        there[start : start + local[1] // 8] = remote[0] + 8 * np.arange(remote[1] // 8)
+    assert there[0] == place.probe
+    assert (there[1:] >= place.generations).all()
+    assert (there[watch.places] == place.generations + 8 * blocks).all()
+    assert len(watch.words) <= 1 + len(set(ids)) * (cma._NEAR + 1)
 
 
 def test_a_kernel_that_forbids_lane_cma_is_told_apart_from_a_peer_that_is_gone(monkeypatch):
