@@ -21,7 +21,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -126,9 +126,9 @@ class CmaLaneServer(LaneServer):
             memory.num_blocks,
             memory.block_bytes,
         )
-        word = np.zeros(1, np.uint64)
+        watch = _Watch.of(place, np.empty(0, np.int64))
         try:  # whether the kernel has the call, and a container's filter lets it through
-            _read_words(place.pid, place.probe, word)
+            read_memory(place.pid, watch.remote, watch.local)
         except TransferError as error:
             raise ConfigurationError(f"lane cma cannot be served on this host: {error}") from error
         return LaneEndpoint(NAME, str(place), memory.token)
@@ -137,13 +137,30 @@ class CmaLaneServer(LaneServer):
         self._probe[0] = 0
 
 
-def _read_words(pid: int, address: int, words: npt.NDArray[np.uint64]) -> None:
-    one = np.array([words.nbytes], np.uint64)
-    done = read_memory(
-        pid, ranges(np.array([address], np.uint64), one), ranges(np.array([words.ctypes.data], np.uint64), one)
-    )
-    if done < words.nbytes:
-        raise TransferError("the peer's memory ends where words of the pool should be")
+class _Watch(NamedTuple):
+    """The words that tell whether a pull is still good: the probe, and the generation of every block concerned."""
+
+    remote: Ranges
+    local: Ranges
+    words: npt.NDArray[np.uint64]
+    """What `local` points into: the probe, then the generations, near ones with what lies between them."""
+    places: Integers
+    """In `words`, the generation of every piece's block."""
+
+    @classmethod
+    def of(cls, place: _Place, blocks: Integers) -> "_Watch":
+        ids = np.unique(blocks)
+        is_first = np.ones(len(ids), np.bool_)
+        is_first[1:] = ids[1:] - ids[:-1] > _NEAR
+        is_last = np.roll(is_first, -1)
+        firsts = ids[is_first]
+        counts = np.concatenate(([1], ids[is_last] - firsts + 1))
+        starts = np.cumsum(counts) - counts
+        words = np.empty(int(counts.sum()), np.uint64)
+        remote = np.concatenate(([place.probe], firsts * 8 + place.generations))
+        span = np.searchsorted(firsts, blocks, "right")  # starts[0] is the probe's
+        places = starts[span] + blocks - firsts[span - 1] if len(blocks) else blocks
+        return cls(ranges(remote, counts * 8), ranges(starts * 8 + words.ctypes.data, counts * 8), words, places)
 
 
 class CmaLaneClient(LaneClient):
@@ -174,7 +191,7 @@ class CmaLaneClient(LaneClient):
         try:
             if start_time(place.pid) != place.start_time:
                 raise TransferError("lane cma: the process with the peer's number is another one")
-            client._check_probe()
+            client._look(_Watch.of(place, np.empty(0, np.int64)))
         except OSError as error:
             client.close()
             raise TransferError(f"lane cma does not find the peer's process: {error}") from error
@@ -187,7 +204,9 @@ class CmaLaneClient(LaneClient):
         check_still_wanted(deadline, cancelled)
         pieces = Pieces.of(reads, self._local)
         check_blocks(pieces.blocks, self._place.num_blocks)
-        self._check(pieces)
+        watch = _Watch.of(self._place, pieces.blocks)
+        self._look(watch)
+        check_generations(watch.words[watch.places], pieces)
         runs = coalesce(pieces.remote_starts, pieces.local_starts, pieces.lengths, MAX_RUN_BYTES)
         base = self._local.blocks.ctypes.data
         for part in batches(runs.lengths, MAX_RANGES, MAX_RUN_BYTES):
@@ -195,34 +214,18 @@ class CmaLaneClient(LaneClient):
             lengths = runs.lengths[part]
             remote = ranges(runs.remote_starts[part] + self._place.blocks, lengths)
             self._read(remote, ranges(runs.local_starts[part] + base, lengths))
-        self._check(pieces)
+        self._look(watch)
+        check_generations(watch.words[watch.places], pieces)
 
     def close(self) -> None:
         os.close(self._pidfd)
 
-    def _check(self, pieces: Pieces) -> None:
-        """Raises TransferError when the pool is no longer served, or a block is not what was offered."""
-        self._check_probe()
-        if not len(pieces.blocks):
-            return
-        ids = np.unique(pieces.blocks)
-        first = np.flatnonzero(np.diff(ids, prepend=-2 * _NEAR) > _NEAR)
-        counts = np.append(ids[first[1:] - 1], ids[-1]) - ids[first] + 1
-        before = np.cumsum(counts) - counts
-        found = np.empty(int(counts.sum()), np.uint64)
-        remote = ranges(ids[first] * 8 + self._place.generations, counts * 8)
-        local = ranges(before * 8 + found.ctypes.data, counts * 8)
-        for start in range(0, len(remote), MAX_RANGES):
+    def _look(self, watch: _Watch) -> None:
+        """Read the words again. Raises TransferError when the pool is no longer served."""
+        for start in range(0, len(watch.remote), MAX_RANGES):
             part = slice(start, start + MAX_RANGES)
-            self._read(remote[part], local[part])
-        span = np.searchsorted(ids[first], pieces.blocks, "right") - 1
-        check_generations(found[before[span] + pieces.blocks - ids[first][span]], pieces)
-
-    def _check_probe(self) -> None:
-        self._check_process()
-        word = np.zeros(1, np.uint64)
-        _read_words(self._place.pid, self._place.probe, word)
-        if word[0] != self._token:
+            self._read(watch.remote[part], watch.local[part])
+        if watch.words[0] != self._token:
             raise TransferError("lane cma: the peer no longer serves its pool, or the token is wrong")
 
     def _read(self, remote: Ranges, local: Ranges) -> None:

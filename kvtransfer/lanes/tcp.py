@@ -1,17 +1,19 @@
 """Lane `tcp`: blocks over sockets, gathered from one pool and scattered into the other without a copy between.
 
-    request   token u64 | num_reads u32 | zero u32 | num_reads x (block u64, generation u64, offset u64, length u64)
-    answer    status u32 | zero u32 | block_bytes u64
+    request   token u64 | num_reads u32 | number u32 | num_reads x (block u64, generation u64, offset u64, length u64)
+    answer    status u32 | number u32 | block_bytes u64
               the bytes read in the order of the request   } only when the status is OK
               status u32                                   }
 
 The server looks at the generations before it sends and again after the last byte has left the pool; the second
-status tells what it found. A request of no reads is a probe. Every number is little-endian. A connection on which
-anything goes wrong is closed, because nobody can say which bytes come next. Requests are bounded, and so are the
+status tells what it found. An answer has the number of its request, so that one that comes twice or late is never taken
+for the next. A request of no reads is a probe. Every number is little-endian. A connection on which anything goes wrong
+is closed, because nobody can say which bytes come next. Requests are bounded, and so are the
 connections that a large pull is spread over. With TLS (streams.py) a server talks to nobody without.
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import socket
@@ -152,7 +154,7 @@ def _answer(stream: Stream, memory: PoolMemory, check_open: Callable[[], None]) 
     """Serve one request; False when the connection is to be closed."""
     head = bytearray(_REQUEST.size)
     stream.receive([memoryview(head)], check_open)
-    token, num_reads, _ = _REQUEST.unpack(head)
+    token, num_reads, number = _REQUEST.unpack(head)
     status = _OK if token == memory.token else _BAD_TOKEN
     if num_reads > MAX_REQUEST_READS:
         status = status or _BAD_REQUEST
@@ -161,7 +163,7 @@ def _answer(stream: Stream, memory: PoolMemory, check_open: Callable[[], None]) 
         stream.receive([wanted.data.cast("B")], partial(check_still_wanted, time.monotonic() + SEND_STALL_S, None))
         status = _OK if _is_inside(wanted, memory) else _BAD_REQUEST
         status = status or _judge(memory, wanted)
-    answer = memoryview(_ANSWER.pack(status, 0, memory.block_bytes))
+    answer = memoryview(_ANSWER.pack(status, number, memory.block_bytes))
     if status != _OK:
         stream.send([answer])
         return False
@@ -197,6 +199,7 @@ class TcpLaneClient(LaneClient):
         self._local = local
         self._tls = tls
         self._idle: list[Stream] = []
+        self._numbers = itertools.cycle(range(1, 1 << 32))
         self._slots = threading.BoundedSemaphore(MAX_PARALLEL)
         self._helpers = ThreadPoolExecutor(MAX_PARALLEL - 1, thread_name_prefix="lane-tcp-pull")
 
@@ -275,7 +278,8 @@ class TcpLaneClient(LaneClient):
         wanted["block"], wanted["generation"] = pieces.blocks, pieces.generations
         wanted["offset"] = pieces.remote_starts - pieces.blocks * self._local.block_bytes
         wanted["length"] = pieces.lengths
-        stream.send([memoryview(_REQUEST.pack(self._token, len(wanted), 0) + wanted.tobytes())])
+        number = next(self._numbers)
+        stream.send([memoryview(_REQUEST.pack(self._token, len(wanted), number) + wanted.tobytes())])
         head, tail = bytearray(_ANSWER.size), bytearray(_STATUS.size)
         ranges = _ranges(self._local, pieces.local_starts, pieces.lengths)
         try:
@@ -283,8 +287,10 @@ class TcpLaneClient(LaneClient):
         except TransferError:
             _check_status(_ANSWER.unpack(head)[0])  # a refusal has no more than its head
             raise
-        status, _, block_bytes = _ANSWER.unpack(head)
+        status, answered, block_bytes = _ANSWER.unpack(head)
         _check_status(status)
+        if answered != number:
+            raise TransferError("lane tcp: the peer answered another request than the one sent")
         if block_bytes != self._local.block_bytes:
             raise TransferError(f"a block has {block_bytes} bytes at the peer and {self._local.block_bytes} here")
         _check_status(*_STATUS.unpack(tail))

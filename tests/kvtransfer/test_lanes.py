@@ -1,14 +1,12 @@
 import ctypes
 import errno
 import itertools
-import json
 import os
 import random
 import shutil
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,7 +26,7 @@ from kvtransfer.lanes.host import boot_id
 from kvtransfer.lanes.registry import LANES, Lane, parse_lanes
 from kvtransfer.lanes.streams import Tls, TlsStream
 from kvtransfer.memory import PoolMemory
-from tests.kvtransfer.world import BLOCK_BYTES, NUM_BLOCKS, ROOT, new_memory, scattered
+from tests.kvtransfer.world import BLOCK_BYTES, NUM_BLOCKS, new_memory, scattered
 
 NAMES = ("shm", "cma", "tcp", "fake")
 
@@ -471,7 +469,7 @@ class MuteServer:
             probe = self._tls.server.wrap_socket(probe, server_side=True)
         self.connections.append(probe)
         probe.recv(65536)
-        probe.sendall(tcp._ANSWER.pack(0, 0, BLOCK_BYTES) + tcp._STATUS.pack(0))
+        probe.sendall(tcp._ANSWER.pack(0, 1, BLOCK_BYTES) + tcp._STATUS.pack(0))
         probe.recv(65536)
         probe.sendall(self.answer)
         self.answered.set()
@@ -481,7 +479,7 @@ class MuteServer:
             open_socket.close()
 
 
-HALF_A_BLOCK = tcp._ANSWER.pack(0, 0, BLOCK_BYTES) + bytes(BLOCK_BYTES // 2)
+HALF_A_BLOCK = tcp._ANSWER.pack(0, 2, BLOCK_BYTES) + bytes(BLOCK_BYTES // 2)
 
 
 @pytest.mark.parametrize("encrypted", [False, True])
@@ -502,6 +500,15 @@ def test_a_stalled_tcp_peer_is_left_at_the_deadline_and_on_cancellation(answer, 
     client = tcp.TcpLaneClient.connect(mute.endpoint, target, soon(), tls)
     with pytest.raises(TransferError, match="deadline"):
         client.pull([BlockRead(0, 0, 0)], soon(0.2))
+    mute.close()
+
+
+def test_a_whole_answer_to_another_request_is_no_answer():
+    old = tcp._ANSWER.pack(0, 1, BLOCK_BYTES) + bytes(BLOCK_BYTES) + tcp._STATUS.pack(0)
+    mute = MuteServer(old)
+    client = tcp.TcpLaneClient.connect(mute.endpoint, new_memory(), soon())
+    with pytest.raises(TransferError, match="another request"):
+        client.pull([BlockRead(0, 0, 0)], soon())
     mute.close()
 
 
@@ -539,49 +546,6 @@ def test_lanes_are_parsed_in_order_and_a_faulty_lane_keeps_its_name_on_the_wire(
     assert lanes[1].faults is None
 
 
-class Stranger:
-    """A process that serves a pool by lane cma, prints its endpoint, and lives until it is killed."""
-
-    CODE = """
-import json, sys
-from kvtransfer.lanes.cma import CmaLaneServer
-from tests.kvtransfer.world import new_memory
-memory = new_memory(seed=1)
-server = CmaLaneServer()
-endpoint = server.start(memory)
-print(json.dumps([endpoint.lane, endpoint.address, endpoint.token]), flush=True)
-sys.stdin.read()
-"""
-
-    def __init__(self) -> None:
-        command = [sys.executable, "-c", self.CODE]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        self.endpoint = LaneEndpoint(*json.loads(self.process.stdout.readline()))
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.communicate(timeout=10)
-
-
-def test_lane_cma_reads_another_process_and_never_one_that_has_ended():
-    stranger, target = Stranger(), new_memory()
-    client = LANES["cma"].connect(stranger.endpoint, target, soon())
-    client.pull([BlockRead(block, 0, NUM_BLOCKS - 1 - block) for block in range(NUM_BLOCKS)], soon())
-    assert (target.blocks[::-1] == new_memory(seed=1).blocks).all()
-    target.blocks[:] = 0
-    stranger.process.kill()
-    os.waitid(os.P_PID, stranger.process.pid, os.WEXITED | os.WNOWAIT)  # a zombie: its number is still its own
-    with pytest.raises(TransferError):
-        client.pull([BlockRead(0, 0, 0)], soon())
-    stranger.end()
-    with pytest.raises(TransferError, match="ended"):
-        client.pull([BlockRead(0, 0, 0)], soon())
-    with pytest.raises(TransferError):
-        LANES["cma"].connect(stranger.endpoint, target, soon())
-    assert not target.blocks.any()
-    client.close()
-
-
 @pytest.mark.parametrize("part", ["start time", "probe"])
 def test_lane_cma_does_not_read_a_process_that_got_the_peers_number(part):
     served = Served("cma")
@@ -610,7 +574,6 @@ def test_lane_cma_goes_on_where_the_kernel_stopped(monkeypatch):
             keep -= length
         return whole(pid, *rows)
 
-    monkeypatch.setattr(served.client, "_check_probe", lambda: None)
     monkeypatch.setattr(cma, "read_memory", some)
     remote = scattered(40, 1)
     served.client.pull(served.reads(remote, list(range(40))), soon())
@@ -620,6 +583,21 @@ def test_lane_cma_goes_on_where_the_kernel_stopped(monkeypatch):
     with pytest.raises(TransferError):
         served.client.pull([BlockRead(1, 0, 1)], soon())
     served.close()
+
+
+@given(st.lists(st.integers(0, 9), max_size=30), st.integers(1, 5))
+def test_lane_cma_finds_the_generation_of_every_block(ids, stretch):
+    blocks = np.array(ids, np.int64) * 150 * stretch
+    place = cma._Place("", 1, 1, 8, 1 << 20, 1, 10_000, 8)
+    watch = cma._Watch.of(place, blocks)
+    base, there = watch.words.ctypes.data, np.full(len(watch.words), -1)
+    for remote, local in zip(watch.remote.tolist(), watch.local.tolist(), strict=True):
+        start = (local[0] - base) // 8
+        there[start : start + local[1] // 8] = remote[0] + 8 * np.arange(remote[1] // 8)
+    assert there[0] == place.probe
+    assert (there[1:] >= place.generations).all()
+    assert (there[watch.places] == place.generations + 8 * blocks).all()
+    assert len(watch.words) <= 1 + len(set(ids)) * (cma._NEAR + 1)
 
 
 def test_a_kernel_that_forbids_lane_cma_is_told_apart_from_a_peer_that_is_gone(monkeypatch):
