@@ -90,7 +90,6 @@ class Converter:
                     for block, place in zip(wanted, places, strict=False)
                 ]
                 outcome = pull_and_verify(client, self.staging.memory, staged, deadline, cancelled)
-                check_still_wanted(deadline, cancelled)
                 arrived = places[: outcome.num_verified]
                 self.conversion.convert(self.staging.memory.blocks, arrived, first, self.memory.blocks, row)
         except TransferError as error:
