@@ -9,23 +9,31 @@ checksums included, with and without another page size.
 """
 
 import argparse
+import contextlib
+import json
 import statistics
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
-from benchmarks.lanes import MOVED_BYTES, POOL_BYTES, connected, seconds
 from benchmarks.report import Report, add_common_arguments
 from kvtransfer.conversion import Row, plan
-from kvtransfer.lanes.base import BlockRead, LaneClient
+from kvtransfer.lanes.base import BlockRead, LaneClient, LaneEndpoint
+from kvtransfer.lanes.registry import LANES
 from kvtransfer.layout import BlockLayout
 from kvtransfer.memory import PoolMemory
 from kvtransfer.pulls import MAX_BATCH_BYTES, WantedBlock, pull_and_verify
 from kvtransfer.staging import MAX_STAGED_BYTES, Converters
 
+MOVED_BYTES = 64 << 20
+POOL_BYTES = 128 << 20
 SHAPES = {
     "16 layers, 4 heads of 64": BlockLayout("m", "bfloat16", 16, 4, 64, 16, weights_fingerprint="w"),
     "32 layers, 8 heads of 128": BlockLayout("m", "bfloat16", 32, 8, 128, 16, weights_fingerprint="w"),
@@ -38,6 +46,40 @@ DTYPES = tuple(
     for here in ("bfloat16", "float16", "float32")
     if there != here
 )
+
+
+def contents() -> npt.NDArray[np.uint8]:
+    """The byte that each block of the offering process is full of; more than any pool here has blocks."""
+    return np.random.default_rng(1).integers(0, 256, (1 << 16, 1), np.uint8)
+
+
+def serve(block_bytes: int) -> None:
+    """The offering process: serves a pool until its standard input ends."""
+    memory = PoolMemory.create(POOL_BYTES // block_bytes, block_bytes)
+    memory.blocks[:] = contents()[: memory.num_blocks]
+    server = LANES["shm"].serve("127.0.0.1")
+    endpoint = server.start(memory)
+    print(json.dumps([endpoint.lane, endpoint.address, endpoint.token]), flush=True)
+    sys.stdin.read()
+    server.close()
+
+
+@contextlib.contextmanager
+def offering(block_bytes: int) -> Iterator[LaneEndpoint]:
+    command = [sys.executable, "-m", "benchmarks.conversion", "--serve", str(block_bytes)]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        if child.stdout is None or not (line := child.stdout.readline()):
+            raise SystemExit("the offering process did not start")
+        yield LaneEndpoint(*json.loads(line))
+    finally:
+        child.communicate(timeout=10)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def ordinary_numbers(count: int, dtype: str) -> np.ndarray:
@@ -81,7 +123,7 @@ def measure_pulls(report: Report, shape: str, peer: BlockLayout, repeat: int) ->
     """What converting adds to a pull of another process's blocks: copied as they are, and into pages twice as long."""
     here = replace(peer, page_size_tokens=2 * peer.page_size_tokens)
     num_there, moved = POOL_BYTES // peer.block_bytes, MOVED_BYTES // peer.block_bytes
-    content = np.random.default_rng(1).integers(0, 256, (num_there, 1), np.uint8)  # as benchmarks.lanes serves it
+    content = contents()[:num_there]
     sums = [xxhash.xxh3_64_intdigest(np.repeat(byte, peer.block_bytes)) for byte in content]
     remote = np.random.default_rng(2).permutation(num_there)[:moved].tolist()
     raw, pool = PoolMemory.create(moved, peer.block_bytes), PoolMemory.create(moved // 2, here.block_bytes)
@@ -106,10 +148,15 @@ def measure_pulls(report: Report, shape: str, peer: BlockLayout, repeat: int) ->
             first += outcome.num_verified
 
     plain, converted = [], []
-    with connected("shm", raw) as to_pool, connected("shm", converter.staging.memory) as to_staging:
+    with offering(peer.block_bytes) as endpoint:
+        to_pool, to_staging = (
+            LANES["shm"].connect(endpoint, memory, time.monotonic() + 10) for memory in (raw, converter.staging.memory)
+        )
         for _ in range(repeat + 1):
             plain.append(seconds(lambda: pull_raw(to_pool)))
             converted.append(seconds(lambda: pull_converted(to_staging)))
+        to_pool.close()
+        to_staging.close()
     pages = pool.blocks[row.block_ids].reshape(moved // 2, -1, 2, peer.page_size_tokens * peer.head_dim * 2)
     if not all((pages[:, :, half] == content[remote[half::2], None]).all() for half in (0, 1)):
         raise SystemExit("a conversion delivered wrong bytes")
@@ -123,7 +170,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)
     parser.add_argument("--repeat", type=int, default=15, help="repetitions of each figure")
+    parser.add_argument("--serve", type=int, metavar="BLOCK_BYTES", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.serve:
+        serve(arguments.serve)
+        return
     repeat = 5 if arguments.quick else arguments.repeat
     report = Report("KV blocks of another layout, 64 MiB of the peer's bytes")
     for shape, layout in list(SHAPES.items())[: 1 if arguments.quick else None]:

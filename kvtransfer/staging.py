@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from baton.errors import ConfigurationError, PeerError, TransferError
 from kvtransfer.conversion import Conversion, Row, plan
-from kvtransfer.lanes.base import POLL_S, LaneClient, check_still_wanted
+from kvtransfer.lanes.base import POLL_S, BlockRead, LaneClient, check_still_wanted
 from kvtransfer.layout import BlockLayout
 from kvtransfer.memory import PoolMemory
 from kvtransfer.pulls import PullOutcome, WantedBlock, pull_and_verify
@@ -85,17 +85,17 @@ class Converter:
         failure = None
         try:
             with self.staging.lend(min(len(wanted), self.staging.max_lent), deadline, cancelled) as places:
-                staged = [
-                    replace(block, read=block.read._replace(local_block=place))
-                    for block, place in zip(wanted, places, strict=False)
-                ]
+                staged = [_landing_at(place, block) for place, block in zip(places, wanted, strict=False)]
                 outcome = pull_and_verify(client, self.staging.memory, staged, deadline, cancelled)
-                check_still_wanted(deadline, cancelled)
                 arrived = places[: outcome.num_verified]
                 self.conversion.convert(self.staging.memory.blocks, arrived, first, self.memory.blocks, row)
         except TransferError as error:
             outcome, failure = replace(outcome, num_verified=0), str(error)
         return replace(outcome, seconds=time.monotonic() - start, failure=outcome.failure or failure)
+
+
+def _landing_at(place: int, block: WantedBlock) -> WantedBlock:
+    return WantedBlock(BlockRead(block.read.remote_block, block.read.remote_generation, place), block.checksum)
 
 
 class Converters:

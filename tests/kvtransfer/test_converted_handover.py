@@ -170,6 +170,23 @@ def test_a_block_that_arrives_wrong_once_is_pulled_again():
     run(scenario, layout=DOUBLE, pull_lanes="faulty:fake?flip=1")
 
 
+@pytest.mark.parametrize(("here", "num_local", "room"), [(DOUBLE, 2, 4), (HALF, 3, 2), (HALF, 4, 2)])
+def test_a_peer_that_offers_more_than_the_row_has_room_for_is_not_believed(here, num_local, room):
+    async def scenario(world: Pair) -> None:
+        task = world.take("h", list(range(num_local)))
+        world.offers.open("h", DECODE_REF)
+        world.offer("h", 0, list(range(10, 10 + room)))
+        await until(lambda: world.intake_counters.get("handover_blocks_received", 0) == room)
+        world.offer("h", room, [40])
+        result = await task
+        assert result.failure == f"the peer offers more than the {num_local} blocks that are reserved here"
+        assert result.num_blocks == num_local
+        assert right(world, LAYOUT, here, list(range(10, 10 + room)), list(range(num_local)), num_local)
+        assert (world.target.blocks[num_local:] == UNWRITTEN).all()
+
+    run(scenario, layout=here)
+
+
 class Gate:
     """Holds conversions up: `entered` says that one waits, `open` lets them go on."""
 
@@ -189,7 +206,7 @@ class Gate:
 def test_whatever_ends_a_hand_over_while_it_converts_nothing_is_written_after_take_returns(monkeypatch, how):
     async def scenario(world: Pair) -> None:
         gate = Gate(monkeypatch)
-        task = world.take("h", [0, 1], timeout_s=0.3 if how == "deadline" else 10)
+        task = world.take("h", [0, 1], timeout_s=1.5 if how == "deadline" else 10)
         world.offers.open("h", DECODE_REF)
         world.offer("h", 0, [10, 11])
         await until(gate.entered.is_set)
@@ -260,7 +277,7 @@ def test_without_a_place_in_time_the_hand_over_fails_and_says_why(monkeypatch):
         assert (await _taken(world, "third", [1], [3, 4])).failure is None
         assert right(world, LAYOUT, DOUBLE, [3, 4], [1], 1)
 
-    run(scenario, layout=DOUBLE, pull_timeout_s=0.3)
+    run(scenario, layout=DOUBLE, pull_timeout_s=1.0)
 
 
 async def _taken(world: Pair, handover_id: str, local: list[int], remote: list[int]):
