@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from baton.errors import ConfigurationError
+from kvtransfer.lanes import nixl, ucx
 from kvtransfer.lanes.base import LaneClient, LaneEndpoint, LaneServer
 from kvtransfer.lanes.fake import FakeLaneClient, FakeLaneServer
 from kvtransfer.lanes.faulty import FaultPlan, FaultyLaneClient
@@ -32,6 +33,8 @@ LANES: dict[str, Lane] = {
     for lane in (
         Lane("shm", lambda host: ShmLaneServer(), ShmLaneClient.connect),
         Lane("tcp", TcpLaneServer, TcpLaneClient.connect),
+        Lane("ucx", ucx.UcxLaneServer, ucx.connect),
+        Lane("nixl", nixl.NixlLaneServer, nixl.connect),
         Lane("fake", lambda host: FakeLaneServer(), FakeLaneClient.connect),
     )
 }
