@@ -10,7 +10,6 @@ Then nothing more is said, and the end of the connection tells either side that 
 whatever the library notices of it.
 """
 
-import contextlib
 import logging
 import socket
 import struct
@@ -48,6 +47,7 @@ class Door:
         self._host = host
         self._listener: socket.socket | None = None
         self._thread: threading.Thread | None = None
+        self._closing = threading.Event()
 
     def open(self, token: int, answer: bytes, enter: Callable[[bytes, socket.socket], None]) -> str:
         """Returns the address for peers. Raises ConfigurationError.
@@ -70,6 +70,7 @@ class Door:
         """Let nobody else in."""
         if self._listener is None or self._thread is None:
             return
+        self._closing.set()
         self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread out of accept()
         self._thread.join(2 * _GREETING_TIMEOUT_S)
         self._listener.close()
@@ -78,29 +79,33 @@ class Door:
     def _accept(
         self, listener: socket.socket, token: int, answer: bytes, enter: Callable[[bytes, socket.socket], None]
     ) -> None:
-        with contextlib.suppress(OSError):  # the door is closed
-            while True:
+        while not self._closing.is_set():
+            try:
                 connection, _ = listener.accept()
-                try:
-                    said = _hear(connection, token)
-                    connection.sendall(_LENGTH.pack(len(answer)) + answer)
-                    connection.setblocking(False)
-                except (OSError, TransferError) as error:
-                    log.warning("lane %s: a peer was not let in: %s", self._lane, error)
-                    connection.close()
-                else:
-                    enter(said, connection)
+            except OSError as error:
+                if not self._closing.wait(0.1):  # out of descriptors, say: breathe, then go on
+                    log.warning("lane %s: cannot accept a connection: %s", self._lane, error)
+                continue
+            try:
+                said = _hear(connection, token)
+                connection.sendall(_LENGTH.pack(len(answer)) + answer)
+                connection.setblocking(False)
+            except (OSError, TransferError) as error:
+                log.warning("lane %s: a peer was not let in: %s", self._lane, error)
+                connection.close()
+            else:
+                enter(said, connection)
 
 
 def _hear(connection: socket.socket, token: int) -> bytes:
-    connection.settimeout(_GREETING_TIMEOUT_S)
     _keep_alive(connection)
-    shown, length = _HEAD.unpack(_receive(connection, _HEAD.size))
+    deadline = time.monotonic() + _GREETING_TIMEOUT_S
+    shown, length = _HEAD.unpack(_receive(connection, _HEAD.size, deadline))
     if shown != token:
         raise TransferError("it shows a wrong token")
     if length > _MAX_GREETING_BYTES:
         raise TransferError(f"it wants to say {length} bytes")
-    return _receive(connection, length)
+    return _receive(connection, length, deadline)
 
 
 class Greeting(NamedTuple):
@@ -121,10 +126,10 @@ def greet(endpoint: LaneEndpoint, say: bytes, deadline: float) -> Greeting:
     try:
         _keep_alive(connection)
         connection.sendall(_HEAD.pack(endpoint.token, len(say)) + say)
-        (length,) = _LENGTH.unpack(_receive(connection, _LENGTH.size))
+        (length,) = _LENGTH.unpack(_receive(connection, _LENGTH.size, deadline))
         if length > _MAX_GREETING_BYTES:
             raise TransferError(f"lane {endpoint.lane}: the peer wants to say {length} bytes")
-        said = _receive(connection, length)
+        said = _receive(connection, length, deadline)
         connection.setblocking(False)
     except OSError as error:
         connection.close()
@@ -146,9 +151,10 @@ def has_ended(connection: socket.socket) -> bool:
         return True
 
 
-def _receive(connection: socket.socket, length: int) -> bytes:
+def _receive(connection: socket.socket, length: int, deadline: float) -> bytes:
     received = bytearray()
-    while len(received) < length:  # not MSG_WAITALL, which a timeout of Python's does not wait for
+    while len(received) < length:
+        connection.settimeout(max(0.001, deadline - time.monotonic()))
         try:
             part = connection.recv(length - len(received))
         except ConnectionResetError:
