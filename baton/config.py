@@ -102,11 +102,18 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class HandoverOptions:
-    lanes: str = setting("shm,tcp", "lanes that may carry KV blocks, best first")
+    lanes: str = setting(
+        "shm,cma,tcp", "lanes that may carry KV blocks, best first; of several networks the one measured faster"
+    )
     lease_s: float = setting(10.0, "seconds offered blocks are kept without a sign of life from the decode worker")
     heartbeat_interval_s: float = setting(0.5, "seconds between signs of life of two workers that hand over")
     heartbeat_timeout_s: float = setting(2.0, "silence after which such a peer counts as dead")
     pull_timeout_s: float = setting(10.0, "longest that one batch of blocks may take to arrive")
+    handover_tls_cert: str = setting(
+        "", "PEM certificate of this worker: lane tcp then uses mutual TLS only; needs the key and the authority too"
+    )
+    handover_tls_key: str = setting("", "PEM private key of that certificate, without a password")
+    handover_tls_ca: str = setting("", "PEM certificates of the authority that signed every worker's certificate")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ WORKER_COUNTERS: dict[str, str] = {
     "handover_failures": "Hand-overs that ended early, for whatever reason; the rest was prefilled locally",
     "handover_leases_expired": "Leases that ended before their blocks were released",
     "handover_peer_losses": "Peers declared dead after silence, a sequence gap or a refusal",
+    "handover_lane_fallbacks": "Connections to a peer whose better lane failed, so that blocks come by a slower one",
     "local_prefill_fallbacks": "Requests prefilled by a decode worker although a prefill worker had been chosen",
     "requests_aborted": "Attempts aborted",
     "requests_expired": "Attempts ended by their deadline",

@@ -29,7 +29,7 @@ from engine.speculation.ngram import NgramGuesser
 from engine.speculation.policy import Policy
 from engine.speculation.speculator import Guesser, Speculator
 from kvtransfer.intake import Intake
-from kvtransfer.lanes.registry import parse_lanes
+from kvtransfer.lanes.registry import lanes_of
 from kvtransfer.layout import BlockLayout
 from kvtransfer.memory import PoolMemory
 from kvtransfer.offers import OfferServer
@@ -186,7 +186,7 @@ async def wire_up(
     on_crash: Callable[[BaseException], None],
 ) -> AsyncIterator[Wired]:
     """Shell, roles and hand-over of one worker, stopped in reverse order whatever happens."""
-    lanes = parse_lanes(options.lanes)
+    lanes = lanes_of(options)
     shell = WorkerShell(parts.engine, parts.model.fingerprint, send, on_crash)
     address = ""
     async with contextlib.AsyncExitStack() as stack:

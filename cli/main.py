@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("cli.chat", "talk to the model, streaming"),
     "status": ("cli.status", "show workers, roles, blocks and load"),
     "profile": ("cli.profile", "measure a model on this machine: cost table, trace, and where each millisecond goes"),
+    "doctor": ("cli.doctor", "show what this host offers for moving KV blocks, and measure every lane"),
 }
 EXIT_USAGE = 2
 

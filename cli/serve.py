@@ -38,7 +38,7 @@ from baton.model_folder import served_name
 from baton.processes import log_to_stderr, stop_signals
 from cli.model import cores_for, model_folder, own_cores, threads_for
 from engine.weights import check_model
-from kvtransfer.lanes.registry import parse_lanes
+from kvtransfer.lanes.registry import lanes_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -114,7 +114,7 @@ class Cluster:
         self.coordinator_options = from_arguments(CoordinatorOptions, arguments)
         self.model = from_arguments(ModelOptions, arguments)
         self.handover = from_arguments(HandoverOptions, arguments)
-        parse_lanes(self.handover.lanes)
+        lanes_of(self.handover)
         folder = model_folder(self.model)
         check_model(folder)
         engine = from_arguments(EngineOptions, arguments)

@@ -223,10 +223,10 @@ class Intake:
             await link.close()
             raise
         self._users[link] = set()
+        self._count("handover_lane_fallbacks", link.fell_back)
         before, now = self._lane_names.get(peer.worker_id), link.lane.name
-        if before != now:
-            level = logging.INFO if before is None else logging.WARNING
-            log.log(level, "blocks of worker %s come by lane %s (before: %s)", peer.worker_id, now, before or "none")
+        if before not in (None, now):
+            log.warning("blocks of worker %s came by lane %s before, and by %s now", peer.worker_id, before, now)
         self._lane_names[peer.worker_id] = now
         return link
 

@@ -19,6 +19,7 @@ from baton.errors import PeerError, TransferError
 from baton.v1 import handover_pb2 as pb
 from kvtransfer.handshake import check_reply, hello
 from kvtransfer.lanes.base import LaneClient, LaneEndpoint
+from kvtransfer.lanes.choosing import open_best
 from kvtransfer.lanes.registry import Lane
 from kvtransfer.layout import BlockLayout
 from kvtransfer.memory import PoolMemory
@@ -58,6 +59,8 @@ class PeerLink:
         self.lost: str | None = None
         self.retired = False
         """Takes no further hand-overs; set by the owner."""
+        self.fell_back = False
+        """A better lane than the one in use should have reached the peer and did not."""
         self._me = me
         self._options = options
         self._on_message = on_message
@@ -113,19 +116,16 @@ class PeerLink:
         self._socket.connect(self.peer.address)
 
     async def _open_lane(self, reply: pb.HelloReply, memory: PoolMemory, lanes: Sequence[Lane]) -> LaneClient:
-        loop = asyncio.get_running_loop()
-        served = {endpoint.lane: endpoint for endpoint in reply.lanes}
-        for lane in lanes:
-            if lane.name not in served:
-                continue
-            theirs = served[lane.name]
-            endpoint = LaneEndpoint(theirs.lane, theirs.address, theirs.token)
-            deadline = time.monotonic() + self._options.heartbeat_timeout_s
-            try:
-                return await loop.run_in_executor(self.threads, lane.connect, endpoint, memory, deadline)
-            except TransferError as error:
-                log.warning("worker %s cannot be reached by lane %s: %s", self.peer.worker_id, lane.name, error)
-        raise PeerError("no lane reaches the peer")
+        endpoints = {theirs.lane: LaneEndpoint(theirs.lane, theirs.address, theirs.token) for theirs in reply.lanes}
+        loop, timeout_s = asyncio.get_running_loop(), self._options.heartbeat_timeout_s
+        try:
+            choice = await loop.run_in_executor(self.threads, open_best, lanes, endpoints, memory, timeout_s)
+        except TransferError as error:
+            raise PeerError(f"no lane reaches the peer: {error}") from error
+        self.fell_back = choice.is_fallback
+        level = logging.WARNING if choice.is_fallback else logging.INFO
+        log.log(level, "blocks of worker %s come by %s", self.peer.worker_id, choice)
+        return choice.client
 
     def send(self, message: pb.HandoverMessage) -> None:
         """Queue a message; a peer that cannot take it is lost. Nothing is sent to a lost peer."""

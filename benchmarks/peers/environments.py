@@ -59,7 +59,13 @@ VLLM = Recipe(
     deadline_s=1500.0,
     preload="libiomp5.so",  # with libgomp it is several times slower
 )
-RECIPES = (LLAMA_CPP, VLLM)
+UCX = Recipe(
+    "UCX",  # and NIXL, which is made on it
+    # NIXL by itself: what it depends on are gigabytes of CUDA, and between memories of hosts it needs none of them.
+    installs=(("numpy", "libucx-cu12"), ("--no-deps", "nixl", "nixl-cu12")),
+    wanted=frozenset({"numpy", "libucx-cu12", "nixl", "nixl-cu12"}),
+)
+RECIPES = (LLAMA_CPP, VLLM, UCX)
 
 
 def default_root() -> Path:

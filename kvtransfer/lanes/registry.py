@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
+from baton.config import HandoverOptions
 from baton.errors import ConfigurationError
 from kvtransfer.lanes import nixl, ucx
 from kvtransfer.lanes.base import LaneClient, LaneEndpoint, LaneServer
+from kvtransfer.lanes.cma import CmaLaneClient, CmaLaneServer
 from kvtransfer.lanes.fake import FakeLaneClient, FakeLaneServer
 from kvtransfer.lanes.faulty import FaultPlan, FaultyLaneClient
 from kvtransfer.lanes.shm import ShmLaneClient, ShmLaneServer
+from kvtransfer.lanes.streams import Tls
 from kvtransfer.lanes.tcp import TcpLaneClient, TcpLaneServer
 from kvtransfer.memory import PoolMemory
 
@@ -19,33 +23,37 @@ Connect = Callable[[LaneEndpoint, PoolMemory, float], LaneClient]
 class Lane:
     """One kind of lane: `serve(host)` makes the offering side, `connect(endpoint, local, deadline)` the pulling one.
 
-    `connect` really reaches the peer, or raises TransferError. `faults` is set for a lane that is faulty on purpose.
+    `connect` really reaches the peer, or raises TransferError. `one_host`: it moves bytes between processes of one
+    host, at the speed of memory and without a network. `faults` is set for a lane that is faulty on purpose.
     """
 
     name: str
     serve: Callable[[str], LaneServer]
     connect: Connect
+    one_host: bool = False
     faults: FaultPlan | None = None
 
 
 LANES: dict[str, Lane] = {
     lane.name: lane
     for lane in (
-        Lane("shm", lambda host: ShmLaneServer(), ShmLaneClient.connect),
+        Lane("shm", lambda host: ShmLaneServer(), ShmLaneClient.connect, one_host=True),
+        Lane("cma", lambda host: CmaLaneServer(), CmaLaneClient.connect, one_host=True),
         Lane("tcp", TcpLaneServer, TcpLaneClient.connect),
         Lane("ucx", ucx.UcxLaneServer, ucx.connect),
         Lane("nixl", nixl.NixlLaneServer, nixl.connect),
-        Lane("fake", lambda host: FakeLaneServer(), FakeLaneClient.connect),
+        Lane("fake", lambda host: FakeLaneServer(), FakeLaneClient.connect, one_host=True),
     )
 }
 
 
-def parse_lanes(text: str) -> list[Lane]:
+def parse_lanes(text: str, tls: Tls | None = None) -> list[Lane]:
     """The lanes of `--lanes`, best first, such as 'shm,tcp' or, for fault tests, 'faulty:shm?corrupt=3,tcp'.
 
-    Raises ConfigurationError for an unknown or repeated lane, or none at all.
+    With `tls`, lane tcp speaks nothing else. Raises ConfigurationError for an unknown or repeated lane, none at all,
+    or one that would carry blocks over a network in the clear beside `tls`.
     """
-    lanes = [_parse_lane(word.strip()) for word in text.split(",") if word.strip()]
+    lanes = [_parse_lane(word.strip(), tls) for word in text.split(",") if word.strip()]
     names = [lane.name for lane in lanes]
     if not lanes:
         raise ConfigurationError(f"--lanes is empty; name at least one of {', '.join(LANES)}")
@@ -54,18 +62,29 @@ def parse_lanes(text: str) -> list[Lane]:
     return lanes
 
 
-def _parse_lane(word: str) -> Lane:
+def lanes_of(options: HandoverOptions) -> list[Lane]:
+    """What the options name, with their TLS. Raises ConfigurationError."""
+    tls = Tls.load(options.handover_tls_cert, options.handover_tls_key, options.handover_tls_ca)
+    return parse_lanes(options.lanes, tls)
+
+
+def _parse_lane(word: str, tls: Tls | None) -> Lane:
     prefix, colon, rest = word.partition(":")
     if colon and prefix == "faulty":
         name, _, query = rest.partition("?")
-        return _faulty(_known(name), FaultPlan.parse(query))
-    return _known(word)
+        return _faulty(_known(name, tls), FaultPlan.parse(query))
+    return _known(word, tls)
 
 
-def _known(name: str) -> Lane:
+def _known(name: str, tls: Tls | None) -> Lane:
     if name not in LANES:
         raise ConfigurationError(f"--lanes names '{name}'; choose from {', '.join(LANES)}")
-    return LANES[name]
+    lane = LANES[name]
+    if tls is None or lane.one_host:
+        return lane
+    if name != "tcp":
+        raise ConfigurationError(f"lane {name} cannot be encrypted; leave it out of --lanes, or TLS out")
+    return replace(lane, serve=partial(TcpLaneServer, tls=tls), connect=partial(TcpLaneClient.connect, tls=tls))
 
 
 def _faulty(lane: Lane, plan: FaultPlan) -> Lane:

@@ -1,9 +1,12 @@
 """Lane `shm`: peers on one host map each other's pool read-only and copy blocks out of it, one copy in all.
 
 A peer connects to an abstract Unix socket, shows the token, and is handed a read-only descriptor of the pool. The
-connection then stays open and carries nothing: its end tells the peer that the pool is no longer served. Abstract
-names live in a network namespace, so a peer on another host, or in a container with its own network, simply finds
-nobody there and takes the next lane.
+connection then stays open and carries nothing: its end tells the peer that the pool is no longer served. The address
+is `boot id/name`: a peer on another host sees that it is one. Abstract names live in a network namespace, so a peer in
+a container with its own network finds nobody there and takes the next lane.
+
+A new mapping has no page tables, and the first copy out of each page would wait for them: twice the time of a copy for
+256 KiB blocks, eight times for 4 KiB. So they are made when the peer connects.
 """
 
 import logging
@@ -16,14 +19,17 @@ import time
 from collections.abc import Sequence
 
 from baton.errors import ConfigurationError, TransferError
-from kvtransfer.lanes.base import BlockRead, LaneClient, LaneEndpoint, LaneServer
+from kvtransfer.lanes.base import BlockRead, LaneClient, LaneEndpoint, LaneServer, OtherHostError
 from kvtransfer.lanes.copying import copy_blocks
+from kvtransfer.lanes.host import boot_id
 from kvtransfer.memory import PoolMemory
 
 log = logging.getLogger(__name__)
 
 NAME = "shm"
 MAX_PEERS = 1024
+_TOUCH_S = 0.1  # at connecting, for about 2 GiB of page tables; the rest comes with the first copies
+_TOUCH_BYTES = 64 << 10  # what the kernel maps at a time around a page that is missing (fault_around_bytes)
 _GREETING_TIMEOUT_S = 1.0  # a peer sends its token as soon as it is connected
 _TOKEN = struct.Struct("<Q")
 _SHAPE = struct.Struct("<QQ")  # num_blocks, block_bytes
@@ -49,7 +55,7 @@ class ShmLaneServer(LaneServer):
         self._listener = listener
         self._thread = threading.Thread(target=self._accept, args=(listener, memory), name="lane-shm", daemon=True)
         self._thread.start()
-        return LaneEndpoint(NAME, name, memory.token)
+        return LaneEndpoint(NAME, f"{boot_id()}/{name}", memory.token)
 
     def close(self) -> None:
         if self._listener is None or self._thread is None:
@@ -109,10 +115,13 @@ class ShmLaneClient(LaneClient):
     @classmethod
     def connect(cls, endpoint: LaneEndpoint, local: PoolMemory, deadline: float) -> "ShmLaneClient":
         """Map the peer's pool. Raises TransferError where that is not possible, such as on another host."""
+        host, _, name = endpoint.address.rpartition("/")
+        if host != boot_id():
+            raise OtherHostError("lane shm: the peer is on another host")
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.settimeout(max(0.001, deadline - time.monotonic()))
-            connection.connect("\0" + endpoint.address)
+            connection.connect("\0" + name)
             connection.sendall(_TOKEN.pack(endpoint.token))
             shape, fds, _, _ = socket.recv_fds(connection, _SHAPE.size, 1)
             if not fds or len(shape) != _SHAPE.size:
@@ -123,6 +132,7 @@ class ShmLaneClient(LaneClient):
                 remote.close()
                 raise TransferError(f"a block has {block_bytes} bytes at the peer and {local.block_bytes} here")
             connection.setblocking(False)
+            _touch(remote, min(deadline, time.monotonic() + _TOUCH_S))
             return cls(remote, local, connection)
         except OSError as error:
             connection.close()
@@ -139,6 +149,15 @@ class ShmLaneClient(LaneClient):
     def close(self) -> None:
         self._connection.close()
         self._remote.close()
+
+
+def _touch(memory: PoolMemory, until: float) -> None:
+    """Read a byte here and there, so that the kernel makes the page tables of the mapping."""
+    flat, step = memory.blocks.reshape(-1), 64 << 20
+    for start in range(0, len(flat), step):
+        if time.monotonic() > until:
+            return
+        flat[start : start + step : _TOUCH_BYTES].max()
 
 
 def _has_ended(connection: socket.socket) -> bool:

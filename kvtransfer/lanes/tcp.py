@@ -1,22 +1,28 @@
-"""Lane `tcp`: blocks over plain sockets, gathered from one pool and scattered into the other without a copy between.
+"""Lane `tcp`: blocks over sockets, gathered from one pool and scattered into the other without a copy between.
 
-    request   token u64 | num_reads u32 | zero u32 | num_reads x (block u64, generation u64, offset u64, length u64)
-    answer    status u32 | zero u32 | block_bytes u64
+    request   token u64 | num_reads u32 | number u32 | num_reads x (block u64, generation u64, offset u64, length u64)
+    answer    status u32 | number u32 | block_bytes u64
               the bytes read in the order of the request   } only when the status is OK
               status u32                                   }
 
 The server looks at the generations before it sends and again after the last byte has left the pool; the second
-status tells what it found. A request of no reads is a probe. Every number is little-endian. A connection on which
-anything goes wrong is closed, because nobody can say which bytes come next.
+status tells what it found. An answer has the number of its request, so that one that comes twice or late is never taken
+for the next. A request of no reads is a probe. Every number is little-endian. A connection on which anything goes wrong
+is closed, because nobody can say which bytes come next. Requests are bounded, and so are the
+connections that a large pull is spread over. With TLS (streams.py) a server talks to nobody without.
 """
 
 import contextlib
+import itertools
 import logging
+import os
 import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 
 import numpy as np
 
@@ -31,19 +37,21 @@ from kvtransfer.lanes.base import (
     check_still_wanted,
 )
 from kvtransfer.lanes.copying import MAX_RUN_BYTES, Integers, Pieces, batches, coalesce
+from kvtransfer.lanes.streams import SEND_STALL_S, Stream, Tls, accept_stream, dial_stream
 from kvtransfer.memory import PoolMemory
 
 log = logging.getLogger(__name__)
 
 NAME = "tcp"
 MAX_CONNECTIONS = 256  # a server's; each has a thread
-MAX_PARALLEL_PULLS = 4  # a client's; each has a connection
+MAX_PARALLEL = 4  # requests that a client has under way; each has a connection
+MAX_SPREAD = min(MAX_PARALLEL, len(os.sched_getaffinity(0)))  # connections that one pull may take
 MAX_REQUEST_READS = 1024
 MAX_REQUEST_BYTES = 64 << 20
-_MAX_VECTORS = 64  # memory ranges in one system call
-_SEND_STALL_S = 10.0  # a receiver that takes nothing for so long loses its connection
+SPREAD_BYTES = 4 << 20
+"""A pull takes another connection for each so many bytes: one is bound by one core, here and at the peer."""
+_IDLE_PULSE_S = 5.0
 _JOIN_S = 2.0
-_LOCAL_BUFFER_BYTES = 256 << 10
 
 _REQUEST = struct.Struct("<QII")
 _ANSWER = struct.Struct("<IIQ")
@@ -60,12 +68,13 @@ _REASONS = {
 class TcpLaneServer(LaneServer):
     name = NAME
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, tls: Tls | None = None) -> None:
         """`host` is the address that peers reach this process at."""
         self._host = host
+        self._tls = tls
         self._listener: socket.socket | None = None
         self._acceptor: threading.Thread | None = None
-        self._connections: dict[socket.socket, threading.Thread] = {}
+        self._peers: dict[threading.Thread, Stream | None] = {}  # None before the handshake
         self._lock = threading.Lock()
         self._closing = threading.Event()
 
@@ -91,11 +100,11 @@ class TcpLaneServer(LaneServer):
         self._listener.close()
         self._listener = None
         with self._lock:
-            connections = dict(self._connections)
-        for connection in connections:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        for thread in connections.values():
+            peers = dict(self._peers)
+            for stream in peers.values():
+                if stream is not None:
+                    stream.shut_down()
+        for thread in peers:
             thread.join(_JOIN_S)
 
     def _accept(self, listener: socket.socket, memory: PoolMemory) -> None:
@@ -107,67 +116,67 @@ class TcpLaneServer(LaneServer):
                     log.warning("lane tcp: cannot accept a connection: %s", error)
                 continue
             with self._lock:
-                if self._closing.is_set() or len(self._connections) >= MAX_CONNECTIONS:
-                    log.warning("lane tcp: refused a connection, %d are open", len(self._connections))
+                if self._closing.is_set() or len(self._peers) >= MAX_CONNECTIONS:
+                    log.warning("lane tcp: refused a connection, %d are open", len(self._peers))
                     connection.close()
                     continue
                 thread = threading.Thread(
                     target=self._serve, args=(connection, memory), name="lane-tcp-peer", daemon=True
                 )
-                self._connections[connection] = thread
+                self._peers[thread] = None
             thread.start()
 
     def _serve(self, connection: socket.socket, memory: PoolMemory) -> None:
+        me = threading.current_thread()
+        stream: Stream | None = None
         try:
-            _tune(connection)
-            # A host that lost power never closes its connection: keepalive ends the wait for its next request.
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(_SEND_STALL_S))
-            while _answer(connection, memory):
+            stream = accept_stream(connection, self._tls, _IDLE_PULSE_S)
+            with self._lock:
+                self._peers[me] = stream
+            while _answer(stream, memory, self._check_open):
                 pass
         except OSError as error:
+            level = logging.DEBUG if stream else logging.WARNING
+            log.log(level, "lane tcp: a connection ended: %s", error)
+        except TransferError as error:
             log.debug("lane tcp: a connection ended: %s", error)
         finally:
             with self._lock:
-                self._connections.pop(connection, None)
-            connection.close()
+                self._peers.pop(me)
+                (stream or connection).close()
+
+    def _check_open(self) -> None:
+        if self._closing.is_set():
+            raise TransferError("the pool is no longer served")
 
 
-def _answer(connection: socket.socket, memory: PoolMemory) -> bool:
+def _answer(stream: Stream, memory: PoolMemory, check_open: Callable[[], None]) -> bool:
     """Serve one request; False when the connection is to be closed."""
-    head = connection.recv(_REQUEST.size, socket.MSG_WAITALL)
-    if len(head) < _REQUEST.size:
-        return False
-    token, num_reads, _ = _REQUEST.unpack(head)
+    head = bytearray(_REQUEST.size)
+    stream.receive([memoryview(head)], check_open)
+    token, num_reads, number = _REQUEST.unpack(head)
     status = _OK if token == memory.token else _BAD_TOKEN
     if num_reads > MAX_REQUEST_READS:
         status = status or _BAD_REQUEST
-    if status == _OK:
-        body = connection.recv(num_reads * _WANTED.itemsize, socket.MSG_WAITALL) if num_reads else b""
-        if len(body) < num_reads * _WANTED.itemsize:
-            return False
-        wanted = np.frombuffer(body, _WANTED)
+    wanted = np.empty(num_reads if status == _OK else 0, _WANTED)
+    if len(wanted):
+        stream.receive([wanted.data.cast("B")], partial(check_still_wanted, time.monotonic() + SEND_STALL_S, None))
         status = _OK if _is_inside(wanted, memory) else _BAD_REQUEST
         status = status or _judge(memory, wanted)
-    connection.sendall(_ANSWER.pack(status, 0, memory.block_bytes))
+    answer = memoryview(_ANSWER.pack(status, number, memory.block_bytes))
     if status != _OK:
+        stream.send([answer])
         return False
-    if num_reads:
-        starts = wanted["block"] * np.uint64(memory.block_bytes) + wanted["offset"]
-        _send_all(connection, _ranges(memory, starts, wanted["length"]))
-        status = _judge(memory, wanted)
-    connection.sendall(_STATUS.pack(status))
+    starts = wanted["block"] * np.uint64(memory.block_bytes) + wanted["offset"]
+    stream.send([answer, *_ranges(memory, starts, wanted["length"])])
+    status = _judge(memory, wanted)
+    stream.send([memoryview(_STATUS.pack(status))])
     return status == _OK
 
 
 def _is_inside(wanted: np.ndarray, memory: PoolMemory) -> bool:
     """Whether every read lies in a block, and all together are no more than one request may ask for."""
     lengths, block_bytes = wanted["length"], memory.block_bytes
-    if not len(wanted):
-        return True
     if wanted["block"].max() >= memory.num_blocks or lengths.min() == 0 or lengths.max() > block_bytes:
         return False
     within = wanted["offset"] <= np.uint64(block_bytes) - lengths  # never offset + length, which could wrap round
@@ -183,83 +192,113 @@ def _judge(memory: PoolMemory, wanted: np.ndarray) -> int:
 class TcpLaneClient(LaneClient):
     name = NAME
 
-    def __init__(self, endpoint: LaneEndpoint, local: PoolMemory) -> None:
+    def __init__(self, endpoint: LaneEndpoint, local: PoolMemory, tls: Tls | None) -> None:
         host, _, port = endpoint.address.rpartition(":")
         self._address = (host, int(port))
         self._token = endpoint.token
         self._local = local
-        self._idle: list[socket.socket] = []
-        self._slots = threading.BoundedSemaphore(MAX_PARALLEL_PULLS)
+        self._tls = tls
+        self._idle: list[Stream] = []
+        self._numbers = itertools.cycle(range(1, 1 << 32))
+        self._slots = threading.BoundedSemaphore(MAX_PARALLEL)
+        self._helpers = ThreadPoolExecutor(MAX_PARALLEL - 1, thread_name_prefix="lane-tcp-pull")
 
     @classmethod
-    def connect(cls, endpoint: LaneEndpoint, local: PoolMemory, deadline: float) -> "TcpLaneClient":
+    def connect(
+        cls, endpoint: LaneEndpoint, local: PoolMemory, deadline: float, tls: Tls | None = None
+    ) -> "TcpLaneClient":
         """Reach the peer and compare the size of a block. Raises TransferError."""
         try:
-            client = cls(endpoint, local)
+            client = cls(endpoint, local, tls)
         except ValueError as error:
             raise TransferError(f"lane tcp: '{endpoint.address}' is not host:port") from error
-        client._request(Pieces.of([], local), deadline, None)
+        client._request(Pieces.of([], local), partial(check_still_wanted, deadline, None), deadline)
         return client
 
     def pull(self, reads: Sequence[BlockRead], deadline: float, cancelled: threading.Event | None = None) -> None:
+        check_still_wanted(deadline, cancelled)
         pieces = Pieces.of(reads, self._local)
-        for part in batches(pieces.lengths, MAX_REQUEST_READS, MAX_REQUEST_BYTES):
-            self._request(pieces.part(part), deadline, cancelled)
+        share = max(SPREAD_BYTES, -(-int(pieces.lengths.sum()) // MAX_SPREAD))
+        parts = [
+            pieces.part(where) for where in batches(pieces.lengths, MAX_REQUEST_READS, min(share, MAX_REQUEST_BYTES))
+        ]
+        failures: list[TransferError] = []
+
+        def go_on() -> None:
+            check_still_wanted(deadline, cancelled)
+            if failures:
+                raise failures[0]
+
+        def request(part: Pieces) -> None:
+            try:
+                self._request(part, go_on, deadline)
+            except TransferError as error:
+                failures.append(error)
+
+        helping = [self._helpers.submit(request, part) for part in parts[1:]]
+        try:
+            for part in parts[:1]:
+                request(part)
+        finally:
+            wait(helping)  # nothing is written once this returns
+        for help_given in helping:
+            help_given.result()
+        if failures:
+            raise failures[0]
 
     def close(self) -> None:
+        self._helpers.shutdown()
         while self._idle:
             self._idle.pop().close()
 
-    def _request(self, pieces: Pieces, deadline: float, cancelled: threading.Event | None) -> None:
+    def _request(self, pieces: Pieces, go_on: Callable[[], None], deadline: float) -> None:
+        go_on()
         while not self._slots.acquire(timeout=POLL_S):
-            check_still_wanted(deadline, cancelled)
+            go_on()
         try:
-            connection = self._idle.pop() if self._idle else self._dial(deadline)
+            stream = self._connection(deadline)
             try:
-                self._exchange(connection, pieces, deadline, cancelled)
+                self._exchange(stream, pieces, go_on)
             except (OSError, TransferError):
-                connection.close()
+                stream.close()
                 raise
-            self._idle.append(connection)
+            self._idle.append(stream)
         except OSError as error:
             raise TransferError(f"lane tcp lost the peer: {error}") from error
         finally:
             self._slots.release()
 
-    def _dial(self, deadline: float) -> socket.socket:
-        connection = socket.create_connection(self._address, timeout=max(0.001, deadline - time.monotonic()))
-        connection.settimeout(None)
-        # The kernel's own timeout, not Python's: one system call then fills many blocks, without a poll before each.
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(POLL_S))
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(1.0))
-        _tune(connection)
-        return connection
+    def _connection(self, deadline: float) -> Stream:
+        with contextlib.suppress(IndexError):
+            return self._idle.pop()
+        return dial_stream(self._address, self._tls, POLL_S, max(0.001, deadline - time.monotonic()))
 
-    def _exchange(
-        self,
-        connection: socket.socket,
-        pieces: Pieces,
-        deadline: float,
-        cancelled: threading.Event | None,
-    ) -> None:
+    def _exchange(self, stream: Stream, pieces: Pieces, go_on: Callable[[], None]) -> None:
         wanted = np.empty(len(pieces.blocks), _WANTED)
         wanted["block"], wanted["generation"] = pieces.blocks, pieces.generations
         wanted["offset"] = pieces.remote_starts - pieces.blocks * self._local.block_bytes
         wanted["length"] = pieces.lengths
-        connection.sendall(_REQUEST.pack(self._token, len(wanted), 0) + wanted.tobytes())
-        head = bytearray(_ANSWER.size)
-        _receive_all(connection, [memoryview(head)], deadline, cancelled)
-        status, _, block_bytes = _ANSWER.unpack(head)
-        if status != _OK:
-            raise TransferError(_REASONS.get(status, f"lane tcp: the peer answered {status}"))
+        number = next(self._numbers)
+        stream.send([memoryview(_REQUEST.pack(self._token, len(wanted), number) + wanted.tobytes())])
+        head, tail = bytearray(_ANSWER.size), bytearray(_STATUS.size)
+        ranges = _ranges(self._local, pieces.local_starts, pieces.lengths)
+        try:
+            stream.receive([memoryview(head), *ranges, memoryview(tail)], go_on)
+        except TransferError:
+            _check_status(_ANSWER.unpack(head)[0])  # a refusal has no more than its head
+            raise
+        status, answered, block_bytes = _ANSWER.unpack(head)
+        _check_status(status)
+        if answered != number:
+            raise TransferError("lane tcp: the peer answered another request than the one sent")
         if block_bytes != self._local.block_bytes:
             raise TransferError(f"a block has {block_bytes} bytes at the peer and {self._local.block_bytes} here")
-        ranges = _ranges(self._local, pieces.local_starts, pieces.lengths)
-        tail = bytearray(_STATUS.size)
-        _receive_all(connection, [*ranges, memoryview(tail)], deadline, cancelled)
-        (status,) = _STATUS.unpack(tail)
-        if status != _OK:
-            raise TransferError(_REASONS.get(status, f"lane tcp: the peer answered {status}"))
+        _check_status(*_STATUS.unpack(tail))
+
+
+def _check_status(status: int) -> None:
+    if status != _OK:
+        raise TransferError(_REASONS.get(status, f"lane tcp: the peer answered {status}"))
 
 
 def _ranges(memory: PoolMemory, starts: Integers, lengths: Integers) -> list[memoryview]:
@@ -267,48 +306,3 @@ def _ranges(memory: PoolMemory, starts: Integers, lengths: Integers) -> list[mem
     runs = coalesce(starts, starts, lengths, MAX_RUN_BYTES)
     ends = runs.local_starts + runs.lengths
     return [memory.buffer[start:end] for start, end in zip(runs.local_starts.tolist(), ends.tolist(), strict=True)]
-
-
-def _send_all(connection: socket.socket, parts: list[memoryview]) -> None:
-    """Write every part; the socket's own timeout ends a stall with BlockingIOError."""
-    while parts:
-        _advance(parts, connection.sendmsg(parts[:_MAX_VECTORS]))
-
-
-def _receive_all(
-    connection: socket.socket, parts: list[memoryview], deadline: float, cancelled: threading.Event | None
-) -> None:
-    """Fill every part in order, looking at the clock and the cancellation every POLL_S."""
-    while parts:
-        check_still_wanted(deadline, cancelled)
-        try:
-            count = connection.recvmsg_into(parts[:_MAX_VECTORS], 0, socket.MSG_WAITALL)[0]
-        except BlockingIOError:  # SO_RCVTIMEO
-            continue
-        if count == 0:
-            raise TransferError("lane tcp: the peer closed the connection")
-        _advance(parts, count)
-
-
-def _advance(parts: list[memoryview], count: int) -> None:
-    """Drop the first `count` bytes of `parts`, in place."""
-    done = 0
-    while done < len(parts) and count >= len(parts[done]):
-        count -= len(parts[done])
-        done += 1
-    del parts[:done]
-    if count:
-        parts[0] = parts[0][count:]
-
-
-def _tune(connection: socket.socket) -> None:
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if connection.getpeername()[0] == connection.getsockname()[0]:
-        # Within one host small buffers stay in cache: 4.4 GB/s against 3.0 with what the kernel chooses. Between
-        # hosts the kernel's own tuning follows the delay of the network.
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LOCAL_BUFFER_BYTES)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _LOCAL_BUFFER_BYTES)
-
-
-def _timeval(seconds: float) -> bytes:
-    return struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))

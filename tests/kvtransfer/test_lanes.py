@@ -1,10 +1,17 @@
+import ctypes
+import errno
 import itertools
+import os
+import random
+import shutil
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,14 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.errors import ConfigurationError, TransferError
-from kvtransfer.lanes import copying, tcp
-from kvtransfer.lanes.base import ANY_GENERATION, BlockRead, LaneClient, LaneEndpoint, LaneServer
+from kvtransfer.lanes import cma, copying, tcp
+from kvtransfer.lanes.base import ANY_GENERATION, BlockRead, LaneClient, LaneEndpoint, LaneServer, OtherHostError
 from kvtransfer.lanes.copying import batches, coalesce
-from kvtransfer.lanes.registry import LANES, parse_lanes
+from kvtransfer.lanes.host import boot_id
+from kvtransfer.lanes.registry import LANES, Lane, parse_lanes
+from kvtransfer.lanes.streams import Tls, TlsStream
 from kvtransfer.memory import PoolMemory
 from tests.kvtransfer.world import BLOCK_BYTES, NUM_BLOCKS, new_memory, scattered
 
-NAMES = ("shm", "tcp", "fake")
+NAMES = ("shm", "cma", "tcp", "fake")
 
 
 def soon(seconds: float = 5.0) -> float:
@@ -196,13 +205,19 @@ def test_a_block_of_another_generation_is_refused(served):
 def test_a_block_that_changes_while_it_is_copied_is_refused(served, monkeypatch):
     def bump_after(copy):
         def copy_then_bump(*arguments):
-            copy(*arguments)
+            result = copy(*arguments)
             served.source.generations[5] += 1
+            return result
 
         return copy_then_bump
 
+    def bump_at_the_end():
+        served.source.generations[5] += 1
+        yield from ()
+
     monkeypatch.setattr(copying, "_copy_runs", bump_after(copying._copy_runs))
-    monkeypatch.setattr(tcp, "_send_all", bump_after(tcp._send_all))
+    monkeypatch.setattr(tcp, "_ranges", bump_after(tcp._ranges))
+    monkeypatch.setattr(cma, "batches", lambda *arguments: itertools.chain(batches(*arguments), bump_at_the_end()))
     with pytest.raises(TransferError, match="no longer holds"):
         served.client.pull(served.reads([5], [0]), soon())
 
@@ -221,7 +236,7 @@ def test_a_wrong_token_is_refused(name):
     served.close()
 
 
-@pytest.mark.parametrize("name", ["shm", "tcp"])
+@pytest.mark.parametrize("name", ["shm", "cma", "tcp"])
 def test_a_pool_with_blocks_of_another_size_is_refused(name):
     served = Served(name)
     with pytest.raises(TransferError, match="bytes"):
@@ -232,7 +247,14 @@ def test_a_pool_with_blocks_of_another_size_is_refused(name):
 @pytest.mark.parametrize(
     "endpoint",
     [
-        LaneEndpoint("shm", "baton-kv-of-another-host", 1),
+        LaneEndpoint("shm", f"{boot_id()}/baton-kv-of-nobody", 1),
+        LaneEndpoint("shm", "not an address", 1),
+        LaneEndpoint("cma", "not an address", 1),
+        LaneEndpoint("cma", f"{boot_id()}/1/2/3", 1),
+        LaneEndpoint("cma", f"{boot_id()}/-1/1/1/1/1/1/{BLOCK_BYTES}", 1),
+        LaneEndpoint("cma", f"{boot_id()}/{2**31}/1/1/1/1/1/{BLOCK_BYTES}", 1),
+        LaneEndpoint("cma", f"{boot_id()}/{os.getpid()}/{2**70}/1/1/1/1/{BLOCK_BYTES}", 1),
+        LaneEndpoint("cma", f"{boot_id()}/{2**22 + 1}/1/8/8/8/1/{BLOCK_BYTES}", 1),
         LaneEndpoint("fake", "fake-of-another-process", 1),
         LaneEndpoint("tcp", "127.0.0.1:1", 1),
         LaneEndpoint("tcp", "not an address", 1),
@@ -241,6 +263,15 @@ def test_a_pool_with_blocks_of_another_size_is_refused(name):
 def test_a_peer_that_a_lane_does_not_reach_is_a_transfer_error(endpoint):
     with pytest.raises(TransferError):
         LANES[endpoint.lane].connect(endpoint, new_memory(), soon(1))
+
+
+@pytest.mark.parametrize("name", ["shm", "cma"])
+def test_a_lane_of_one_host_says_when_the_peer_is_on_another(name):
+    served = Served(name)
+    elsewhere = "0" * 36 + served.endpoint.address[36:]
+    with pytest.raises(OtherHostError):
+        LANES[name].connect(replace(served.endpoint, address=elsewhere), served.target, soon())
+    served.close()
 
 
 def test_nothing_can_be_pulled_once_the_server_is_closed(served):
@@ -299,7 +330,7 @@ def test_strangers_and_garbage_do_not_disturb_the_others(name):
     for payload in (b"", b"GET / HTTP/1.1\r\n\r\n", bytes(4096)):
         if name == "shm":
             stranger = socket.socket(socket.AF_UNIX)
-            stranger.connect("\0" + served.endpoint.address)
+            stranger.connect("\0" + served.endpoint.address.rpartition("/")[2])
         else:
             host, _, port = served.endpoint.address.rpartition(":")
             stranger = socket.create_connection((host, int(port)))
@@ -310,10 +341,121 @@ def test_strangers_and_garbage_do_not_disturb_the_others(name):
     served.close()
 
 
+@pytest.mark.parametrize("bad", ["generation", "block"])
+def test_a_large_tcp_pull_is_spread_over_connections_and_fails_as_one(monkeypatch, bad):
+    monkeypatch.setattr(tcp, "MAX_SPREAD", 4)
+    monkeypatch.setattr(tcp, "SPREAD_BYTES", BLOCK_BYTES)
+    served = Served("tcp")
+    remote = scattered(40, 1)
+    served.client.pull(served.reads(remote, list(range(40))), soon())
+    assert (served.target.blocks[:40] == served.source.blocks[remote]).all()
+    assert len(served.client._idle) > 1
+    reads = served.reads(remote, list(range(40)))
+    wrong = {"remote_generation": 5} if bad == "generation" else {"remote_block": NUM_BLOCKS}
+    reads[33] = reads[33]._replace(**wrong)
+    with pytest.raises(TransferError, match="no longer holds" if bad == "generation" else "no such blocks"):
+        served.client.pull(reads, soon())
+    served.client.pull(served.reads([1], [2]), soon())
+    served.close()
+
+
+class Authority:
+    """Signs certificates with the openssl command."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder, self._name = folder, name
+        self._key = folder / f"{name}.key"
+        self.ca = folder / f"{name}.pem"
+        self._openssl("req", "-x509", *self.NEW_KEY, self._key, "-out", self.ca, "-subj", f"/CN={name}")
+
+    NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout")
+
+    @staticmethod
+    def _openssl(*words: str | Path) -> None:
+        subprocess.run(["openssl", *map(str, words)], check=True, capture_output=True, timeout=20)
+
+    def sign(self, worker: str) -> list[str]:
+        """The three files of a worker."""
+        cert, key, asks = (self._folder / f"{self._name}-{worker}.{kind}" for kind in ("pem", "key", "csr"))
+        self._openssl("req", *self.NEW_KEY, key, "-out", asks, "-subj", f"/CN={worker}")
+        self._openssl("x509", "-req", "-in", asks, "-CA", self.ca, "-CAkey", self._key, "-CAcreateserial", "-out", cert)
+        return [str(cert), str(key), str(self.ca)]
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory) -> Authority:
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the openssl command to make certificates")
+    return Authority(tmp_path_factory.mktemp("tls"), "ours")
+
+
+@pytest.fixture(scope="module")
+def files(authority) -> list[str]:
+    return authority.sign("worker")
+
+
+@pytest.fixture(scope="module")
+def tls(files) -> Tls:
+    return Tls.load(*files)
+
+
+def test_lane_tcp_with_tls_moves_the_same_bytes_and_none_in_the_clear(tls, monkeypatch):
+    monkeypatch.setattr(tcp, "SPREAD_BYTES", 8 * BLOCK_BYTES)
+    source, target = new_memory(seed=1), new_memory()
+    lane = parse_lanes("tcp", tls)[0]
+    server = lane.serve("127.0.0.1")
+    client = lane.connect(server.start(source), target, soon())
+    assert all(isinstance(stream, TlsStream) for stream in client._idle)
+    for seed in (1, 2):
+        remote = scattered(NUM_BLOCKS, seed)
+        client.pull([BlockRead(there, 0, here) for here, there in enumerate(remote)], soon())
+        assert (target.blocks == source.blocks[remote]).all()
+    client.close()
+    server.close()
+
+
+@pytest.mark.parametrize("stranger", ["plain puller", "plain server", "another authority"])
+def test_tls_and_strangers_do_not_talk(tls, stranger, authority, tmp_path, caplog):
+    theirs = Tls.load(*Authority(tmp_path, "theirs").sign("worker")) if stranger == "another authority" else None
+    serving, pulling = (None, tls) if stranger == "plain server" else (tls, theirs)
+    server = tcp.TcpLaneServer("127.0.0.1", serving)
+    endpoint = server.start(new_memory(seed=1))
+    with pytest.raises(TransferError):
+        tcp.TcpLaneClient.connect(endpoint, new_memory(), soon(1), pulling)
+    if serving is not None:
+        tcp.TcpLaneClient.connect(endpoint, new_memory(), soon(), tls).close()  # the others go on
+        assert "connection ended" in caplog.text
+    server.close()
+
+
+def test_tls_files_that_cannot_be_used_are_a_configuration_error_that_names_them(files, authority, tmp_path):
+    cert, key, ca = files
+    assert Tls.load("", "", "") is None
+    with pytest.raises(ConfigurationError, match="--handover-tls-key and --handover-tls-ca"):
+        Tls.load(cert, "", "")
+    locked = tmp_path / "locked.key"
+    Authority._openssl("ec", "-in", key, "-aes256", "-passout", "pass:secret", "-out", locked)
+    other = authority.sign("other")
+    for bad in ([tmp_path / "none", key, ca], [cert, other[1], ca], [cert, locked, ca], [key, key, ca]):
+        with pytest.raises(ConfigurationError, match="--handover-tls-cert"):
+            Tls.load(*map(str, bad))
+    for bad_ca in (tmp_path / "none", key):
+        with pytest.raises(ConfigurationError, match="--handover-tls-ca"):
+            Tls.load(cert, key, str(bad_ca))
+
+
+def test_no_lane_carries_blocks_in_the_clear_beside_tls(tls, monkeypatch):
+    monkeypatch.setitem(LANES, "wire", Lane("wire", LANES["tcp"].serve, LANES["tcp"].connect))
+    with pytest.raises(ConfigurationError, match="lane wire cannot be encrypted"):
+        parse_lanes("shm,wire", tls)
+    assert [lane.name for lane in parse_lanes("shm,cma,tcp", tls)] == ["shm", "cma", "tcp"]
+
+
 class MuteServer:
     """Takes a tcp lane's request, answers with `answer`, then says nothing more until it is closed."""
 
-    def __init__(self, answer: bytes) -> None:
+    def __init__(self, answer: bytes, tls: Tls | None = None) -> None:
+        self._tls = tls
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.endpoint = LaneEndpoint("tcp", f"127.0.0.1:{self._listener.getsockname()[1]}", 1)
         self.answer = answer
@@ -323,9 +465,11 @@ class MuteServer:
 
     def _serve(self) -> None:
         probe, _ = self._listener.accept()
+        if self._tls is not None:
+            probe = self._tls.server.wrap_socket(probe, server_side=True)
         self.connections.append(probe)
         probe.recv(65536)
-        probe.sendall(tcp._ANSWER.pack(0, 0, BLOCK_BYTES) + tcp._STATUS.pack(0))
+        probe.sendall(tcp._ANSWER.pack(0, 1, BLOCK_BYTES) + tcp._STATUS.pack(0))
         probe.recv(65536)
         probe.sendall(self.answer)
         self.answered.set()
@@ -335,13 +479,15 @@ class MuteServer:
             open_socket.close()
 
 
-HALF_A_BLOCK = tcp._ANSWER.pack(0, 0, BLOCK_BYTES) + bytes(BLOCK_BYTES // 2)
+HALF_A_BLOCK = tcp._ANSWER.pack(0, 2, BLOCK_BYTES) + bytes(BLOCK_BYTES // 2)
 
 
+@pytest.mark.parametrize("encrypted", [False, True])
 @pytest.mark.parametrize("answer", [b"", HALF_A_BLOCK])
-def test_a_stalled_tcp_peer_is_left_at_the_deadline_and_on_cancellation(answer):
-    mute, target = MuteServer(answer), new_memory()
-    client = tcp.TcpLaneClient.connect(mute.endpoint, target, soon())
+def test_a_stalled_tcp_peer_is_left_at_the_deadline_and_on_cancellation(answer, encrypted, request):
+    tls = request.getfixturevalue("tls") if encrypted else None
+    mute, target = MuteServer(answer, tls), new_memory()
+    client = tcp.TcpLaneClient.connect(mute.endpoint, target, soon(), tls)
     cancelled = threading.Event()
     threading.Timer(0.1, cancelled.set).start()
     start = time.monotonic()
@@ -350,10 +496,19 @@ def test_a_stalled_tcp_peer_is_left_at_the_deadline_and_on_cancellation(answer):
     assert time.monotonic() - start < 1.5
     mute.close()
 
-    mute = MuteServer(answer)
-    client = tcp.TcpLaneClient.connect(mute.endpoint, target, soon())
+    mute = MuteServer(answer, tls)
+    client = tcp.TcpLaneClient.connect(mute.endpoint, target, soon(), tls)
     with pytest.raises(TransferError, match="deadline"):
         client.pull([BlockRead(0, 0, 0)], soon(0.2))
+    mute.close()
+
+
+def test_a_whole_answer_to_another_request_is_no_answer():
+    old = tcp._ANSWER.pack(0, 1, BLOCK_BYTES) + bytes(BLOCK_BYTES) + tcp._STATUS.pack(0)
+    mute = MuteServer(old)
+    client = tcp.TcpLaneClient.connect(mute.endpoint, new_memory(), soon())
+    with pytest.raises(TransferError, match="another request"):
+        client.pull([BlockRead(0, 0, 0)], soon())
     mute.close()
 
 
@@ -389,3 +544,56 @@ def test_lanes_are_parsed_in_order_and_a_faulty_lane_keeps_its_name_on_the_wire(
     assert lanes[0].faults is not None
     assert lanes[0].faults.seed == 5
     assert lanes[1].faults is None
+
+
+@pytest.mark.parametrize("part", ["start time", "probe"])
+def test_lane_cma_does_not_read_a_process_that_got_the_peers_number(part):
+    served = Served("cma")
+    place = served.endpoint.address.split("/")
+    if part == "start time":
+        place[2] = str(int(place[2]) - 1)
+    else:  # another process image: something else lies where the token was
+        place[3] = place[5]
+    with pytest.raises(TransferError, match="another one" if part == "start time" else "token"):
+        LANES["cma"].connect(replace(served.endpoint, address="/".join(place)), served.target, soon())
+    served.close()
+
+
+def test_lane_cma_goes_on_where_the_kernel_stopped(monkeypatch):
+    """Whatever number of bytes one call copies, the rest follows; where nothing more comes it is an error."""
+    served = Served("cma")
+    draw, whole = random.Random(1), cma.read_memory
+
+    def some(pid, remote, local):
+        lengths = remote["length"].tolist()
+        keep = draw.randint(1, sum(lengths))
+        rows = [row.copy() for row in (remote, local)]
+        for index, length in enumerate(lengths):
+            for row in rows:
+                row["length"][index] = min(length, max(0, keep))
+            keep -= length
+        return whole(pid, *rows)
+
+    monkeypatch.setattr(served.client, "_check_probe", lambda: None)
+    monkeypatch.setattr(cma, "read_memory", some)
+    remote = scattered(40, 1)
+    served.client.pull(served.reads(remote, list(range(40))), soon())
+    assert (served.target.blocks[:40] == served.source.blocks[remote]).all()
+    monkeypatch.undo()
+    served.source.close()  # unmapped, as after a crash of everything but the process
+    with pytest.raises(TransferError):
+        served.client.pull([BlockRead(1, 0, 1)], soon())
+    served.close()
+
+
+def test_a_kernel_that_forbids_lane_cma_is_told_apart_from_a_peer_that_is_gone(monkeypatch):
+    def denied(*arguments):
+        ctypes.set_errno(errno.EPERM)
+        return -1
+
+    monkeypatch.setattr(cma, "_vm_readv", denied)
+    with pytest.raises(ConfigurationError, match="ptrace_scope"):
+        LANES["cma"].serve("127.0.0.1").start(new_memory())
+    monkeypatch.setattr(cma, "_vm_readv", None)
+    with pytest.raises(ConfigurationError, match="process_vm_readv"):
+        LANES["cma"].serve("127.0.0.1").start(new_memory())

@@ -62,10 +62,10 @@ async def puller(lanes: str, shape: tuple[int, int] | None = None, **options: fl
         await world.intake.stop()
 
 
-@pytest.mark.parametrize("lane", ["shm", "tcp"])
+@pytest.mark.parametrize("lane", ["shm", "cma", "tcp"])
 def test_blocks_cross_processes_unchanged(lane):
     async def scenario(offerer: OffererProcess) -> None:
-        async with puller("shm,tcp") as world:
+        async with puller("shm,cma,tcp") as world:
             remote, local = scattered(40, 1), scattered(40, 2)
             task = world.take("h", offerer.peer, local)
             offerer.tell("open", "h")
@@ -81,7 +81,7 @@ def test_blocks_cross_processes_unchanged(lane):
         asyncio.run(scenario(offerer))
 
 
-@pytest.mark.parametrize("lane", ["shm", "tcp"])
+@pytest.mark.parametrize("lane", ["shm", "cma", "tcp"])
 def test_a_killed_offerer_leaves_the_blocks_verified_before_and_is_noticed_at_once(lane):
     async def scenario(offerer: OffererProcess) -> None:
         async with puller(lane, heartbeat_timeout_s=5.0) as world:
@@ -102,7 +102,7 @@ def test_a_killed_offerer_leaves_the_blocks_verified_before_and_is_noticed_at_on
         asyncio.run(scenario(offerer))
 
 
-@pytest.mark.parametrize("lane", ["shm", "tcp"])
+@pytest.mark.parametrize("lane", ["shm", "cma", "tcp"])
 def test_an_offerer_killed_in_the_middle_of_a_pull_never_gives_a_wrong_byte(lane):
     async def scenario(offerer: OffererProcess) -> None:
         async with puller(f"faulty:{lane}?delay=1-&delay_s=0.1", BIG) as world:

@@ -22,7 +22,10 @@ from cli.profiling.breakdown import PARTS
 from engine.costs import CostTable, StepShape
 from kvtransfer.lanes.registry import LANES
 
-SMALL = ("--max-batch-tokens", "64", "--max-running", "9", "--max-model-tokens", "512", "--kv-memory", "24MiB")
+SMALL = (
+    "--max-batch-tokens", "64", "--max-running", "9", "--max-model-tokens", "512", "--kv-memory", "24MiB",
+    "--lanes", "shm,tcp",
+)  # fmt: skip
 KINDS = {"scheduler", "kernels", "transfers", "requests"}
 
 
