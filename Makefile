@@ -7,7 +7,7 @@ PACKAGES := baton cli coordinator prefill decode worker engine kvtransfer kernel
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install dev test lint types contracts proto proto-check unit format gpu-check bench clean
+.PHONY: help serve install dev optional-lanes test lint types contracts proto proto-check unit format gpu-check bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -34,6 +34,13 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m kernels.cpu.build
 	touch $@ $(VENV)/.installed
 
+optional-lanes: $(VENV)/.optional-lanes  ## the same plus the libraries of lanes ucx and nixl
+
+# They are for Linux only. Where they cannot be had, the tests of these lanes are skipped and say so.
+$(VENV)/.optional-lanes: $(VENV)/.dev
+	$(BIN)/pip install --quiet --retries 1 --constraint constraints.txt --editable ".[ucx,nixl]" && touch $@ || \
+		echo "The libraries of lanes ucx and nixl cannot be installed; their tests are skipped."
+
 test: lint types contracts proto-check unit  ## everything CI runs
 
 lint: dev  ## ruff: style and mistakes
@@ -58,7 +65,7 @@ proto: dev  ## generate baton/v1 from proto/baton/v1
 proto-check: dev  ## fail when the generated types differ from the .proto files
 	$(BIN)/python -m tests.check_proto
 
-unit: dev  ## pytest, in parallel
+unit: dev optional-lanes  ## pytest, in parallel
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 gpu-check:  ## GPU kernels and engine: right, and how near to the limits (installs nothing; QUICK=1 for 2 minutes)

@@ -6,6 +6,7 @@ from functools import partial
 
 from baton.config import HandoverOptions
 from baton.errors import ConfigurationError
+from kvtransfer.lanes import nixl, ucx
 from kvtransfer.lanes.base import LaneClient, LaneEndpoint, LaneServer
 from kvtransfer.lanes.cma import CmaLaneClient, CmaLaneServer
 from kvtransfer.lanes.fake import FakeLaneClient, FakeLaneServer
@@ -39,6 +40,8 @@ LANES: dict[str, Lane] = {
         Lane("shm", lambda host: ShmLaneServer(), ShmLaneClient.connect, one_host=True),
         Lane("cma", lambda host: CmaLaneServer(), CmaLaneClient.connect, one_host=True),
         Lane("tcp", TcpLaneServer, TcpLaneClient.connect),
+        Lane("ucx", ucx.UcxLaneServer, ucx.connect),
+        Lane("nixl", nixl.NixlLaneServer, nixl.connect),
         Lane("fake", lambda host: FakeLaneServer(), FakeLaneClient.connect, one_host=True),
     )
 }
