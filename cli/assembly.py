@@ -40,6 +40,7 @@ from kvtransfer.offers import OfferServer
 from kvtransfer.tiers.base import Tier
 from kvtransfer.tiers.disk import DiskTier
 from kvtransfer.tiers.host import HostTier
+from kvtransfer.tiers.shared import SharedStore
 from kvtransfer.tiers.store import BlockStore
 from kvtransfer.wire import PeerIdentity
 from prefill.role import PrefillRole
@@ -144,6 +145,9 @@ def _store(memory: PoolMemory, layout: BlockLayout, options: TierOptions) -> Blo
     if options.disk_kv_folder:
         disk_bytes = parse_bytes(options.disk_kv_memory)
         tiers.append(DiskTier(Path(options.disk_kv_folder), disk_bytes, memory.block_bytes, fingerprint))
+    if options.shared_kv_folder:
+        shared_bytes = parse_bytes(options.shared_kv_memory)
+        tiers.append(SharedStore(Path(options.shared_kv_folder), shared_bytes, memory.block_bytes, fingerprint))
     return BlockStore(memory, tiers) if tiers else None
 
 

@@ -91,6 +91,10 @@ class Engine:
         """Queue a request. Raises InvalidRequestError when it can never be served here, EngineFull when the line is."""
         self._scheduler.add(request)
 
+    def names(self, request: EngineRequest) -> list[bytes]:
+        """Of the blocks that the request's tokens fill and others may share. May be called from any thread."""
+        return self._scheduler.tables.names(request.cache_root, request.num_prompt_tokens).extend(request.token_ids)
+
     def receive(
         self, request_id: str, num_tokens: int, first_token: int | None, num_loaded: int = 0, same_bits: bool = True
     ) -> bool:

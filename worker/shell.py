@@ -13,6 +13,7 @@ Life of an attempt in a worker:
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 
 from baton.errors import BatonError
@@ -21,12 +22,15 @@ from baton.v1 import worker_link_pb2 as wire
 from engine.engine import Engine
 from engine.requests import Ended, EndReason, EngineRequest, StepOutput, TokenOutput
 from kvtransfer.tiers.store import BlockStore
+from kvtransfer.wire import spawn
 from worker.arrivals import Arrivals
 from worker.link import LinkHandler
 from worker.roles import Attempt, RoleHandler
-from worker.step_loop import StepLoop
+from worker.step_loop import Command, StepLoop
 
 log = logging.getLogger(__name__)
+LOOK_UP_S = 0.05
+"""What a request waits for a shared store to say which of its blocks it has."""
 
 _END_REASONS = {
     EndReason.STOP: wire.END_REASON_STOP,
@@ -59,6 +63,8 @@ class WorkerShell(LinkHandler):
         self.draining = False
         self.lanes_in_use: Callable[[], dict[str, str]] = dict
         self._send = send
+        self._names = engine.names
+        self._look_ups: set[asyncio.Task[None]] = set()
         self._store = store
         self._roles: dict[int, RoleHandler] = {}
         self._attempts: dict[str, Attempt] = {}
@@ -134,7 +140,11 @@ class WorkerShell(LinkHandler):
                 loop.call_soon_threadsafe(self._on_refused, attempt, str(error))
 
         loop = asyncio.get_running_loop()
-        self.steps.submit(add)
+        if self._store is not None and self._store.must_ask:
+            self._look_ups.add(task := spawn(self._look_up(attempt, request, add)))
+            task.add_done_callback(self._look_ups.discard)
+        else:
+            self.steps.submit(add)
 
     def end(self, attempt: Attempt, reason: "wire.EndReason.ValueType", detail: str = "") -> None:
         if self._forget(attempt):
@@ -156,6 +166,16 @@ class WorkerShell(LinkHandler):
         return True
 
     # Inside
+
+    async def _look_up(self, attempt: Attempt, request: EngineRequest, add: Command) -> None:
+        """Give the shared store a moment to say what it has: the engine decides when it takes the request up."""
+        assert self._store is not None
+        try:
+            names = await asyncio.to_thread(self._names, request)
+            await self._store.look_up(names, time.monotonic() + LOOK_UP_S)
+        finally:
+            if self._attempts.get(attempt.key) is attempt:  # not aborted meanwhile
+                self.steps.submit(add)
 
     def _refuse(self, id: wire.AttemptId, reason: str) -> None:
         self.counters["requests_refused"] += 1

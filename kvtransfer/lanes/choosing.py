@@ -20,8 +20,10 @@ from kvtransfer.memory import PoolMemory
 log = logging.getLogger(__name__)
 
 PROBE_BYTES: Final = 4 << 20
+CONNECT_S: Final = 2.0
+"""Some lanes load a library when they connect for the first time."""
 PROBE_S: Final = 0.5
-"""Longest that measuring one lane may take, connecting included."""
+"""Longest that measuring one lane may take once it is connected."""
 CLEARLY_FASTER: Final = 1.2
 
 
@@ -95,15 +97,15 @@ def _by_speed(lanes: Sequence[Lane], speeds: Mapping[str, float]) -> list[Lane]:
 
 def _speed(lane: Lane, endpoint: LaneEndpoint, block_bytes: int) -> float:
     """Bytes a second that a lane moves out of the peer's first block; 0 where it moves nothing in PROBE_S."""
-    deadline = time.monotonic() + PROBE_S
     num_blocks, num_bytes = max(1, PROBE_BYTES // block_bytes), min(block_bytes, PROBE_BYTES)
     reads = [BlockRead(0, ANY_GENERATION, block, num_bytes=num_bytes) for block in range(num_blocks)]
     try:
         with contextlib.ExitStack() as stack:
             thrown_away = PoolMemory.create(num_blocks, block_bytes)
             stack.callback(thrown_away.close)
-            client = lane.connect(endpoint, thrown_away, deadline)
+            client = lane.connect(endpoint, thrown_away, time.monotonic() + CONNECT_S)
             stack.callback(client.close)
+            deadline = time.monotonic() + PROBE_S
             client.pull(reads[:1], deadline)  # opens what is opened at first use
             start = time.monotonic()
             client.pull(reads, deadline)

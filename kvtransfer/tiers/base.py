@@ -73,6 +73,11 @@ class Tier(ABC):
     def holds(self, names: Sequence[bytes]) -> list[bool]:
         """Which blocks a get would find now. Waits for nothing. A later get may miss all the same."""
 
+    def find(self, names: Sequence[bytes], deadline: float) -> int:
+        """How many leading blocks of a chain are there. May ask, until the deadline, where `holds` only remembers."""
+        held = self.holds(names)
+        return held.index(False) if False in held else len(held)
+
     @abstractmethod
     def put(self, name: bytes, block: Block) -> bool:
         """Take a copy of a block; the caller may change its memory afterwards. Never waits for a device.

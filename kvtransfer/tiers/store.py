@@ -22,7 +22,7 @@ import numpy.typing as npt
 from kvtransfer.memory import PoolMemory
 from kvtransfer.tiers.base import Tier, TierState
 
-LOAD_THREADS = 4
+LOAD_THREADS, ASK_THREADS = 4, 4
 MAX_UNSAVED = 8192
 """Blocks that wait to be saved; what comes on top is not kept."""
 ASSUMED_BYTES_PER_S = 1e9
@@ -45,6 +45,8 @@ class BlockStore:
         self._unsaved: deque[tuple[bytes, int, int]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
+        self._asked = [tier for tier in tiers if type(tier).find is not Tier.find]
+        self._askers = ThreadPoolExecutor(ASK_THREADS, thread_name_prefix="kv-ask")
         self._loaders = ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="kv-load")
         self._saver = threading.Thread(target=self._save_all, name="kv-save", daemon=True)
         self._saver.start()
@@ -65,11 +67,22 @@ class BlockStore:
                 best_s, best = saved_s, index + 1
         return best
 
+    @property
+    def must_ask(self) -> bool:
+        """Whether a tier knows of blocks only after `look_up`."""
+        return bool(self._asked)
+
+    async def look_up(self, names: Sequence[bytes], deadline: float) -> None:
+        """Have the tiers that others write into, too, find out which of these leading blocks they hold."""
+        loop = asyncio.get_running_loop()
+        await asyncio.gather(*(loop.run_in_executor(self._askers, tier.find, names, deadline) for tier in self._asked))
+
     def save(self, blocks: Sequence[tuple[bytes, int, int]]) -> None:
         """Keep these (name, block id, generation), soon. Never waits: what there is no room for is dropped."""
         with self._wake:
             room = MAX_UNSAVED - len(self._unsaved)
-            self._unsaved.extend(blocks[:room])
+            # The end of a prompt first: what comes later is kept for longer, and a block needs all those before it.
+            self._unsaved.extend(reversed(blocks[:room]))
             self._counters["kv_saves_dropped"] += max(0, len(blocks) - room)
             self._wake.notify()
 
@@ -98,7 +111,8 @@ class BlockStore:
             self._stopping = True
             self._wake.notify()
         self._saver.join(max(0.0, deadline - time.monotonic()))
-        self._loaders.shutdown(wait=True, cancel_futures=True)
+        for threads in (self._askers, self._loaders):
+            threads.shutdown(wait=True, cancel_futures=True)
         for tier in self._tiers:
             tier.close(deadline)
 

@@ -143,6 +143,28 @@ def test_a_worker_that_starts_again_finds_its_blocks_on_disk_and_wrong_bytes_are
     asyncio.run(again(0, 0))  # not even the records are believed
 
 
+def test_a_prompt_that_another_worker_computed_is_loaded_from_the_shared_store(
+    model: tuple[LoadedModel, list[list[int]]], tmp_path: Path
+) -> None:
+    shared = TierOptions(shared_kv_folder=str(tmp_path), shared_kv_memory="64MiB")
+
+    async def compute() -> None:
+        async with relay(model[0], decode=OPTIONS, decode_tiers=shared) as pair:
+            for prompt, expected in zip(PROMPTS, model[1], strict=True):
+                assert (await pair.generate(prompt, NEW_TOKENS)).output == expected
+            await saved(pair.decode, "shared", NUM_PROMPTS * (LOADABLE // PAGE))
+
+    async def find() -> None:
+        async with relay(model[0], decode=OPTIONS, decode_tiers=shared) as pair:
+            for prompt, expected in zip(PROMPTS, model[1], strict=True):
+                assert (await pair.generate(prompt, NEW_TOKENS)).output == expected
+            assert pair.decode.counters()["prompt_tokens_loaded"] == NUM_PROMPTS * LOADABLE
+            await pair.whole()
+
+    asyncio.run(compute())
+    asyncio.run(find())
+
+
 @pytest.mark.parametrize("remote", [False, True])
 def test_an_abort_while_blocks_are_loaded_leaves_the_pool_whole(
     model: tuple[LoadedModel, list[list[int]]], remote: bool
