@@ -2,6 +2,7 @@
 
 import errno
 import shutil
+import threading
 import time
 
 import numpy as np
@@ -130,6 +131,17 @@ def test_reads_that_fail_are_misses_and_switch_the_tier_off_until_it_is_tried_ag
     assert world.state() is TierState.ON
 
 
+def test_single_bad_places_cost_single_blocks_when_read(world):
+    store(world.tier, range(10))
+    for pair in ([0, 1], [3, 4]):
+        world.disk.fail["preadv"] = errno.EIO
+        assert loaded(world.tier, pair) == []
+        del world.disk.fail["preadv"]
+        assert load(world.tier, 2)
+    assert world.state() is TierState.ON
+    assert loaded(world.tier, range(10)) == [2, 5, 6, 7, 8, 9]
+
+
 def test_half_a_write_is_no_block(world, monkeypatch):
     write = FaultyFiles.pwritev
     monkeypatch.setattr(FaultyFiles, "pwritev", lambda self, fd, buffers, at: write(self, fd, [buffers[0][:5000]], at))
@@ -200,13 +212,14 @@ def test_no_slot_is_written_over_while_it_is_read(tmp_path):
     world = World(tmp_path, num_segments=1)
     store(world.tier, range(SLOTS))
     release = world.disk.hold("preadv")
-    into = np.zeros(BLOCK_BYTES, np.uint8)
-    assert not world.tier.get(name_of(0), into, time.monotonic() + 0.05)
+    reader = threading.Thread(target=load, args=(world.tier, 0))
+    reader.start()
     world.disk.wait_until_held("preadv")
     store(world.tier, [50])
     assert count(world.tier, "refused") == 1, "its reader is still at it"
     release.set()
-    assert load(world.tier, 0)
+    reader.join(10)
+    assert count(world.tier, "loaded") == 1
     store(world.tier, [51])
     assert load(world.tier, 51)
     world.tier.close(soon())

@@ -238,10 +238,10 @@ def test_a_truncated_file_loses_what_was_cut_off_and_nothing_else(opened, tmp_pa
 
 def test_of_two_copies_of_a_block_the_later_one_counts(opened, tmp_path):
     tier = opened()
-    store(tier, [1])
+    store(tier, [10, 11, 12, 1])
     tier.close(soon())
     (segment,) = segment_files(tmp_path)
-    damage(segment, 0)
+    damage(segment, 3 * SLOT_BYTES)
     tier = opened()
     assert not load(tier, 1)
     store(tier, [1])
