@@ -45,7 +45,7 @@ class DecodeRole(RoleHandler):
             self._intake.expect(attempt.key, _peer(attempt))
 
     def on_reserved(self, attempt: Attempt, reserved: Reserved) -> None:
-        fetch = partial(self._take, attempt, reserved) if attempt.assignment.HasField("prefill") else None
+        fetch = partial(self._take, attempt, reserved) if reserved.takes else None
         self._shell.arrivals.start(attempt.key, reserved, len(attempt.assignment.token_ids), fetch)
 
     async def _take(self, attempt: Attempt, reserved: Reserved, first_block: int) -> Arrived:

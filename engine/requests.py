@@ -104,9 +104,11 @@ class Reserved:
     request_id: str
     block_ids: tuple[int, ...]
     num_cached_blocks: int
-    stored: tuple[bytes, ...] = ()
-    """Names of the blocks after the cached ones that are to be loaded from the store. What follows them comes from
-    another worker if this is a TAKE request, and is computed here otherwise."""
+    stored: tuple[bytes, ...]
+    """Names of the blocks after the cached ones that are to be loaded from the store."""
+    takes: bool
+    """Whether what follows them comes from another worker: of a TAKE request, but not again after a preemption. It is
+    computed here otherwise."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -319,7 +319,7 @@ class Scheduler:
                 sequence.phase = Phase.RECEIVING
                 self._num_receiving += 1
                 self._events.reserved.append(
-                    Reserved(sequence.id, tuple(sequence.block_ids), sequence.num_final_blocks, tuple(stored))
+                    Reserved(sequence.id, tuple(sequence.block_ids), sequence.num_final_blocks, tuple(stored), takes)
                 )
             else:
                 sequence.phase = Phase.RUNNING

@@ -58,6 +58,10 @@ class Counters:
         with self._lock:
             self._values[what] += amount
 
+    def set(self, what: str, value: float) -> None:
+        with self._lock:
+            self._values[what] = value
+
     def snapshot(self) -> dict[str, float]:
         with self._lock:
             return {self._prefix + what: value for what, value in self._values.items()}

@@ -253,7 +253,7 @@ class SharedStore(Tier):
         if swept:
             self._counters.add("expired", swept.num_expired)
             self._counters.add("evicted", swept.num_evicted)
-            self._counters.add("bytes", swept.num_bytes - self.counters["kv_shared_bytes"])
+            self._counters.set("bytes", swept.num_bytes)
         return swept
 
     def _sweep_for_ever(self, every_s: float) -> None:

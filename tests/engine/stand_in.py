@@ -343,6 +343,7 @@ class World:
         self.reserved: dict[str, list[int]] = {}
         """Blocks that a giver may write into: RECEIVING or quarantined."""
         self.num_cached: dict[str, int] = {}
+        self.takes: dict[str, bool] = {}
         self.num_stored = 0
         """Blocks that were to be loaded."""
         self.announced: dict[str, Announced] = {}
@@ -363,7 +364,9 @@ class World:
         assert len(set(self.started)) == len(self.started)
         for reserved in output.reserved:
             stream = self.runner.streams[reserved.request_id]
-            assert stream.request.handover is Handover.TAKE or reserved.stored
+            assert reserved.takes or reserved.stored
+            assert stream.request.handover is Handover.TAKE or not reserved.takes
+            self.takes[reserved.request_id] = reserved.takes
             for index, name in enumerate(reserved.stored, reserved.num_cached_blocks):
                 assert self.store.kv[name] == stream.kv[index * PAGE : (index + 1) * PAGE], (
                     "the store has another block"
@@ -445,7 +448,7 @@ class World:
     def receive(self, request_id: str, num_tokens: int, with_first_token: bool, same_bits: bool = True) -> bool:
         request = self.runner.streams[request_id].request
         index = len(request.token_ids) - request.num_prompt_tokens
-        sampled = with_first_token and request.handover is Handover.TAKE
+        sampled = with_first_token and self.takes[request_id]
         first_token = self.runner.streams[request_id].outputs[index] if sampled else None
         received = self.engine.receive(request_id, num_tokens, first_token, same_bits=same_bits)
         assert received == (request_id in self.reserved and request_id not in self.quarantined)

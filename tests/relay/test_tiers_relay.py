@@ -1,6 +1,7 @@
 """Prompts whose KV comes back from host memory or disk: the tokens of transformers, and nothing computed twice."""
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from baton.config import EngineOptions, TierOptions
 from baton.v1 import worker_link_pb2 as wire
 from engine.loading import LoadedModel
 from tests.engine.tiny_models import VOCAB_SIZE, reference_generate, write_tiny_model
-from tests.relay.pair import Worker, load, relay
+from tests.relay.pair import Pair, Worker, load, relay
 
 PAGE, NEW_TOKENS = 16, 8
 OPTIONS = EngineOptions(dtype="float32", kv_memory="8MiB", max_batch_tokens=64, speculate="off")
@@ -49,6 +50,16 @@ async def saved(worker: Worker, tier: str, num_blocks: int) -> None:
             await asyncio.sleep(0.005)
 
 
+async def serve_all(
+    pair: Pair, expected: list[list[int]], tier: str, workers: Sequence[Worker], remote: bool = False
+) -> None:
+    """Every prompt once; each is saved before the next one may push it out of the pool."""
+    for number, prompt in enumerate(PROMPTS):
+        assert (await pair.generate(prompt, NEW_TOKENS, remote=remote)).output == expected[number]
+        for worker in workers:
+            await saved(worker, tier, (number + 1) * (LOADABLE // PAGE))
+
+
 def host(size: str = "64MiB") -> TierOptions:
     return TierOptions(host_kv_memory=size)
 
@@ -62,11 +73,7 @@ def test_a_prompt_that_was_pushed_out_of_the_pool_is_loaded_from_host_memory(
 ) -> None:
     async def run() -> None:
         async with relay(model[0], decode=small_pool(model[0]), decode_tiers=host()) as pair:
-            stored = 0
-            for prompt, expected in zip(PROMPTS, model[1], strict=True):
-                assert (await pair.generate(prompt, NEW_TOKENS)).output == expected
-                stored += LOADABLE // PAGE
-                await saved(pair.decode, "host", stored)
+            await serve_all(pair, model[1], "host", [pair.decode])
             before = pair.decode.counters()
             for prompt, expected in zip(PROMPTS, model[1], strict=True):
                 assert (await pair.generate(prompt, NEW_TOKENS)).output == expected
@@ -85,9 +92,7 @@ def test_a_prefill_worker_hands_over_what_it_loaded(model: tuple[LoadedModel, li
             model[0], prefill=small_pool(model[0]), decode=small_pool(model[0]), prefill_tiers=host()
         ) as pair:
             assert pair.prefill is not None
-            for prompt, expected in zip(PROMPTS, model[1], strict=True):
-                assert (await pair.generate(prompt, NEW_TOKENS, remote=True)).output == expected
-            await saved(pair.prefill, "host", NUM_PROMPTS * (LOADABLE // PAGE))
+            await serve_all(pair, model[1], "host", [pair.prefill], remote=True)
             for prompt, expected in zip(PROMPTS, model[1], strict=True):
                 assert (await pair.generate(prompt, NEW_TOKENS, remote=True)).output == expected
             assert pair.prefill.counters()["prompt_tokens_loaded"] == NUM_PROMPTS * LOADABLE
@@ -102,9 +107,7 @@ def test_a_decode_worker_takes_from_its_peer_only_what_its_tiers_lack(
 ) -> None:
     async def run() -> None:
         async with relay(model[0], prefill=OPTIONS, decode=small_pool(model[0]), decode_tiers=host()) as pair:
-            for prompt, expected in zip(PROMPTS, model[1], strict=True):
-                assert (await pair.generate(prompt, NEW_TOKENS, remote=True)).output == expected
-            await saved(pair.decode, "host", NUM_PROMPTS * (LOADABLE // PAGE))
+            await serve_all(pair, model[1], "host", [pair.decode], remote=True)
             before = pair.decode.counters()
             for prompt, expected in zip(PROMPTS, model[1], strict=True):
                 assert (await pair.generate(prompt, NEW_TOKENS, remote=True)).output == expected
@@ -122,9 +125,7 @@ def test_a_worker_that_starts_again_finds_its_blocks_on_disk_and_wrong_bytes_are
 ) -> None:
     async def first() -> None:
         async with relay(model[0], decode=OPTIONS, decode_tiers=on_disk(tmp_path)) as pair:
-            for prompt, expected in zip(PROMPTS, model[1], strict=True):
-                assert (await pair.generate(prompt, NEW_TOKENS)).output == expected
-            await saved(pair.decode, "disk", NUM_PROMPTS * (LOADABLE // PAGE))
+            await serve_all(pair, model[1], "disk", [pair.decode])
 
     async def again(num_loaded: int, num_wrong: int) -> None:
         async with relay(model[0], decode=OPTIONS, decode_tiers=on_disk(tmp_path)) as pair:
@@ -150,9 +151,7 @@ def test_a_prompt_that_another_worker_computed_is_loaded_from_the_shared_store(
 
     async def compute() -> None:
         async with relay(model[0], decode=OPTIONS, decode_tiers=shared) as pair:
-            for prompt, expected in zip(PROMPTS, model[1], strict=True):
-                assert (await pair.generate(prompt, NEW_TOKENS)).output == expected
-            await saved(pair.decode, "shared", NUM_PROMPTS * (LOADABLE // PAGE))
+            await serve_all(pair, model[1], "shared", [pair.decode])
 
     async def find() -> None:
         async with relay(model[0], decode=OPTIONS, decode_tiers=shared) as pair:
@@ -163,6 +162,29 @@ def test_a_prompt_that_another_worker_computed_is_loaded_from_the_shared_store(
 
     asyncio.run(compute())
     asyncio.run(find())
+
+
+def test_a_taker_that_gave_its_blocks_back_loads_them_and_asks_its_peer_for_nothing(
+    model: tuple[LoadedModel, list[list[int]]],
+) -> None:
+    """Two streams outgrow the pool, so that the later one is preempted after its hand-over."""
+
+    async def run() -> None:
+        small = small_pool(model[0])
+        async with relay(model[0], prefill=OPTIONS, decode=small, decode_tiers=host()) as pair:
+            prompts = [PROMPTS[0][: 9 * PAGE + 8], PROMPTS[1][: 7 * PAGE + 8]]
+            alone = [(await pair.generate(prompt, 60)).output for prompt in prompts]
+            before = pair.decode.counters()
+            streams = [pair.start(prompt, 60, remote=True)[1] for prompt in prompts]
+            for stream, expected in zip(streams, alone, strict=True):
+                assert (await pair.finished(stream)).output == expected
+            after = pair.decode.counters()
+            assert after["preemptions"] > before["preemptions"]
+            assert after["prompt_tokens_loaded"] > before["prompt_tokens_loaded"]
+            assert after["handover_failures"] == after["local_prefill_fallbacks"] == 0
+            await pair.whole()
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("remote", [False, True])
@@ -177,11 +199,8 @@ def test_an_abort_while_blocks_are_loaded_leaves_the_pool_whole(
             prefill_tiers=host(),
             decode_tiers=host(),
         ) as pair:
-            for prompt, expected in zip(PROMPTS, model[1], strict=True):
-                assert (await pair.generate(prompt, NEW_TOKENS, remote=remote)).output == expected
             workers = [worker for worker in (pair.prefill if remote else None, pair.decode) if worker is not None]
-            for worker in workers:
-                await saved(worker, "host", NUM_PROMPTS * (LOADABLE // PAGE))
+            await serve_all(pair, model[1], "host", workers, remote)
             for number in range(12):
                 request_id, _ = pair.start(PROMPTS[number % NUM_PROMPTS], 200, remote=remote)
                 for _ in range(number * 3):
