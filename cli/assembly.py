@@ -227,6 +227,9 @@ async def wire_up(
 ) -> AsyncIterator[Wired]:
     """Shell, roles and hand-over of one worker, stopped in reverse order whatever happens."""
     lanes = lanes_of(options)
+    if parts.model.ops.launches:
+        # The pool is on a device, and what peers map mirrors only what was announced: not what a writer has to read.
+        options = dataclasses.replace(options, direct_wait_s=0.0)
     shell = WorkerShell(
         parts.engine, parts.model.fingerprint, send, on_crash, parts.layout.page_size_tokens, parts.store
     )

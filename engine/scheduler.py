@@ -271,7 +271,8 @@ class Scheduler:
     # -- Inside --------------------------------------------------------------------------------------------------
 
     def _is_in_use(self, request_id: str) -> bool:
-        outside = (Owner(OwnerKind.LEASE, request_id), Owner(OwnerKind.QUARANTINE, request_id))
+        quarantines = [Owner(OwnerKind.QUARANTINE, each) for each in (request_id, fence_id(request_id))]
+        outside = (Owner(OwnerKind.LEASE, request_id), *quarantines)
         return request_id in self._sequences or any(self._allocator.owns_any(owner) for owner in outside)
 
     def _plan_singles(self, step: Step) -> None:

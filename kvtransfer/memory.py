@@ -144,7 +144,8 @@ class PoolMemory:
                 fd, num_blocks, block_bytes, writable=True, epoch=epoch, token=token, num_peer_blocks=num_peer_blocks
             )
         except TransferError as error:
-            raise ConfigurationError(f"no memory for {num_blocks} KV blocks: {error}; lower --kv-memory") from error
+            advice = "lower --kv-memory" + (", or set --direct-wait-s to 0" if num_peer_blocks else "")
+            raise ConfigurationError(f"no memory for {num_blocks} KV blocks: {error}; {advice}") from error
 
     @classmethod
     def attach(cls, fd: int, num_blocks: int, block_bytes: int, readonly: bool = True) -> "PoolMemory":
