@@ -1,6 +1,7 @@
 """Prefill writes straight into blocks of the decode worker: right tokens, and no block handed out that it may write."""
 
 import asyncio
+import itertools
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ from baton.v1 import worker_link_pb2 as wire
 from engine.blocks import Owner, OwnerKind
 from engine.engine import Engine
 from engine.loading import LoadedModel
+from engine.plan import StepPlan, StepResult
 from tests.engine.tiny_models import VOCAB_SIZE, reference_generate, write_tiny_model
 from tests.relay.pair import Pair, Worker, load, relay
 
@@ -64,17 +66,21 @@ async def forget_cached(worker: Worker) -> None:
 
 @asynccontextmanager
 async def writing(pair: Pair) -> AsyncIterator[threading.Event]:
-    """The prefill worker stops in the middle of the next prompt, until the event is set."""
+    """The prefill worker stops in the second step of the next prompt, until the event is set."""
     assert pair.prefill is not None
-    role = pair.prefill.shell.shell._roles[wire.ROLE_PREFILL]
-    steps, go_on, told = pair.prefill.shell.shell.steps, threading.Event(), role.on_computed
+    go_on, steps = threading.Event(), itertools.count(1)
 
-    def hold(*args: object) -> None:
-        told(*args)
-        role.on_computed = told
-        steps.submit(lambda engine: go_on.wait(30))
+    def hold(engine: Engine) -> None:
+        run = engine._runner.run
 
-    role.on_computed = hold
+        def held(plan: StepPlan) -> StepResult:
+            if next(steps) == 2:
+                go_on.wait(30)
+            return run(plan)
+
+        engine._runner.run = held  # type: ignore[method-assign]
+
+    await pair.prefill.shell.shell.steps.call(hold)
     try:
         yield go_on
     finally:
