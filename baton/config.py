@@ -109,6 +109,11 @@ class HandoverOptions:
     heartbeat_interval_s: float = setting(0.5, "seconds between signs of life of two workers that hand over")
     heartbeat_timeout_s: float = setting(2.0, "silence after which such a peer counts as dead")
     pull_timeout_s: float = setting(10.0, "longest that one batch of blocks may take to arrive")
+    direct_wait_s: float = setting(
+        0.0,
+        "on one host prefill writes straight into blocks of decode: how long a prompt waits for these before it is "
+        "computed into other blocks, to be pulled; 0: blocks are always pulled",
+    )
     handover_tls_cert: str = setting(
         "", "PEM certificate of this worker: lane tcp then uses mutual TLS only; needs the key and the authority too"
     )

@@ -19,6 +19,8 @@ WORKER_COUNTERS: dict[str, str] = {
     "handover_blocks_received": "Blocks pulled from a peer and verified",
     "handover_bytes_received": "Bytes of those blocks",
     "handover_blocks_converted": "Of those blocks, the ones with another page size, dtype or range of heads than here",
+    "handover_blocks_direct": "Blocks that a prefill worker of the same host wrote straight into this worker's pool",
+    "handover_direct_fallbacks": "Prompts computed into blocks to be pulled although the decode worker lends its own",
     "handover_seconds": "Seconds in which blocks were being pulled",
     "handover_blocks_retried": "Blocks that arrived with bytes other than those offered and were pulled once more",
     "handover_checksum_failures": "Blocks that were wrong the second time, too; recomputed",

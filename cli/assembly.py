@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -32,10 +32,11 @@ from engine.speculation.draft_model import DraftModel
 from engine.speculation.ngram import NgramGuesser
 from engine.speculation.policy import Policy
 from engine.speculation.speculator import Guesser, Speculator
+from kvtransfer.direct import DirectServer
 from kvtransfer.intake import Intake
 from kvtransfer.lanes.registry import lanes_of
 from kvtransfer.layout import BlockLayout
-from kvtransfer.memory import PoolMemory
+from kvtransfer.memory import PoolMemory, physical_bytes
 from kvtransfer.offers import OfferServer
 from kvtransfer.tiers.base import Tier
 from kvtransfer.tiers.disk import DiskTier
@@ -84,11 +85,12 @@ def assemble(
     build: Callable[..., Engine] = Engine,
     draft: LoadedModel | None = None,
     tiers: TierOptions = NO_TIERS,
+    writes_to_peers: bool = False,
 ) -> Parts:
     """Pool and engine over a loaded model. Raises ConfigurationError when the options cannot work with it.
 
     `build` makes the engine out of what Engine takes: `baton profile` has one that is watched. `draft`: the model that
-    guesses, with --speculate model.
+    guesses, with --speculate model. `writes_to_peers`: keep addresses where pools of peers can be mapped.
     """
     shape = BlockShape.of(model.config, options.page_size, model.dtype)
     automatic = options.kv_memory == "auto"
@@ -102,7 +104,9 @@ def assemble(
     context = model.config.context_tokens
     if options.max_model_tokens > context:
         raise ConfigurationError(f"--max-model-tokens is {options.max_model_tokens}; this model takes {context}")
-    memory = PoolMemory.create(num_blocks, shape.block_bytes)
+    # Twice the machine's memory holds the pools of all its workers, however they come and go.
+    peer_bytes = 2 * physical_bytes() if writes_to_peers and not model.ops.launches else 0
+    memory = PoolMemory.create(num_blocks, shape.block_bytes, peer_bytes // shape.block_bytes)
     max_model_tokens = min(options.max_model_tokens or context, num_blocks * options.page_size)
     layout = BlockLayout(
         model_fingerprint=model.fingerprint,
@@ -177,17 +181,22 @@ def _runner(
 ) -> "tuple[ModelRunner | DeviceRunner, HostMirror | None]":
     """The warm runner, and where its pool is not the memory that peers read, what keeps the two the same."""
     on_host = not model.ops.launches
-    buffer = memory.buffer if on_host else None
-    runner = _warm_runner(model, shape, memory.num_blocks, buffer, options, max_model_tokens)
+    runner = _warm_runner(model, shape, memory.num_blocks, memory if on_host else None, options, max_model_tokens)
     return runner, None if on_host else HostMirror(runner.pool, torch.from_numpy(memory.blocks))
 
 
 def _warm_runner(
-    model: LoadedModel, shape: BlockShape, num_blocks: int, buffer: Any, options: EngineOptions, max_model_tokens: int
+    model: LoadedModel,
+    shape: BlockShape,
+    num_blocks: int,
+    memory: PoolMemory | None,
+    options: EngineOptions,
+    max_model_tokens: int,
 ) -> "ModelRunner | DeviceRunner":
-    """`buffer` is the pool's memory on the host; None lets it take its own, on the model's device."""
+    """`memory` is the pool's on the host; None lets it take its own, on the model's device."""
     if not model.ops.launches:
-        runner = ModelRunner(model, KVPool(shape, num_blocks, buffer))
+        buffer, num_peer_blocks = (memory.buffer, memory.num_peer_blocks) if memory is not None else (None, 0)
+        runner = ModelRunner(model, KVPool(shape, num_blocks, buffer, num_peer_blocks=num_peer_blocks))
         runner.warm_up(options.max_batch_tokens)
         return runner
     # These need Triton, which workers on CPUs do without.
@@ -222,6 +231,9 @@ async def wire_up(
 ) -> AsyncIterator[Wired]:
     """Shell, roles and hand-over of one worker, stopped in reverse order whatever happens."""
     lanes = lanes_of(options)
+    if parts.model.ops.launches:
+        # The pool is on a device, and what peers map mirrors only what was announced: not what a writer has to read.
+        options = dataclasses.replace(options, direct_wait_s=0.0)
     shell = WorkerShell(
         parts.engine, parts.model.fingerprint, send, on_crash, parts.layout.page_size_tokens, parts.store
     )
@@ -231,10 +243,12 @@ async def wire_up(
         if parts.store is not None:
             stack.callback(lambda store: store.close(time.monotonic() + CLOSE_TIMEOUT_S), parts.store)
         if wire.ROLE_PREFILL in roles:
-            prefill = PrefillRole(shell)
+            prefill = PrefillRole(shell, parts.layout.page_size_tokens, options.direct_wait_s)
+            direct = DirectServer(parts.memory) if options.direct_wait_s > 0 and parts.memory.num_peer_blocks else None
             offers = OfferServer(
                 me, parts.layout, parts.memory, [lane.serve(host) for lane in lanes], options, shell.counters,
                 prefill.on_lease_released, prefill.on_lease_quarantined, prefill.on_lease_resolved,
+                direct, prefill.on_want,
             )  # fmt: skip
             prefill.serve_offers(offers)
             shell.carry(prefill)

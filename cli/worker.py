@@ -118,7 +118,10 @@ def _load(settings: Settings, folder: Path) -> Parts:
     model = load_model(
         folder, options.dtype, _log_progress(), options.page_size, choose_device(options.device), options.deterministic
     )
-    parts = assemble(model, settings.engine, draft=_load_draft(settings.engine, folder), tiers=settings.tiers)
+    parts = assemble(
+        model, settings.engine, draft=_load_draft(settings.engine, folder), tiers=settings.tiers,
+        writes_to_peers=wire.ROLE_PREFILL in ROLES[settings.kind] and settings.handover.direct_wait_s > 0,
+    )  # fmt: skip
     log.info(
         "loaded and warm after %.1f s: %s, %s kernels on %d threads, %d blocks of %d KiB",
         time.monotonic() - started, parts.layout.dtype, model.ops.name, torch.get_num_threads(),

@@ -5,7 +5,7 @@ Life of an attempt on the decode side:
 1. Assigned with a prefill peer: the engine reserves blocks for the whole prompt, in its turn. Without one: the engine
    prefills in chunks beside its decodes, after it loaded what the tiers hold, and the story ends here.
 2. Reserved: the blocks that neither the prefix cache nor the tiers hold are taken in from the peer, chunk by chunk,
-   each checked.
+   each checked. A peer on this host may instead compute straight into them (`kvtransfer.direct`).
 3. Complete: the first token came with the closing of the offer; the request joins the batch.
 4. Anything short of complete: what was verified is kept, the rest is prefilled here. The client sees a pause.
 5. Aborted while blocks are coming in: they are quarantined until no transfer can write them.
@@ -45,7 +45,7 @@ class DecodeRole(RoleHandler):
             self._intake.expect(attempt.key, _peer(attempt))
 
     def on_reserved(self, attempt: Attempt, reserved: Reserved) -> None:
-        fetch = partial(self._take, attempt, reserved) if reserved.takes else None
+        fetch = partial(self._take, attempt, reserved) if reserved.from_peer else None
         self._shell.arrivals.start(attempt.key, reserved, len(attempt.assignment.token_ids), fetch)
 
     async def _take(self, attempt: Attempt, reserved: Reserved, first_block: int) -> Arrived:
@@ -57,7 +57,7 @@ class DecodeRole(RoleHandler):
         )
         verified = min(max(result.num_blocks, first_block) * self._page_size, num_tokens)
         if result.failure == CANCELLED:
-            return Arrived(verified, same_bits=result.same_bits)
+            return Arrived(verified, same_bits=result.same_bits, fence=result.fence)
         if result.failure is not None or result.num_blocks < num_blocks:
             self._shell.counters["local_prefill_fallbacks"] += 1
             log.warning("hand-over of %s: %s; %d of %d tokens are here, the rest is prefilled locally",
@@ -65,7 +65,7 @@ class DecodeRole(RoleHandler):
         first_token = result.first_token_id
         if first_token is not None and first_token >= self._vocab_size:
             first_token = None  # no token of this model: sample it here
-        return Arrived(verified, first_token, result.same_bits)
+        return Arrived(verified, first_token, result.same_bits, result.fence)
 
     def abort(self, attempt: Attempt) -> None:
         self._shell.arrivals.abort(attempt.key)

@@ -11,7 +11,13 @@ from collections.abc import Sequence as Many
 from engine.blocks import BlockAllocator, Owner, OwnerKind
 from engine.in_flight import StepBlocks
 from engine.prefix_cache import NameChain, PrefixCache
+from engine.requests import Placement
 from engine.sequence import Sequence
+
+
+def fence_id(request_id: str) -> str:
+    """What the blocks are resolved by that a request parted with; it goes on, and may come to have others."""
+    return f"{request_id} (fenced)"
 
 
 class BlockTables:
@@ -38,7 +44,11 @@ class BlockTables:
         """Blocks for every token that the sequence has, cached ones first. False, and nothing changed: not enough.
 
         Everything at once: a prompt that has begun never waits for blocks while it keeps others from having them.
+        One with a placement takes no block of this pool; what the cache has is copied to where it lacks.
         """
+        if sequence.request.placement is not None:
+            self._place(sequence, sequence.request.placement, step)
+            return True
         hits = self.cache.lookup(sequence.names.extend(sequence.token_ids))
         total = self.num_blocks_for(sequence.num_positions_at_start)
         copy_last = not sequence.awaits_kv and len(hits) * self.page_size == len(sequence.token_ids)
@@ -104,6 +114,7 @@ class BlockTables:
     def hold_for_step(self, sequence: Sequence) -> None:
         """A step in flight still writes into some blocks: whoever they go to, they are nobody's to fill before then."""
         if sequence.in_flight and sequence.last_step is not None:
+            assert sequence.request.placement is None, "a runner that launches works on a device, where none is placed"
             first = sequence.num_computed // self.page_size
             sequence.last_step.hold(sequence.block_ids[first : self.num_blocks_for(sequence.num_launched)])
 
@@ -117,10 +128,10 @@ class BlockTables:
         """The blocks stay for a reader, under the id of the request."""
         self.allocator.transfer(sequence.owner, Owner(OwnerKind.LEASE, sequence.id))
 
-    def quarantine(self, sequence: Sequence) -> None:
-        """Keep what somebody outside may still write into; the cached blocks before it are only read."""
-        self.allocator.release(sequence.owner, sequence.block_ids[: sequence.num_final_blocks])
-        self.allocator.transfer(sequence.owner, Owner(OwnerKind.QUARANTINE, sequence.id))
+    def quarantine(self, sequence: Sequence, quarantine_id: str) -> None:
+        """Keep what somebody outside may still write into. A peer that computes there reads the final ones before."""
+        self.allocator.transfer(sequence.owner, Owner(OwnerKind.QUARANTINE, quarantine_id))
+        self.release(sequence)
 
     def release_lease(self, request_id: str) -> bool:
         return self.allocator.release_all(Owner(OwnerKind.LEASE, request_id))
@@ -139,6 +150,17 @@ class BlockTables:
         """Whether the hits and enough others are there; an unowned hit cannot be evicted to make room for itself."""
         unowned_hits = sum(self.allocator.is_evictable(block) for block in hits)
         return total - len(hits) <= self.allocator.num_available - unowned_hits
+
+    def _place(self, sequence: Sequence, placement: Placement, step: StepBlocks) -> None:
+        first = placement.num_cached_blocks
+        hits = self.cache.lookup(sequence.names.extend(sequence.token_ids))
+        sequence.block_ids = list(placement.block_ids)
+        step.copies.extend(zip(hits[first:], sequence.block_ids[first:], strict=False))
+        step.hold(hits[first:])
+        # The last token is computed in any case, for its logits; its block is one of those that may be written.
+        sequence.settle(min(max(first, len(hits)) * self.page_size, len(sequence.token_ids) - 1))
+        sequence.num_final_blocks = first
+        sequence.names = NameChain(b"", self.page_size, max_tokens=0)  # nobody finds another pool's blocks here
 
     def _copy(self, sequence: Sequence, source: int, target: int, step: StepBlocks) -> None:
         """The step keeps the source: the same plan, or a later one, could hand it out before the copy is made."""

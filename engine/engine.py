@@ -96,7 +96,13 @@ class Engine:
         return self._scheduler.tables.names(request.cache_root, request.num_prompt_tokens).extend(request.token_ids)
 
     def receive(
-        self, request_id: str, num_tokens: int, first_token: int | None, num_loaded: int = 0, same_bits: bool = True
+        self,
+        request_id: str,
+        num_tokens: int,
+        first_token: int | None,
+        num_loaded: int = 0,
+        same_bits: bool = True,
+        fenced: bool = False,
     ) -> bool:
         """The first `num_tokens` positions of a request are verified KV; see `Scheduler.receive`.
 
@@ -104,7 +110,7 @@ class Engine:
         """
         if self._mirror is not None and (blocks := self._scheduler.blocks_from_outside(request_id, num_tokens)):
             self._mirror.fetch(blocks)
-        return self._scheduler.receive(request_id, num_tokens, first_token, num_loaded, same_bits)
+        return self._scheduler.receive(request_id, num_tokens, first_token, num_loaded, same_bits, fenced)
 
     def abort(self, request_id: str) -> bool:
         """End a request in whatever state; its end is in the next step's output. False when it is not here.

@@ -46,23 +46,30 @@ class KVPool:
     """All blocks of one worker, in memory given by the caller (shared with other processes) or its own."""
 
     def __init__(
-        self, shape: BlockShape, num_blocks: int, buffer: Any = None, device: torch.device | None = None
+        self,
+        shape: BlockShape,
+        num_blocks: int,
+        buffer: Any = None,
+        device: torch.device | None = None,
+        num_peer_blocks: int = 0,
     ) -> None:
         """`buffer`: writable, contiguous host memory, at least num_blocks * block_bytes; it must outlive the pool.
 
         Without one the pool takes memory of its own, on `device`. Raises ValueError when the buffer is too small.
+        `num_peer_blocks`: the buffer goes on with places where blocks of other pools may be mapped.
         """
         self.shape = shape
         self.num_blocks = num_blocks
-        num_bytes = num_blocks * shape.block_bytes
+        num_slabs = num_blocks + num_peer_blocks
+        num_bytes = num_slabs * shape.block_bytes
         if buffer is None:
             flat = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         else:
             flat = torch.frombuffer(buffer, dtype=torch.uint8)
             if flat.numel() < num_bytes:
                 raise ValueError(f"{num_blocks} blocks take {num_bytes} bytes; the buffer has {flat.numel()}")
-        self.slabs: Tensor = flat[:num_bytes].view(shape.dtype).view(num_blocks, *shape.sizes)
-        """[num_blocks, num_layers, kv_heads, 2, page_size, head_dim]."""
+        self.slabs: Tensor = flat[:num_bytes].view(shape.dtype).view(num_slabs, *shape.sizes)
+        """[num_blocks + num_peer_blocks, num_layers, kv_heads, 2, page_size, head_dim]."""
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copies whole blocks, in order; pairs are (source, target)."""

@@ -41,6 +41,19 @@ class Handover(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Placement:
+    """Blocks of another worker's pool that a GIVE request is computed into, instead of blocks of this one.
+
+    They belong to that worker, which leaves them alone until it hears that the request has ended here.
+    """
+
+    block_ids: tuple[int, ...]
+    """For the whole prompt, numbered as the runner's pool numbers them: none is below its `num_blocks`."""
+    num_cached_blocks: int
+    """The first ones hold their KV already, others use them, and they are only read. At least one block is not."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRequest:
     """One attempt at one stream of tokens."""
 
@@ -52,6 +65,7 @@ class EngineRequest:
     cache_root: bytes
     """`baton.block_names.root_name` of this model, adapter and tenant."""
     handover: Handover = Handover.NONE
+    placement: Placement | None = None
 
 
 class EndReason(Enum):
@@ -106,9 +120,8 @@ class Reserved:
     num_cached_blocks: int
     stored: tuple[bytes, ...]
     """Names of the blocks after the cached ones that are to be loaded from the store."""
-    takes: bool
-    """Whether what follows them comes from another worker: of a TAKE request, but not again after a preemption. It is
-    computed here otherwise."""
+    from_peer: bool
+    """What follows comes from another worker, once in the life of a TAKE request. Otherwise it is computed here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +141,7 @@ class Computed:
     first_block: int
     block_ids: tuple[int, ...]
     generations: tuple[int, ...]
+    """None for blocks of a placement: they have those of their own pool."""
     num_tokens: int
     """KV positions final so far."""
     last: bool

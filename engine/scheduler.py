@@ -10,6 +10,7 @@
 5. `apply` turns the runner's result into tokens and endings. A GIVE request ends with its first token. Once it has
    announced blocks, they all pass to the lease of the same id when it ends, however it ends.
    Guesses that proved right give several tokens at once.
+   With a placement it is computed into blocks of another worker's pool, and owns none here.
 6. `abort` ends a request wherever it stands. Blocks that somebody outside may still write are quarantined.
 
 A GIVE request is never preempted: others read what it announced, and it can always finish with what it has.
@@ -28,7 +29,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 
 from baton.errors import BatonError, InvalidRequestError
-from engine.block_tables import BlockTables
+from engine.block_tables import BlockTables, fence_id
 from engine.blocks import BlockAccountingError, BlockAllocator, Owner, OwnerKind
 from engine.limits import SchedulerLimits, check_servable
 from engine.plan import DraftRequest, PlannedSequence, Sampled, StepPlan, StepResult
@@ -110,7 +111,13 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def receive(
-        self, request_id: str, num_tokens: int, first_token: int | None, num_loaded: int = 0, same_bits: bool = True
+        self,
+        request_id: str,
+        num_tokens: int,
+        first_token: int | None,
+        num_loaded: int = 0,
+        same_bits: bool = True,
+        fenced: bool = False,
     ) -> bool:
         """The first `num_tokens` positions of a request hold verified KV, and nobody outside writes any more.
 
@@ -118,7 +125,10 @@ class Scheduler:
         `first_token` is the output token that the giver sampled; it comes out as a TokenOutput once more. False, and
         nothing happens, unless the request waits for its KV: late and repeated calls are harmless. `same_bits` False:
         the KV was cast and is not what would have been computed here, so that no block of this request gets a name,
-        which would promise just that to others. Raises ValueError when `num_tokens` is beyond the request's tokens.
+        which would promise just that to others. `fenced`: somebody may still write behind those positions. The request
+        then parts with these blocks, which stay in quarantine until `resolve(fence_id(request_id))`, and waits in the
+        line for others; it shares what it got that has a name. Raises ValueError when `num_tokens` is beyond the
+        request's tokens.
         """
         sequence = self._sequences.get(request_id)
         if sequence is None or sequence.phase is not Phase.RECEIVING:
@@ -131,14 +141,16 @@ class Scheduler:
         sequence.awaits_kv = False
         if not same_bits:
             sequence.names = NameChain(b"", self._limits.page_size, max_tokens=0)
-        sequence.phase = Phase.RUNNING
-        insort(self._running, sequence, key=_arrival)
+        sequence.phase = Phase.WAITING if fenced else Phase.RUNNING
+        insort(self._waiting if fenced else self._running, sequence, key=_arrival)
         self._count("prompt_tokens_loaded", num_cached, min(num_cached + num_loaded, num_valid), sequence)
         self._count("prompt_tokens_received", min(num_cached + num_loaded, num_valid), num_valid, sequence)
         reason = None if first_token is None else self._emit_token(sequence, Sampled(first_token))
         # The last token's KV is computed again when its logits are needed: its block must not be published before.
         sequence.settle(min(num_valid, len(sequence.token_ids) - 1))
         self._publish(sequence)
+        if fenced:
+            self.tables.quarantine(sequence, fence_id(sequence.id))
         if reason is not None:
             self._end(sequence, reason)
         return True
@@ -248,17 +260,19 @@ class Scheduler:
         """Recount blocks, names and owners. Raises BlockAccountingError."""
         self.tables.check()
         holders = {owner.id for owner in self._allocator.owners() if owner.kind is OwnerKind.REQUEST}
-        expected = {sequence.id for sequence in self._sequences.values() if sequence.block_ids}
+        owning = [sequence for sequence in self._sequences.values() if sequence.request.placement is None]
+        expected = {sequence.id for sequence in owning if sequence.block_ids}
         if holders != expected:
             raise BlockAccountingError(f"{len(holders)} requests own blocks, {len(expected)} should")
-        for sequence in self._sequences.values():
+        for sequence in owning:
             if sorted(sequence.block_ids) != sorted(self._allocator.blocks_of(sequence.owner)):
                 raise BlockAccountingError("a request's block table differs from the blocks it owns")
 
     # -- Inside --------------------------------------------------------------------------------------------------
 
     def _is_in_use(self, request_id: str) -> bool:
-        outside = (Owner(OwnerKind.LEASE, request_id), Owner(OwnerKind.QUARANTINE, request_id))
+        quarantines = [Owner(OwnerKind.QUARANTINE, each) for each in (request_id, fence_id(request_id))]
+        outside = (Owner(OwnerKind.LEASE, request_id), *quarantines)
         return request_id in self._sequences or any(self._allocator.owns_any(owner) for owner in outside)
 
     def _plan_singles(self, step: Step) -> None:
@@ -302,13 +316,13 @@ class Scheduler:
         """Start requests from the head of the line, in order: one that does not fit lets nobody pass."""
         while self._can_admit():
             sequence = self._waiting[0]
-            takes = sequence.awaits_kv
+            from_peer = sequence.awaits_kv
             stored = self._worth_loading(sequence)
-            sequence.awaits_kv = takes or bool(stored)
+            sequence.awaits_kv = from_peer or bool(stored)
             if not sequence.awaits_kv and not step.prompt_budget:
                 return
             if not self.tables.admit(sequence, step.blocks):
-                sequence.awaits_kv = takes
+                sequence.awaits_kv = from_peer
                 return
             del self._waiting[0]
             self._count("prompt_tokens_cached", 0, sequence.num_computed, sequence)
@@ -319,7 +333,9 @@ class Scheduler:
                 sequence.phase = Phase.RECEIVING
                 self._num_receiving += 1
                 self._events.reserved.append(
-                    Reserved(sequence.id, tuple(sequence.block_ids), sequence.num_final_blocks, tuple(stored), takes)
+                    Reserved(
+                        sequence.id, tuple(sequence.block_ids), sequence.num_final_blocks, tuple(stored), from_peer
+                    )
                 )
             else:
                 sequence.phase = Phase.RUNNING
@@ -328,7 +344,7 @@ class Scheduler:
 
     def _worth_loading(self, sequence: Sequence) -> list[bytes]:
         """Names of the blocks, after those in the pool, to be loaded from the store."""
-        if self._store is None:
+        if self._store is None or sequence.request.placement is not None:
             return []
         names = self.tables.names_behind_cached(sequence)
         return names[: self._store.worth_loading(names, self.block_compute_s)] if names else []
@@ -372,7 +388,8 @@ class Scheduler:
         if final == first and not last:
             return
         blocks = sequence.block_ids[first:final]
-        generations = tuple(self._allocator.generations[blocks].tolist())
+        is_placed = sequence.request.placement is not None
+        generations = () if is_placed else tuple(self._allocator.generations[blocks].tolist())
         covered = num_tokens if last else final * self._limits.page_size
         self._events.computed.append(Computed(sequence.id, first, tuple(blocks), generations, covered, last))
         sequence.num_announced_blocks = final
@@ -383,7 +400,7 @@ class Scheduler:
             self._waiting.remove(sequence)
         elif sequence.phase is Phase.RECEIVING:
             self._num_receiving -= 1
-            self.tables.quarantine(sequence)
+            self.tables.quarantine(sequence, sequence.id)
         else:
             self._running.remove(sequence)
             self.tables.hold_for_step(sequence)

@@ -10,18 +10,24 @@ The life of one hand-over, seen from here:
 4. Closed and everything verified: Release(verified) goes out at once, and the result carries the first token.
 5. Anything else (loss of the peer, stale or corrupt block, deadline, Revoke, cancellation) ends it with what was
    verified until then. In every case `take` returns only when no thread can write the local blocks any more.
+
+A peer that this worker has lent its pool to writes into the blocks by itself, in place of 3. It cannot be made to stop:
+where it may still write when `take` returns, the result has a fence (see `kvtransfer.direct`).
 """
 
 import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import zmq.asyncio
 
 from baton.config import HandoverOptions
 from baton.errors import PeerError
 from baton.v1 import handover_pb2 as pb
+from kvtransfer.direct import Lending
 from kvtransfer.lanes.registry import Lane
 from kvtransfer.layout import BlockLayout
 from kvtransfer.link import PeerLink
@@ -71,6 +77,7 @@ class Intake:
         self._users: dict[PeerLink, set[str]] = {}  # connected links and the hand-overs that use them
         self._closing: set[asyncio.Task[None]] = set()
         self._lane_names: dict[str, str] = {}
+        self._lent: set[Lending] = set()
         self._stopped = False
         self._batch_blocks = max(1, MAX_BATCH_BYTES // memory.block_bytes)
 
@@ -131,6 +138,8 @@ class Intake:
         for link in list(self._users):
             self._retire(link)
         await asyncio.gather(*self._closing)
+        for lending in list(self._lent):
+            lending.abandon()
         self._converters.close()
         await asyncio.to_thread(self._context.term)
 
@@ -140,14 +149,17 @@ class Intake:
         timer = asyncio.get_running_loop().call_later(
             deadline - time.monotonic(), taking.end, "the hand-over did not end before its deadline"
         )
+        fence = None
         try:
             link = await self._connected(taking, peer)
             if link is not None:
-                await self._relay(taking, link)
+                fence = await self._relay(taking, link)
         finally:
             timer.cancel()
             del self._takings[taking.handover_id]
         result = taking.result()
+        if fence is not None and not fence.done():
+            result = replace(result, fence=fence)
         if result.failure is not None and result.failure != CANCELLED:
             self._count("handover_failures", 1)
             log.warning("hand-over %s from %s failed: %s", taking.handover_id, peer.worker_id, result.failure)
@@ -168,13 +180,18 @@ class Intake:
                 return link
         return None
 
-    async def _relay(self, taking: Taking, link: PeerLink) -> None:
+    async def _relay(self, taking: Taking, link: PeerLink) -> "asyncio.Future[None] | None":
+        """Returns the fence around what the peer was allowed to write, if it was."""
+        fence = None
         handover_id = taking.handover_id
         self._users[link].add(handover_id)
         try:
             if link.converter is not None:
                 taking.convert_with(link.converter.conversion)
             want = pb.Want(handover_id=handover_id, first_block=taking.num_verified)
+            if link.lending is not None and not self._is_fenced(handover_id):
+                fence = link.lending.fence(handover_id)
+                self._place(want, link.lending, taking.row.block_ids)
             link.send(pb.HandoverMessage(want=want))
             if link.lost is not None:
                 taking.end(link.lost)
@@ -193,6 +210,15 @@ class Intake:
                 users.discard(handover_id)
                 if link.retired:
                     self._retire(link)
+        return fence
+
+    def _place(self, want: pb.Want, lending: Lending, block_ids: Sequence[int]) -> None:
+        want.placement.lending = lending.number
+        want.placement.block_ids.extend(block_ids)
+        want.placement.generations.extend(self._memory.generations[block_ids].tolist())
+
+    def _is_fenced(self, handover_id: str) -> bool:
+        return any(lending.is_fenced(handover_id) for lending in self._lent)
 
     async def _pull(self, taking: Taking, link: PeerLink, batch: list[WantedBlock]) -> None:
         deadline = time.monotonic() + self._options.pull_timeout_s
@@ -243,6 +269,9 @@ class Intake:
             await link.close()
             raise
         self._users[link] = set()
+        if link.lending is not None:
+            self._lent.add(link.lending)
+            link.lending.watch(partial(self._on_lending_ended, link))
         self._count("handover_lane_fallbacks", link.fell_back)
         before, now = self._lane_names.get(peer.worker_id), link.lane.name
         if before not in (None, now):
@@ -252,18 +281,34 @@ class Intake:
 
     def _on_message(self, link: PeerLink, message: pb.HandoverMessage) -> None:
         body = getattr(message, message.WhichOneof("message") or "")
+        if isinstance(body, pb.Written) and body.stopped and link.lending is not None:
+            link.lending.stopped(body.handover_id)  # whoever takes it, or does not any more
         taking = self._takings.get(body.handover_id)
         if taking is None or body.handover_id not in self._users.get(link, ()):
             return  # late: it ended here
         match body:
+            case pb.Offer() if self._is_fenced(body.handover_id):
+                taking.end("the peer offers blocks although it may write by itself")
             case pb.Offer():
                 taking.on_offer(body)
+            case pb.Written():
+                before = taking.num_verified
+                taking.on_written(body)
+                self._count("handover_blocks_direct", taking.num_verified - before)
             case pb.OfferClosed():
                 taking.on_closed(body)
             case pb.OfferFailed():
                 taking.end(f"the peer gave up: {body.reason}")
             case pb.Revoke():
                 taking.end("the lease ended")
+
+    def _on_lending_ended(self, link: PeerLink, lending: Lending, fenced: list[str]) -> None:
+        self._lent.discard(lending)
+        if link.lending is lending:
+            link.lending = None
+        for handover_id in fenced:
+            if handover_id in self._users.get(link, ()):
+                self._takings[handover_id].end("the peer does not write any more")
 
     def _on_lost(self, link: PeerLink) -> None:
         users = self._users.get(link)

@@ -17,8 +17,9 @@ from zmq.utils.monitor import parse_monitor_message
 from baton.config import HandoverOptions
 from baton.errors import PeerError, TransferError
 from baton.v1 import handover_pb2 as pb
+from kvtransfer.direct import Lending
 from kvtransfer.handshake import check_reply, hello, offered_layout
-from kvtransfer.lanes.base import LaneClient, LaneEndpoint
+from kvtransfer.lanes.base import LaneClient, LaneEndpoint, OtherHostError
 from kvtransfer.lanes.choosing import open_best
 from kvtransfer.lanes.registry import Lane
 from kvtransfer.layout import BlockLayout
@@ -64,6 +65,8 @@ class PeerLink:
         """A better lane than the one in use should have reached the peer and did not."""
         self.converter: Converter | None = None
         """What to pull with where the peer's blocks are not laid out as those here."""
+        self.lending: Lending | None = None
+        """The peer has this worker's pool and can write into blocks that a Want names."""
         self._me = me
         self._options = options
         self._on_message = on_message
@@ -114,8 +117,23 @@ class PeerLink:
             log.info("blocks of worker %s are converted: %s", self.peer.worker_id, self.converter.conversion)
         landing = self.converter.staging.memory if self.converter else memory
         self._lane = await self._open_lane(reply, landing, lanes)
+        if reply.HasField("direct") and self.converter is None and self._options.direct_wait_s > 0:
+            await self._lend(reply.direct, memory)
         if self.lost:
             raise PeerError(self.lost)
+
+    async def _lend(self, direct: pb.LaneEndpoint, memory: PoolMemory) -> None:
+        endpoint = LaneEndpoint(direct.lane, direct.address, direct.token)
+        deadline = time.monotonic() + self._options.heartbeat_timeout_s
+        loop = asyncio.get_running_loop()
+        try:
+            self.lending = await loop.run_in_executor(
+                self.threads, Lending.connect, endpoint, memory, self._me, deadline
+            )
+            log.info("worker %s writes into blocks that are reserved here", self.peer.worker_id)
+        except TransferError as error:
+            self.fell_back |= not isinstance(error, OtherHostError)
+            log.warning("worker %s cannot write into blocks here, they are pulled: %s", self.peer.worker_id, error)
 
     def _dial(self, context: zmq.asyncio.Context) -> None:
         self._socket = context.socket(zmq.DEALER)
@@ -164,6 +182,8 @@ class PeerLink:
             self._monitor_socket.close(linger=0)
         if self._lane is not None:
             self._lane.close()
+        if self.lending is not None:
+            self.lending.recall()
         self.threads.shutdown(wait=False)
 
     def _lose(self, reason: str) -> None:
@@ -190,7 +210,7 @@ class PeerLink:
                 self._on_reply(message.hello_reply)
             case "heartbeat":
                 pass
-            case "offer" | "closed" | "failed" | "revoke" if self._greeting.done():
+            case "offer" | "closed" | "failed" | "revoke" | "written" if self._greeting.done():
                 self._on_message(self, message)
             case kind:
                 raise PeerError(f"the peer sent '{kind}', which is not for it to send now")

@@ -15,13 +15,24 @@ decide.
 The owner's pages are taken at the start (MAP_POPULATE, about 1 ms per MiB): otherwise the first hand-over into each
 block would pay for them, 10 ms for 8 MiB instead of 0.2. Huge pages were measured and left out: scattered 256 KiB
 blocks copy at the same speed with 4 KiB pages, transparent huge pages and MADV_COLLAPSE.
+
+An owner that computes into blocks of other workers of its host (`kvtransfer.direct`) keeps addresses free behind its
+own, and maps their pools there:
+
+    own header | block 0 ... num_blocks - 1 | unused | a peer's blocks | unused ...
+
+Each pool begins at a multiple of both a page and a block, so that every block of the range has a number: one row in one
+tensor, whoever it belongs to. Their headers are mapped elsewhere, read-only. What is not mapped cannot be touched.
 """
 
 import contextlib
+import ctypes
 import fcntl
+import math
 import mmap
 import os
 import secrets
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -31,11 +42,35 @@ from baton.errors import ConfigurationError, TransferError
 
 PAGE_BYTES: Final = 4096
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_MAP_FIXED: Final = 0x10
+_MAP_NORESERVE: Final = 0x4000
+_MADV_POPULATE_WRITE: Final = 23
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def physical_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def header_bytes(num_blocks: int) -> int:
     """Bytes before block 0: the generations, padded to whole pages."""
     return -(-num_blocks * 8 // PAGE_BYTES) * PAGE_BYTES
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PeerBlocks:
+    """A peer's pool behind the blocks of this one: its block i is block `first_block` + i here.
+
+    generations: uint64 [num_blocks], the peer's, read-only.
+    """
+
+    first_block: int
+    num_blocks: int
+    generations: npt.NDArray[np.uint64]
 
 
 class PoolMemory:
@@ -44,38 +79,52 @@ class PoolMemory:
     generations: uint64 [num_blocks]. The owner adds one to a block's generation *before* its content may change, so
     that a reader who finds the same generation before and after its copy has read one content.
     blocks: uint8 [num_blocks, block_bytes].
-    buffer: the slabs alone, for `torch.frombuffer`.
+    buffer: the slabs alone, for `torch.frombuffer`; `num_peer_blocks` places for blocks of peers included.
     epoch, token: random 64-bit numbers of this memory; the token is the secret that peers must show to read it. Both
     are 0 in an attached view.
     """
 
-    def __init__(self, fd: int, num_blocks: int, block_bytes: int, *, writable: bool, epoch: int, token: int) -> None:
+    def __init__(
+        self, fd: int, num_blocks: int, block_bytes: int, *, writable: bool, epoch: int, token: int,
+        num_peer_blocks: int = 0,
+    ) -> None:  # fmt: skip
         """Map `fd`, which this object owns from here on, also when the constructor raises."""
         self.fd = fd
         self.num_blocks = num_blocks
         self.block_bytes = block_bytes
         self.epoch = epoch
         self.token = token
+        self.num_peer_blocks = num_peer_blocks
+        self._peers: list[PeerBlocks] = []
         header = header_bytes(num_blocks)
+        size = header + num_blocks * block_bytes
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         try:
             flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if writable else 0)
-            self._mapping = mmap.mmap(fd, header + num_blocks * block_bytes, flags, protection)
+            if num_peer_blocks:
+                self._mapping = _reserve(size + num_peer_blocks * block_bytes)
+                _map(_address(self._mapping), size, protection, flags, fd, 0)
+            else:
+                self._mapping = mmap.mmap(fd, size, flags, protection)
         except (OSError, ValueError) as error:
             os.close(fd)
             raise TransferError(f"the memory of a pool cannot be mapped: {error}") from error
         self.buffer: memoryview = memoryview(self._mapping)[header:]
         self.generations: npt.NDArray[np.uint64] = np.frombuffer(self._mapping, np.uint64, num_blocks)
-        self.blocks: npt.NDArray[np.uint8] = np.frombuffer(self.buffer, np.uint8).reshape(num_blocks, block_bytes)
+        own = np.frombuffer(self.buffer, np.uint8, num_blocks * block_bytes)
+        self.blocks: npt.NDArray[np.uint8] = own.reshape(num_blocks, block_bytes)
 
     @classmethod
-    def create(cls, num_blocks: int, block_bytes: int) -> "PoolMemory":
-        """New memory, all zero, every page of it taken from the system now. Raises ConfigurationError."""
+    def create(cls, num_blocks: int, block_bytes: int, num_peer_blocks: int = 0) -> "PoolMemory":
+        """New memory, all zero, every page of it taken from the system now. Raises ConfigurationError.
+
+        `num_peer_blocks`: addresses to keep for `map_peer`; they take no memory.
+        """
         if num_blocks <= 0 or block_bytes <= 0:
             raise ConfigurationError(f"a pool of {num_blocks} blocks of {block_bytes} bytes is empty")
         size = header_bytes(num_blocks) + num_blocks * block_bytes
         # Taking the pages of a pool that is larger than the machine would end in the kernel's out-of-memory killer.
-        if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        if size > physical_bytes():
             raise ConfigurationError(
                 f"{num_blocks} KV blocks of {block_bytes} bytes are more than this machine's memory; lower --kv-memory"
             )
@@ -89,16 +138,69 @@ class PoolMemory:
         except OSError as error:
             os.close(fd)
             raise ConfigurationError(f"no memory for {num_blocks} KV blocks: {error}; lower --kv-memory") from error
-        return cls(fd, num_blocks, block_bytes, writable=True, epoch=secrets.randbits(64), token=secrets.randbits(64))
+        epoch, token = secrets.randbits(64), secrets.randbits(64)
+        try:
+            return cls(
+                fd, num_blocks, block_bytes, writable=True, epoch=epoch, token=token, num_peer_blocks=num_peer_blocks
+            )
+        except TransferError as error:
+            advice = "lower --kv-memory" + (", or set --direct-wait-s to 0" if num_peer_blocks else "")
+            raise ConfigurationError(f"no memory for {num_blocks} KV blocks: {error}; {advice}") from error
 
     @classmethod
     def attach(cls, fd: int, num_blocks: int, block_bytes: int, readonly: bool = True) -> "PoolMemory":
         """Map memory that a peer created; takes over `fd`. Raises TransferError when it is not what the peer says."""
-        sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) if _is_memfd(fd) else 0
-        if sealed & _SEALS != _SEALS or os.fstat(fd).st_size != header_bytes(num_blocks) + num_blocks * block_bytes:
+        try:
+            _check_size(fd, num_blocks, block_bytes)
+        except TransferError:
             os.close(fd)
-            raise TransferError("the memory that the peer handed over does not have the size that it states")
+            raise
         return cls(fd, num_blocks, block_bytes, writable=not readonly, epoch=0, token=0)
+
+    def map_peer(self, fd: int, num_blocks: int) -> PeerBlocks:
+        """Map a peer's pool, writable, behind the own blocks; the caller keeps `fd` and may close it.
+
+        Raises TransferError when the memory is not what the peer says, or no room is left.
+        """
+        _check_size(fd, num_blocks, self.block_bytes)
+        first_block, header = self._place_for(num_blocks), header_bytes(num_blocks)
+        try:
+            generations = np.frombuffer(mmap.mmap(fd, header, mmap.MAP_SHARED, mmap.PROT_READ), np.uint64, num_blocks)
+            address, size = self._addresses(first_block, num_blocks)
+            _map(address, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, header)
+        except OSError as error:
+            raise TransferError(f"the memory of a peer's pool cannot be mapped: {error}") from error
+        peer = PeerBlocks(first_block, num_blocks, generations)
+        self._peers.append(peer)
+        return peer
+
+    def touch_peer(self, peer: PeerBlocks) -> None:
+        """Make the page tables of a peer's blocks, which the first step into them would otherwise wait for.
+
+        For a thread of its own: 0.1 ms a MiB. It may overlap with `unmap_peer`.
+        """
+        _libc.madvise(*self._addresses(peer.first_block, peer.num_blocks), _MADV_POPULATE_WRITE)
+
+    def unmap_peer(self, peer: PeerBlocks) -> None:
+        """Nobody uses the peer's blocks any more, in any thread: touching them from here on ends the process."""
+        self._peers.remove(peer)
+        _map(*self._addresses(peer.first_block, peer.num_blocks), *_NOTHING)
+
+    def _place_for(self, num_blocks: int) -> int:
+        """The first gap that is large enough, as the number of its first block."""
+        step = PAGE_BYTES // math.gcd(PAGE_BYTES, self.block_bytes)
+        place = -(-self.num_blocks // step) * step
+        for peer in sorted(self._peers, key=lambda peer: peer.first_block):
+            if place + num_blocks <= peer.first_block:
+                break
+            place = -(-(peer.first_block + peer.num_blocks) // step) * step
+        if place + num_blocks > self.num_blocks + self.num_peer_blocks:
+            raise TransferError(f"no addresses are left for {num_blocks} blocks of a peer")
+        return place
+
+    def _addresses(self, first_block: int, num_blocks: int) -> tuple[int, int]:
+        start = _address(self._mapping) + header_bytes(self.num_blocks) + first_block * self.block_bytes
+        return start, num_blocks * self.block_bytes
 
     def open_readonly(self) -> int:
         """A new descriptor of this memory that can only be read through; the caller closes it."""
@@ -114,6 +216,34 @@ class PoolMemory:
         with contextlib.suppress(BufferError):  # someone still views it
             self.buffer.release()
             self._mapping.close()
+
+
+_NOTHING: Final = (0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
+
+
+def _reserve(size: int) -> mmap.mmap:
+    """Addresses without memory. The object owns them, and whatever is mapped over them."""
+    mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    _map(_address(mapping), size, *_NOTHING)
+    return mapping
+
+
+def _address(mapping: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+
+
+def _map(address: int, size: int, protection: int, flags: int, fd: int, offset: int) -> None:
+    """Replace what is mapped there. Raises OSError."""
+    if _libc.mmap(address, size, protection, flags | _MAP_FIXED, fd, offset) != address:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def _check_size(fd: int, num_blocks: int, block_bytes: int) -> None:
+    """Raises TransferError unless `fd` is memory that can neither shrink nor grow, and holds such a pool."""
+    sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) if _is_memfd(fd) else 0
+    if sealed & _SEALS != _SEALS or os.fstat(fd).st_size != header_bytes(num_blocks) + num_blocks * block_bytes:
+        raise TransferError("the memory that the peer handed over does not have the size that it states")
 
 
 def _is_memfd(fd: int) -> bool:

@@ -9,6 +9,9 @@ The life of one hand-over, seen from here:
 5. The lease ends: `on_released(id, verified)`; or it expires: `on_quarantined(id)`, and `on_resolved(id)` once no
    peer can read the blocks any more. Nothing else is ever called, and nothing twice.
 
+Where blocks of a decode worker are at hand to write into (`direct`), its Want says where, and `on_want` passes that on.
+The owner then answers with `written`, in place of 2 to 4, or declines with it and goes on as above.
+
 Everything here runs on one event loop; only checksums leave it.
 """
 
@@ -17,6 +20,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import xxhash
 import zmq
@@ -25,8 +29,9 @@ import zmq.asyncio
 from baton.config import HandoverOptions
 from baton.errors import ConfigurationError, PeerError
 from baton.v1 import handover_pb2 as pb
+from kvtransfer.direct import DirectServer, LentPool, Placed
 from kvtransfer.handshake import refusal
-from kvtransfer.lanes.base import LaneServer
+from kvtransfer.lanes.base import LaneEndpoint, LaneServer
 from kvtransfer.layout import BlockLayout
 from kvtransfer.leases import LeaseBook, LeaseChange, LeaseEvent
 from kvtransfer.memory import PoolMemory
@@ -48,6 +53,13 @@ MAX_CONNECTIONS = 1024
 MAX_PARKED = 4096
 
 
+class Writing(NamedTuple):
+    """A placement that may be written into, and whom to tell about it."""
+
+    connection: Connection
+    pool: LentPool
+
+
 class OfferServer:
     """Offers blocks of `memory`. Every method is called on the event loop's thread, and none of them waits for a peer.
 
@@ -66,7 +78,12 @@ class OfferServer:
         on_released: Callable[[str, bool], None],
         on_quarantined: Callable[[str], None],
         on_resolved: Callable[[str], None],
+        direct: DirectServer | None = None,
+        on_want: Callable[[str, Placed | None], None] = lambda handover_id, placed: None,
     ) -> None:
+        """`direct`: maps pools of decode workers. on_want(id, placed): once a Want of an open hand-over, never from
+        inside a call of the owner's. `placed`: the owner must call `written` until that has said `stopped`.
+        """
         self._me = me
         self._layout = layout
         self._memory = memory
@@ -76,6 +93,10 @@ class OfferServer:
         self._on_released = on_released
         self._on_quarantined = on_quarantined
         self._on_resolved = on_resolved
+        self._direct = direct
+        self._on_want_of = on_want
+        self._writing: dict[str, Writing] = {}
+        self._direct_endpoint: pb.LaneEndpoint | None = None
         # A reader's batch lasts at most pull_timeout_s, and its own clock is checked well within the silence allowed.
         self._book = LeaseBook(options.lease_s, options.pull_timeout_s + options.heartbeat_timeout_s)
         self._outgoing: dict[str, Outgoing] = {}
@@ -98,9 +119,14 @@ class OfferServer:
             except ConfigurationError as error:
                 log.warning("%s", error)
                 continue
-            self._endpoints.append(pb.LaneEndpoint(lane=endpoint.lane, address=endpoint.address, token=endpoint.token))
+            self._endpoints.append(_endpoint(endpoint))
         if not self._endpoints:
             raise ConfigurationError("no lane of --lanes can be served on this host")
+        if self._direct is not None:
+            try:
+                self._direct_endpoint = _endpoint(self._direct.start())
+            except ConfigurationError as error:
+                log.warning("%s", error)
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a peer that left is an error, not silence
@@ -124,6 +150,8 @@ class OfferServer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self._close_lanes)
+        if self._direct is not None:
+            await self._direct.close()
         self._apply(self._book.lose(list(self._outgoing)))
         if self._socket is not None and self._context is not None:
             self._socket.close()
@@ -145,7 +173,11 @@ class OfferServer:
         if change is not None:
             asyncio.get_running_loop().call_soon(self._apply, [change])  # never from inside open()
         elif parked is not None:
-            self._want(parked.connection, handover_id, parked.first_block, outgoing)
+            self._want(parked.connection, parked.want, outgoing)
+
+    def expects_placement(self, peer: PeerIdentity) -> bool:
+        """Whether the Want of that worker can be expected to name blocks to write into."""
+        return self._direct is not None and self._direct.lends(peer)
 
     def offer(self, handover_id: str, first_block: int, block_ids: Sequence[int], generations: Sequence[int]) -> None:
         """These blocks, at positions `first_block` and on, are final. Ignored once the hand-over has ended.
@@ -175,6 +207,35 @@ class OfferServer:
                 first_token_index=first_token_index,
             )
             self._flush(handover_id, outgoing)
+
+    def written(self, handover_id: str, num_blocks: int, stopped: bool) -> None:
+        """The first `num_blocks` blocks of a placement are final. Ignored where there is none, or `stopped` was said.
+
+        `stopped`: nothing is written there any more, or ever.
+        """
+        self._tell_written(pb.Written(handover_id=handover_id, num_blocks=num_blocks, stopped=stopped))
+
+    def written_all(
+        self, handover_id: str, num_blocks: int, num_tokens: int, first_token_id: int, first_token_index: int
+    ) -> None:
+        """As `written`, of all blocks: the last word, which carries the first token."""
+        message = pb.Written(handover_id=handover_id, num_blocks=num_blocks, stopped=True)
+        message.closed.handover_id, message.closed.num_blocks = handover_id, num_blocks
+        message.closed.num_tokens = num_tokens
+        message.closed.first_token_id, message.closed.first_token_index = first_token_id, first_token_index
+        self._tell_written(message)
+
+    def _tell_written(self, message: pb.Written) -> None:
+        writing = self._writing.get(message.handover_id)
+        if writing is None:
+            return
+        self._send(writing.connection, pb.HandoverMessage(written=message))
+        if message.stopped:
+            del self._writing[message.handover_id]
+            if self._direct is not None:
+                self._direct.done(writing.pool)
+            if (outgoing := self._outgoing.get(message.handover_id)) is not None:
+                self._flush(message.handover_id, outgoing)
 
     def fail(self, handover_id: str, reason: str) -> None:
         """Give the hand-over up. Its blocks come back by the callbacks, at once when no peer has asked for them."""
@@ -206,8 +267,8 @@ class OfferServer:
         self._flush(handover_id, outgoing)
 
     def _flush(self, handover_id: str, outgoing: Outgoing) -> None:
-        """Tell the peer what it does not know yet."""
-        if outgoing.connection is not None:
+        """Tell the peer what it does not know yet; nothing is offered while its own blocks may be written into."""
+        if outgoing.connection is not None and handover_id not in self._writing:
             for message in outgoing.news(handover_id):
                 if not self._send(outgoing.connection, message):
                     return
@@ -262,6 +323,8 @@ class OfferServer:
             reply.pool_epoch = self._memory.epoch
             reply.lanes.extend(self._endpoints)
             reply.layout.CopyFrom(self._layout.to_proto())
+            if self._direct_endpoint is not None:
+                reply.direct.CopyFrom(self._direct_endpoint)
             reply.lease_s = self._options.lease_s
             reply.heartbeat_interval_s = self._options.heartbeat_interval_s
             reply.heartbeat_timeout_s = self._options.heartbeat_timeout_s
@@ -285,6 +348,7 @@ class OfferServer:
                 parked = self._parked.get(handover_id)
                 if parked is not None and parked.connection.peer == connection.peer:
                     del self._parked[handover_id]
+                    self._decline(connection, parked.want)
                 if len(handover_id) > MAX_ID_BYTES:
                     raise PeerError("the peer names an impossible hand-over")
                 change = self._book.release(handover_id, connection.peer, message.release.verified)
@@ -295,7 +359,7 @@ class OfferServer:
                     parked = self._parked.get(handover_id)
                     if parked is not None and parked.connection is connection:
                         expires_at = now + self._options.lease_s
-                        self._parked[handover_id] = Parked(connection, parked.first_block, expires_at)
+                        self._parked[handover_id] = Parked(connection, parked.want, expires_at)
             case kind:
                 raise PeerError(f"the peer sent '{kind}', which is not for it to send")
 
@@ -305,20 +369,37 @@ class OfferServer:
             raise PeerError("the peer names an impossible hand-over")
         outgoing = self._outgoing.get(handover_id)
         if outgoing is not None:
-            self._want(connection, handover_id, want.first_block, outgoing)
+            self._want(connection, want, outgoing)
         elif self._book.has_ended(handover_id) or len(self._parked) >= MAX_PARKED:
             self._send_failed(connection, handover_id, "the offer has ended")
+            self._decline(connection, want)
         else:
-            self._parked[handover_id] = Parked(connection, want.first_block, now + self._options.lease_s)
+            self._parked[handover_id] = Parked(connection, want, now + self._options.lease_s)
 
-    def _want(self, connection: Connection, handover_id: str, first_block: int, outgoing: Outgoing) -> None:
+    def _want(self, connection: Connection, want: pb.Want, outgoing: Outgoing) -> None:
+        handover_id = want.handover_id
         if not self._book.want(handover_id, connection.peer):
             self._send_failed(connection, handover_id, "the offer has ended, or is for another worker")
+            self._decline(connection, want)
             return
         outgoing.connection = connection
-        outgoing.num_sent = first_block
+        outgoing.num_sent = want.first_block
         outgoing.finished = False
+        placed = None
+        if self._direct is not None and want.HasField("placement") and handover_id not in self._writing:
+            placed = self._direct.place(connection.peer, want)
+        if placed is not None:
+            self._writing[handover_id] = Writing(connection, placed.pool)
+        else:
+            self._decline(connection, want)
+        asyncio.get_running_loop().call_soon(self._on_want_of, handover_id, placed)
         self._flush(handover_id, outgoing)
+
+    def _decline(self, connection: Connection, want: pb.Want) -> None:
+        """Nothing will be written into the blocks that it names, unless a Want before it named them too."""
+        if want.HasField("placement") and want.handover_id not in self._writing:
+            declined = pb.Written(handover_id=want.handover_id, stopped=True)
+            self._send(connection, pb.HandoverMessage(written=declined))
 
     # -- time and endings --------------------------------------------------------------------------------------------
 
@@ -342,6 +423,7 @@ class OfferServer:
                 if now >= parked.expires_at:
                     del self._parked[handover_id]
                     self._send_failed(parked.connection, handover_id, "nothing was offered in time")
+                    self._decline(parked.connection, parked.want)
 
     def _drop(self, connection: Connection, reason: str, dead: bool) -> None:
         """Forget a connection and end what was pulled over it; of a dead peer also what it has not asked for yet."""
@@ -386,6 +468,10 @@ class OfferServer:
 
     def _count(self, name: str, amount: float) -> None:
         self._counters[name] = self._counters.get(name, 0.0) + amount
+
+
+def _endpoint(endpoint: LaneEndpoint) -> pb.LaneEndpoint:
+    return pb.LaneEndpoint(lane=endpoint.lane, address=endpoint.address, token=endpoint.token)
 
 
 def _bracketed(host: str) -> str:

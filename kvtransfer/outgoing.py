@@ -45,5 +45,5 @@ class Parked:
     """A Want that came before its hand-over was opened."""
 
     connection: Connection
-    first_block: int
+    want: pb.Want
     expires_at: float

@@ -24,6 +24,7 @@ class IntakeResult:
     num_blocks: leading blocks that are here and verified, those that were here before included.
     num_tokens, first_token_id, first_token_index: what closed the offer; None unless everything arrived.
     failure: why it ended early, or None.
+    fence: while this is not done, the peer may still write into the blocks from `num_blocks` on. None: nobody does.
     same_bits: False where numbers were cast, so that the blocks do not hold what this worker would compute.
     """
 
@@ -33,6 +34,7 @@ class IntakeResult:
     first_token_index: int | None = None
     failure: str | None = None
     same_bits: bool = True
+    fence: asyncio.Future[None] | None = None
 
 
 class Taking:
@@ -95,8 +97,22 @@ class Taking:
             self._closed = closed
             self.changed.set()
 
+    def on_written(self, written: pb.Written) -> None:
+        """The peer writes straight into the row, so that nothing is left to do here."""
+        if written.num_blocks > len(self.row.block_ids) or self._offered or self._closed is not None:
+            self.end(f"the peer says that it has written {written.num_blocks} blocks, which cannot be")
+            return
+        self.num_verified = max(self.num_verified, written.num_blocks)
+        if written.HasField("closed"):
+            if written.stopped and written.closed.num_blocks == self.num_verified:
+                self._closed = written.closed
+            else:
+                self.end("the peer closed what it has not written")
+        self.changed.set()
+
     def next_batch(self, max_blocks: int) -> list[WantedBlock]:
         start = self.num_verified - self._first_wanted
+        # Nothing is offered where the peer writes by itself.
         return self._offered[start : start + max_blocks]
 
     def result(self) -> IntakeResult:

@@ -3,20 +3,26 @@
 Life of a hand-over on the offering side:
 
 1. Assigned: the hand-over is opened for the one decode worker that the assignment names; the engine queues the prompt.
+   Where that worker lends its pool, the prompt waits a moment for the blocks that it reserves there, and is computed
+   into them: each step says how far they are written, and the last word is that nothing writes there any more.
+   What comes too late or does not fit is counted, and goes on as follows.
 2. Each step that finishes blocks offers them: the decode worker pulls chunk i while chunk i+1 is computed.
 3. The last chunk also samples the first token. It leaves straight to the coordinator, and closes the offer.
 4. The engine request is over; its blocks belong to the lease. They go back to the pool when the decode worker
    releases them, or after its death or the end of the lease, when nobody can read them any more.
 """
 
+import asyncio
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 from baton.v1 import worker_link_pb2 as wire
 from engine.engine import Engine
-from engine.requests import Computed, Ended, EndReason, Handover, Reserved, TokenOutput
+from engine.requests import Computed, Ended, EndReason, Handover, Placement, Reserved, TokenOutput
+from kvtransfer.direct import Placed
 from kvtransfer.offers import OfferServer
-from kvtransfer.wire import PeerRef
+from kvtransfer.wire import PeerIdentity, PeerRef
 from worker.roles import Attempt, RoleHandler, engine_request
 from worker.shell import WorkerShell
 
@@ -27,6 +33,13 @@ log = logging.getLogger(__name__)
 class Lease:
     """A hand-over until both the engine and its reader are done with it."""
 
+    attempt: Attempt
+    timer: asyncio.TimerHandle | None = None
+    """Of a prompt that waits, or waited, for blocks of its reader."""
+    submitted: bool = False
+    """To the engine; or it never will be."""
+    placed: bool = False
+    """The engine computes into blocks of the reader."""
     num_blocks: int = 0
     num_tokens: int = 0
     token: TokenOutput | None = None
@@ -38,8 +51,11 @@ class Lease:
 class PrefillRole(RoleHandler):
     role = wire.ROLE_PREFILL
 
-    def __init__(self, shell: WorkerShell) -> None:
+    def __init__(self, shell: WorkerShell, page_size: int, direct_wait_s: float = 0.0) -> None:
+        """`direct_wait_s`: how long a prompt waits for blocks of a decode worker that lends them."""
         self._shell = shell
+        self._page_size = page_size
+        self._direct_wait_s = direct_wait_s
         self._offers: OfferServer | None = None
         self._leases: dict[str, Lease] = {}
 
@@ -59,16 +75,45 @@ class PrefillRole(RoleHandler):
         except ValueError as error:
             self._shell.end(attempt, wire.END_REASON_ERROR, str(error))
             return
-        self._leases[attempt.key] = Lease()
-        request = engine_request(attempt.assignment, attempt.key, self._shell.model_fingerprint, Handover.GIVE)
-        self._shell.submit(attempt, request)
+        lease = self._leases[attempt.key] = Lease(attempt)
+        if self.offers.expects_placement(PeerIdentity(peer.worker_id, peer.incarnation)):
+            loop = asyncio.get_running_loop()
+            lease.timer = loop.call_later(self._direct_wait_s, self._submit, lease, None)
+        else:
+            self._submit(lease, None)
+
+    def on_want(self, key: str, placed: Placed | None) -> None:
+        """The decode worker has reserved its blocks; `placed`: those that may be written into."""
+        lease = self._leases.get(key)
+        if lease is not None and not lease.submitted:
+            self._submit(lease, placed)
+        elif placed is not None:  # too late
+            self._shell.counters["handover_direct_fallbacks"] += lease is not None and lease.timer is None
+            self.offers.written(key, 0, stopped=True)
+
+    def _submit(self, lease: Lease, placed: Placed | None) -> None:
+        lease.submitted = True
+        key, num_tokens = lease.attempt.key, len(lease.attempt.assignment.token_ids)
+        placement = _placement(placed, num_tokens, self._page_size) if placed is not None else None
+        if lease.timer is not None:
+            lease.timer.cancel()
+            self._shell.counters["handover_direct_fallbacks"] += placement is None
+        if placement is None:
+            self.offers.written(key, 0, stopped=True)
+        lease.placed = placement is not None
+        fingerprint = self._shell.model_fingerprint
+        request = engine_request(lease.attempt.assignment, key, fingerprint, Handover.GIVE, placement)
+        self._shell.submit(lease.attempt, request)
 
     def on_reserved(self, attempt: Attempt, reserved: Reserved) -> None:
         self._shell.arrivals.start(attempt.key, reserved, len(attempt.assignment.token_ids))
 
     def on_computed(self, attempt: Attempt, computed: Computed) -> None:
         lease = self._leases[attempt.key]
-        self.offers.offer(attempt.key, computed.first_block, computed.block_ids, computed.generations)
+        if not lease.placed:
+            self.offers.offer(attempt.key, computed.first_block, computed.block_ids, computed.generations)
+        elif not computed.last:
+            self.offers.written(attempt.key, computed.first_block + len(computed.block_ids), stopped=False)
         lease.num_blocks = computed.first_block + len(computed.block_ids)
         lease.num_tokens = computed.num_tokens
 
@@ -80,8 +125,10 @@ class PrefillRole(RoleHandler):
         lease.computing = False
         if ended.reason is EndReason.HANDED_OVER and lease.token is not None:
             token = lease.token
-            self.offers.close(attempt.key, lease.num_blocks, lease.num_tokens, token.token_id, token.index)
+            close = self.offers.written_all if lease.placed else self.offers.close
+            close(attempt.key, lease.num_blocks, lease.num_tokens, token.token_id, token.index)
         else:
+            self.offers.written(attempt.key, lease.num_blocks, stopped=True)
             self.offers.fail(attempt.key, "the stream ended with its first token")
         self._settle(attempt.key, lease)
 
@@ -90,9 +137,19 @@ class PrefillRole(RoleHandler):
         self._shell.arrivals.abort(key)
         lease = self._leases.get(key)
         if lease is not None:
-            lease.computing = False
+            lease.computing, lease.submitted = False, True
+            if lease.timer is not None:
+                lease.timer.cancel()
+            if lease.placed:
+                self._stop_writing(key, lease.num_blocks)
             self.offers.fail(key, "aborted")
             self._settle(key, lease)
+
+    def _stop_writing(self, key: str, num_blocks: int) -> None:
+        """The engine has been told to abort: when it gets to this, no step of it writes for the request any more."""
+        loop = asyncio.get_running_loop()
+        stopped = partial(self.offers.written, key, num_blocks, stopped=True)
+        self._shell.steps.submit(lambda engine: loop.call_soon_threadsafe(stopped))
 
     def on_lease_released(self, key: str, verified: bool) -> None:
         """The reader is done, whether or not it got everything."""
@@ -122,6 +179,12 @@ class PrefillRole(RoleHandler):
             self._shell.steps.submit(lambda engine: _give_back(engine, key))
         elif lease.quarantined:
             self._shell.steps.submit(lambda engine: engine.quarantine_lease(key))
+
+
+def _placement(placed: Placed, num_tokens: int, page_size: int) -> Placement | None:
+    """None where a prompt does not fit. At least its last token is computed, and needs a block to be written into."""
+    fits = -(-num_tokens // page_size) == len(placed.block_ids) and placed.num_cached_blocks * page_size < num_tokens
+    return Placement(placed.block_ids, placed.num_cached_blocks) if fits else None
 
 
 def _give_back(engine: Engine, key: str) -> None:

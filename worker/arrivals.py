@@ -2,7 +2,7 @@
 
 The engine reserved the blocks. One task a request sees to it that they are filled; when it ends, nothing writes them
 any more, and the engine goes on with what is right. A request that is aborted meanwhile leaves its blocks in
-quarantine until then.
+quarantine until then. A peer that writes by itself may be slow to stop: the request goes on in other blocks meanwhile.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from engine.block_tables import fence_id
 from engine.requests import Reserved
 from kvtransfer.tiers.store import BlockStore
 from worker.step_loop import StepLoop
@@ -27,10 +28,12 @@ class Arrived:
     first_token: int | None = None
     same_bits: bool = True
     """Whether they are what would have been computed here."""
+    fence: asyncio.Future[None] | None = None
+    """While this is not done, a peer may still write behind these positions."""
 
 
 Fetch = Callable[[int], Awaitable[Arrived]]
-"""Gets the blocks from that position on; when it returns, nothing writes any more."""
+"""Gets the blocks from that position on; when it returns, nothing writes any more, save behind the fence."""
 
 
 class Arrivals:
@@ -47,7 +50,7 @@ class Arrivals:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
-        return len(self._cancelled)
+        return len(self._tasks)
 
     def start(self, key: str, reserved: Reserved, num_tokens: int, fetch: Fetch | None = None) -> None:
         """Load what is stored, then `fetch` what comes from elsewhere; `num_tokens` positions are wanted in all."""
@@ -78,15 +81,22 @@ class Arrivals:
             arrived = Arrived(min(here * self._page_size, num_tokens))
             if fetch is not None and not cancelled.is_set():
                 arrived = await fetch(here)
+            if cancelled.is_set() and arrived.fence is not None:
+                await arrived.fence
         finally:
             del self._cancelled[key]
         if cancelled.is_set():
             self._steps.submit(lambda engine: engine.resolve(key))
-        else:
-            loaded = num_loaded * self._page_size
-            self._steps.submit(
-                lambda engine: engine.receive(key, arrived.num_tokens, arrived.first_token, loaded, arrived.same_bits)
+            return
+        loaded, fenced = num_loaded * self._page_size, arrived.fence is not None
+        self._steps.submit(
+            lambda engine: engine.receive(
+                key, arrived.num_tokens, arrived.first_token, loaded, arrived.same_bits, fenced
             )
+        )
+        if arrived.fence is not None:
+            await arrived.fence
+            self._steps.submit(lambda engine: engine.resolve(fence_id(key)))
 
     def _reap(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)

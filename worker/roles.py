@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from baton.block_names import root_name
 from baton.v1 import worker_link_pb2 as wire
-from engine.requests import Computed, Ended, EngineRequest, Handover, Reserved, SamplingParams, TokenOutput
+from engine.requests import Computed, Ended, EngineRequest, Handover, Placement, Reserved, SamplingParams, TokenOutput
 
 
 @dataclass(slots=True)
@@ -61,7 +61,13 @@ class RoleHandler(ABC):
         return 0
 
 
-def engine_request(assignment: wire.Assignment, key: str, model_fingerprint: str, handover: Handover) -> EngineRequest:
+def engine_request(
+    assignment: wire.Assignment,
+    key: str,
+    model_fingerprint: str,
+    handover: Handover,
+    placement: Placement | None = None,
+) -> EngineRequest:
     """The engine's view of an assignment."""
     sampling = assignment.sampling
     return EngineRequest(
@@ -85,4 +91,5 @@ def engine_request(assignment: wire.Assignment, key: str, model_fingerprint: str
         ),
         cache_root=root_name(model_fingerprint, assignment.adapter, assignment.cache_salt),
         handover=handover,
+        placement=placement,
     )

@@ -36,6 +36,7 @@ class HandoverMessage(_message.Message):
     RELEASE_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     REVOKE_FIELD_NUMBER: _builtins.int
+    WRITTEN_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
@@ -55,6 +56,8 @@ class HandoverMessage(_message.Message):
     def heartbeat(self) -> Global___HandoverHeartbeat: ...
     @_builtins.property
     def revoke(self) -> Global___Revoke: ...
+    @_builtins.property
+    def written(self) -> Global___Written: ...
     def __init__(
         self,
         *,
@@ -68,12 +71,13 @@ class HandoverMessage(_message.Message):
         release: Global___Release | None = ...,
         heartbeat: Global___HandoverHeartbeat | None = ...,
         revoke: Global___Revoke | None = ...,
+        written: Global___Written | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "failed", b"failed", "heartbeat", b"heartbeat", "hello", b"hello", "hello_reply", b"hello_reply", "message", b"message", "offer", b"offer", "release", b"release", "revoke", b"revoke", "want", b"want"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "failed", b"failed", "heartbeat", b"heartbeat", "hello", b"hello", "hello_reply", b"hello_reply", "message", b"message", "offer", b"offer", "release", b"release", "revoke", b"revoke", "want", b"want", "written", b"written"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "failed", b"failed", "heartbeat", b"heartbeat", "hello", b"hello", "hello_reply", b"hello_reply", "message", b"message", "offer", b"offer", "release", b"release", "revoke", b"revoke", "sequence", b"sequence", "want", b"want"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "failed", b"failed", "heartbeat", b"heartbeat", "hello", b"hello", "hello_reply", b"hello_reply", "message", b"message", "offer", b"offer", "release", b"release", "revoke", b"revoke", "sequence", b"sequence", "want", b"want", "written", b"written"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "hello_reply", "want", "offer", "closed", "failed", "release", "heartbeat", "revoke"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "hello_reply", "want", "offer", "closed", "failed", "release", "heartbeat", "revoke", "written"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -182,6 +186,7 @@ class HelloReply(_message.Message):
     HEARTBEAT_INTERVAL_S_FIELD_NUMBER: _builtins.int
     HEARTBEAT_TIMEOUT_S_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
+    DIRECT_FIELD_NUMBER: _builtins.int
     accepted: _builtins.bool
     reason: _builtins.str
     """when refused: which field differs"""
@@ -199,6 +204,10 @@ class HelloReply(_message.Message):
     def layout(self) -> Global___BlockLayout:
         """of the blocks that are offered"""
 
+    @_builtins.property
+    def direct(self) -> Global___LaneEndpoint:
+        """where a puller of the same host lends its pool, to be written straight into"""
+
     def __init__(
         self,
         *,
@@ -211,10 +220,11 @@ class HelloReply(_message.Message):
         heartbeat_interval_s: _builtins.float = ...,
         heartbeat_timeout_s: _builtins.float = ...,
         layout: Global___BlockLayout | None = ...,
+        direct: Global___LaneEndpoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["direct", b"direct", "layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "heartbeat_interval_s", b"heartbeat_interval_s", "heartbeat_timeout_s", b"heartbeat_timeout_s", "incarnation", b"incarnation", "lanes", b"lanes", "layout", b"layout", "lease_s", b"lease_s", "pool_epoch", b"pool_epoch", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "direct", b"direct", "heartbeat_interval_s", b"heartbeat_interval_s", "heartbeat_timeout_s", b"heartbeat_timeout_s", "incarnation", b"incarnation", "lanes", b"lanes", "layout", b"layout", "lease_s", b"lease_s", "pool_epoch", b"pool_epoch", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -256,21 +266,61 @@ class Want(_message.Message):
 
     HANDOVER_ID_FIELD_NUMBER: _builtins.int
     FIRST_BLOCK_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
     handover_id: _builtins.str
     first_block: _builtins.int
+    @_builtins.property
+    def placement(self) -> Global___Placement:
+        """the offerer may write its KV here instead of offering it; answered by Written"""
+
     def __init__(
         self,
         *,
         handover_id: _builtins.str = ...,
         first_block: _builtins.int = ...,
+        placement: Global___Placement | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "handover_id", b"handover_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "handover_id", b"handover_id", "placement", b"placement"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Want: _TypeAlias = Want  # noqa: Y015
+
+@_typing.final
+class Placement(_message.Message):
+    """Blocks of the puller's pool, which the offerer has mapped. Those before the Want's first block may only be read."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LENDING_FIELD_NUMBER: _builtins.int
+    BLOCK_IDS_FIELD_NUMBER: _builtins.int
+    GENERATIONS_FIELD_NUMBER: _builtins.int
+    lending: _builtins.int
+    """number under which the puller lent its pool"""
+    @_builtins.property
+    def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """by position, for the whole prompt"""
+
+    @_builtins.property
+    def generations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of these blocks"""
+
+    def __init__(
+        self,
+        *,
+        lending: _builtins.int = ...,
+        block_ids: _abc.Iterable[_builtins.int] | None = ...,
+        generations: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "generations", b"generations", "lending", b"lending"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Placement: _TypeAlias = Placement  # noqa: Y015
 
 @_typing.final
 class OfferedBlock(_message.Message):
@@ -385,6 +435,42 @@ class OfferFailed(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OfferFailed: _TypeAlias = OfferFailed  # noqa: Y015
+
+@_typing.final
+class Written(_message.Message):
+    """How far a placement is written. Leading blocks are final; those before the Want's first block count. Nothing is offered
+    before a Written that says `stopped`.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDOVER_ID_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    STOPPED_FIELD_NUMBER: _builtins.int
+    CLOSED_FIELD_NUMBER: _builtins.int
+    handover_id: _builtins.str
+    num_blocks: _builtins.int
+    stopped: _builtins.bool
+    """the offerer writes nothing there any more, or never will"""
+    @_builtins.property
+    def closed(self) -> Global___OfferClosed:
+        """with `stopped`, when everything is written"""
+
+    def __init__(
+        self,
+        *,
+        handover_id: _builtins.str = ...,
+        num_blocks: _builtins.int = ...,
+        stopped: _builtins.bool = ...,
+        closed: Global___OfferClosed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "handover_id", b"handover_id", "num_blocks", b"num_blocks", "stopped", b"stopped"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Written: _TypeAlias = Written  # noqa: Y015
 
 @_typing.final
 class Release(_message.Message):

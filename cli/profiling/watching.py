@@ -170,9 +170,15 @@ class WatchedEngine(Engine):
         self._notes.added[request.id] = now()
 
     def receive(
-        self, request_id: str, num_tokens: int, first_token: int | None, num_loaded: int = 0, same_bits: bool = True
+        self,
+        request_id: str,
+        num_tokens: int,
+        first_token: int | None,
+        num_loaded: int = 0,
+        same_bits: bool = True,
+        fenced: bool = False,
     ) -> bool:
-        received = super().receive(request_id, num_tokens, first_token, num_loaded, same_bits)
+        received = super().receive(request_id, num_tokens, first_token, num_loaded, same_bits, fenced)
         if received:
             self._notes.received[request_id] = (now(), num_tokens)
         return received

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 from baton.block_names import root_name
+from engine.block_tables import fence_id
 from engine.blocks import BlockAllocator, BlockState, Owner, OwnerKind
 from engine.engine import Engine
 from engine.plan import PENDING, DraftRequest, PlannedSequence, Sampled, StepPlan, StepResult
-from engine.requests import EndReason, EngineRequest, Handover, Named, SamplingParams, StepOutput
+from engine.requests import EndReason, EngineRequest, Handover, Named, Placement, SamplingParams, StepOutput
 from engine.scheduler import Scheduler
 from engine.sequence import Phase, Sequence
 
@@ -222,7 +223,7 @@ class StandInRunner:
             for index in range(sequence.start // PAGE, (end - 1) // PAGE + 1):
                 block = sequence.block_ids[index]
                 assert writer.setdefault(block, sequence.request_id) == sequence.request_id
-                if self.scheduler is not None:
+                if self.scheduler is not None and block < self.scheduler._allocator.num_blocks:
                     assert self.scheduler._allocator.is_private(block)
         assert not writer.keys() & {source for source, _ in plan.copies}
         for sequence in plan.sequences:
@@ -342,14 +343,18 @@ class World:
         self.ended: dict[str, EndReason] = {}
         self.reserved: dict[str, list[int]] = {}
         """Blocks that a giver may write into: RECEIVING or quarantined."""
+        self.from_peer: set[str] = set()
+        """Of these, the ones that wait for a giver."""
         self.num_cached: dict[str, int] = {}
-        self.takes: dict[str, bool] = {}
         self.num_stored = 0
         """Blocks that were to be loaded."""
         self.announced: dict[str, Announced] = {}
         self.leases: set[str] = set()
         self.quarantined: set[str] = set()
         self.aborting: set[str] = set()
+        self.fenced: dict[str, list[int]] = {}
+        """Blocks of requests that went on without them: a giver may write there until `lower_fence`."""
+        self.num_placed = 0
 
     def add(self, request: EngineRequest) -> Stream:
         stream = self.runner.expect(request)
@@ -364,15 +369,16 @@ class World:
         assert len(set(self.started)) == len(self.started)
         for reserved in output.reserved:
             stream = self.runner.streams[reserved.request_id]
-            assert reserved.takes or reserved.stored
-            assert stream.request.handover is Handover.TAKE or not reserved.takes
-            self.takes[reserved.request_id] = reserved.takes
+            assert reserved.from_peer or reserved.stored
+            assert stream.request.handover is Handover.TAKE or not reserved.from_peer
             for index, name in enumerate(reserved.stored, reserved.num_cached_blocks):
                 assert self.store.kv[name] == stream.kv[index * PAGE : (index + 1) * PAGE], (
                     "the store has another block"
                 )
             self.reserved[reserved.request_id] = list(reserved.block_ids)
             self.num_cached[reserved.request_id] = reserved.num_cached_blocks
+            if reserved.from_peer:
+                self.from_peer.add(reserved.request_id)
             self.num_stored += len(reserved.stored)
         for named in output.named:
             if self.allocator.generations[named.block_id] == named.generation:  # else it was handed out again
@@ -411,7 +417,13 @@ class World:
             return  # `abort` noted the lease
         else:
             assert (seen, reason) == (stream.outputs, stream.reason)
-        if request_id in self.announced:
+        self._note_lease(request_id)
+
+    def _note_lease(self, request_id: str) -> None:
+        if self.runner.streams[request_id].request.placement is not None:
+            self.check()  # the last look: the blocks are the reader's
+            self.announced.pop(request_id, None)
+        elif request_id in self.announced:
             self.leases.add(request_id)
 
     def check(self) -> None:
@@ -425,7 +437,8 @@ class World:
         assert sum(parts) == counts.total
         for request_id, announced in self.announced.items():
             kv = self.runner.streams[request_id].kv
-            assert self.allocator.generations[announced.block_ids].tolist() == announced.generations
+            if self.runner.streams[request_id].request.placement is None:
+                assert self.allocator.generations[announced.block_ids].tolist() == announced.generations
             for position in range(announced.num_tokens):
                 assert self.runner.read(announced.block_ids, position) == kv[position], "a reader would be given this"
         for request_id in self.quarantined:
@@ -441,25 +454,48 @@ class World:
 
     def scribble(self, request_id: str) -> None:
         """What a stray or torn write does to every block that it may still reach."""
-        for block in self.reserved[request_id][self.num_cached[request_id] :]:
+        behind = self.reserved.get(request_id, [])[self.num_cached.get(request_id, 0) :]
+        for block in behind + self.fenced.get(request_id, []):
             for offset in range(PAGE):
                 self.runner.kv[block, offset] = GARBAGE
 
-    def receive(self, request_id: str, num_tokens: int, with_first_token: bool, same_bits: bool = True) -> bool:
+    def receive(
+        self, request_id: str, num_tokens: int, with_first_token: bool, same_bits: bool = True, fenced: bool = False
+    ) -> bool:
         request = self.runner.streams[request_id].request
         index = len(request.token_ids) - request.num_prompt_tokens
-        sampled = with_first_token and self.takes[request_id]
+        sampled = with_first_token and request_id in self.from_peer
         first_token = self.runner.streams[request_id].outputs[index] if sampled else None
-        received = self.engine.receive(request_id, num_tokens, first_token, same_bits=same_bits)
+        received = self.engine.receive(request_id, num_tokens, first_token, same_bits=same_bits, fenced=fenced)
         assert received == (request_id in self.reserved and request_id not in self.quarantined)
         if received:
-            del self.reserved[request_id]
+            blocks = self.reserved.pop(request_id)
+            self.from_peer.discard(request_id)
+            if fenced:
+                self.fenced[request_id] = blocks[max(self.num_cached[request_id], num_tokens // PAGE) :]
         return received
+
+    def lower_fence(self, request_id: str) -> None:
+        del self.fenced[request_id]
+        assert self.engine.resolve(fence_id(request_id))
+        assert not self.engine.resolve(fence_id(request_id))
 
     def receive_all(self, request_id: str, with_first_token: bool = True) -> bool:
         num_tokens = len(self.runner.streams[request_id].request.token_ids)
         self.deliver(request_id, num_tokens)
         return self.receive(request_id, num_tokens, with_first_token)
+
+    # -- The taker of a GIVE request whose blocks it lends -----------------------------------------------------------
+
+    def placed(self, request: EngineRequest, num_cached_blocks: int) -> EngineRequest:
+        """The same request, to be computed into blocks of another pool, of which the first have their KV."""
+        first = self.allocator.num_blocks + 100 * self.num_placed
+        self.num_placed += 1
+        block_ids = tuple(range(first, first + -(-len(request.token_ids) // PAGE)))
+        stream = self.runner.expect(request)
+        for position in range(num_cached_blocks * PAGE):
+            self.runner.write(list(block_ids), position, stream.kv[position])
+        return replace(request, placement=Placement(block_ids, num_cached_blocks))
 
     # -- Ends ----------------------------------------------------------------------------------------------------
 
@@ -467,12 +503,9 @@ class World:
         aborted = self.engine.abort(request_id)
         if aborted:
             self.aborting.add(request_id)
-            if request_id in self.announced:
-                self.leases.add(request_id)
-            if len(self.reserved.get(request_id, [])) > self.num_cached.get(request_id, 0):
+            self._note_lease(request_id)
+            if request_id in self.reserved:
                 self.quarantined.add(request_id)
-            else:
-                self.reserved.pop(request_id, None)
         return aborted
 
     def release_lease(self, request_id: str) -> bool:
@@ -497,6 +530,7 @@ class World:
         if resolved:
             self.quarantined.remove(request_id)
             self.reserved.pop(request_id, None)
+            self.from_peer.discard(request_id)
             self.announced.pop(request_id, None)
         return resolved
 
@@ -504,6 +538,8 @@ class World:
         """The outside answers everything at once; whatever was not aborted must end, and right."""
         for request_id in list(self.quarantined):
             self.resolve(request_id)
+        for request_id in list(self.fenced):
+            self.lower_fence(request_id)
         for _ in range(max_steps):
             for request_id in list(self.reserved):
                 self.receive_all(request_id)

@@ -61,12 +61,14 @@ class EngineMachine(RuleBasedStateMachine):
         fits = -(-positions // PAGE) <= self.world.allocator.num_blocks
         return fits and len(request.token_ids) < MAX_MODEL_TOKENS
 
-    def add(self, prompt, handover, max_tokens, min_tokens, stop, num_delivered, root) -> None:
+    def add(self, prompt, handover, max_tokens, min_tokens, stop, num_delivered, root, placed) -> None:
         request_id = f"r{self.num_added}"
         options = {"max_tokens": max_tokens, "min_tokens": min_tokens, "stop": stop, "cache_root": root}
         whole = undisturbed(make_request(request_id, prompt, **options), MAX_MODEL_TOKENS)
         num_delivered = min(num_delivered, len(whole.outputs) - 1)
         request = make_request(request_id, prompt, handover, num_delivered=num_delivered, **options)
+        if placed is not None and handover is Handover.GIVE and not self.look_ahead:
+            request = self.world.placed(request, int(placed * ((len(request.token_ids) - 1) // PAGE)))
         try:
             self.world.add(request)
         except EngineFull:
@@ -93,6 +95,7 @@ class EngineMachine(RuleBasedStateMachine):
                 data.draw(st.sampled_from([(), (3, 17, 21, 30)]), "stop"),
                 data.draw(st.sampled_from([0, 0, 1, 5]), "num_delivered"),
                 root,
+                data.draw(st.sampled_from([None, 0.0, 0.5, 1.0]), "placed"),
             )
 
     @rule(count=st.integers(1, 8), pattern=patterns)
@@ -111,10 +114,28 @@ class EngineMachine(RuleBasedStateMachine):
         self.world.receive(request_id, num_tokens, with_first_token)
         self.world.check()
 
-    @precondition(lambda self: self.world.reserved)
+    @precondition(lambda self: self.world.from_peer - self.world.quarantined)
+    @rule(data=st.data(), part=st.sampled_from([0.0, 0.5, 1.0]))
+    def go_on_while_somebody_writes(self, data: st.DataObject, part: float) -> None:
+        """A peer that computes into the blocks does not stop: what it called final is kept, the rest is its own."""
+        world = self.world
+        request_id = data.draw(st.sampled_from(sorted(world.from_peer - world.quarantined)))
+        num_tokens = int(part * (len(world.runner.streams[request_id].request.token_ids) // PAGE)) * PAGE
+        world.deliver(request_id, num_tokens)
+        world.receive(request_id, num_tokens, with_first_token=False, fenced=True)
+        world.scribble(request_id)
+        world.check()
+
+    @precondition(lambda self: self.world.fenced)
+    @rule(data=st.data())
+    def lower_fence(self, data: st.DataObject) -> None:
+        self.world.lower_fence(data.draw(st.sampled_from(sorted(self.world.fenced))))
+        self.world.check()
+
+    @precondition(lambda self: self.world.reserved or self.world.fenced)
     @rule(data=st.data())
     def stray_write(self, data: st.DataObject) -> None:
-        self.world.scribble(data.draw(st.sampled_from(sorted(self.world.reserved))))
+        self.world.scribble(data.draw(st.sampled_from(sorted({*self.world.reserved, *self.world.fenced}))))
         self.world.check()
 
     @rule(data=st.data())

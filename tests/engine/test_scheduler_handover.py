@@ -3,6 +3,7 @@
 import pytest
 
 from baton.errors import InvalidRequestError
+from engine.blocks import Owner, OwnerKind
 from engine.requests import BlockCounts, EndReason, Handover
 from tests.engine.stand_in import PAGE, World, make_request, undisturbed
 
@@ -255,7 +256,7 @@ def test_aborted_while_blocks_arrive_they_are_kept_from_everyone_until_resolved(
     world.run_to_the_end()
 
 
-def test_an_aborted_taker_quarantines_only_what_may_be_written() -> None:
+def test_an_aborted_taker_quarantines_what_its_giver_may_write_or_read() -> None:
     world = World(num_blocks=8)
     world.add(make_request("before", list(range(8))))
     world.run_to_the_end()
@@ -263,8 +264,9 @@ def test_an_aborted_taker_quarantines_only_what_may_be_written() -> None:
     world.step()
     world.abort("taken")
     counts = world.allocator.counts()
-    assert (counts.quarantined, counts.cached) == (2, 2)
+    assert (counts.quarantined, counts.cached) == (4, 0)
     world.resolve("taken")
+    assert world.allocator.counts().cached == 2
     world.step()
     world.assert_idle()
 
@@ -330,3 +332,85 @@ def test_a_later_attempt_takes_over_prompt_and_delivered_tokens() -> None:
     assert [token.index for token in output.tokens] == [3, 4]
     world.run_to_the_end()
     assert world.outputs["taken"] == stream.outputs
+
+
+def test_a_placed_giver_owns_nothing_here_and_writes_only_what_it_was_lent() -> None:
+    prompt = list(range(18))
+    world = World(num_blocks=8, max_batch_tokens=6)
+    # 1. Two blocks are in the cache here, the reader has one.
+    world.add(make_request("before", prompt[:8]))
+    world.run_to_the_end()
+    before = world.allocator.counts()
+    request = world.placed(make_request("given", prompt, GIVE), num_cached_blocks=1)
+    assert request.placement is not None
+    world.add(request)
+    # 2. What the reader lacks is copied, the rest computed, and nothing of this pool is kept longer than the step.
+    (computed,) = world.step().computed
+    assert world.runner.plans[-1].copies[0][1] == request.placement.block_ids[1]
+    assert computed.block_ids == request.placement.block_ids[: computed.num_tokens // PAGE]
+    assert world.allocator.counts() == before
+    # 3. The last chunk ends the request; its blocks are the reader's, so that there is no lease.
+    world.run_to_the_end()
+    assert world.ended["given"] is EndReason.HANDED_OVER
+    assert world.outputs["given"] == [first_output(prompt)]
+    assert not world.release_lease("given")
+    assert world.engine.num_cached_tokens(prompt, request.cache_root, len(prompt)) == 8, "other pools are not searched"
+
+
+def test_a_placed_giver_whose_prompt_is_cached_whole_computes_the_last_token_in_the_lent_block() -> None:
+    world = World()
+    world.add(make_request("before", list(range(8))))
+    world.run_to_the_end()
+    world.add(world.placed(make_request("given", list(range(8)), GIVE), num_cached_blocks=0))
+    (computed,) = world.step().computed
+    assert (computed.num_tokens, computed.last) == (8, True)
+    world.run_to_the_end()
+
+
+def test_a_placed_giver_needs_no_room_in_a_full_pool() -> None:
+    world = World(num_blocks=4)
+    world.add(make_request("taken", list(range(13)), TAKE, max_tokens=3))
+    world.step()
+    assert world.allocator.counts().held == 4
+    world.add(world.placed(make_request("given", list(range(12)), GIVE), num_cached_blocks=0))
+    world.step()
+    assert world.ended["given"] is EndReason.HANDED_OVER
+    world.run_to_the_end()
+
+
+def test_an_aborted_placed_giver_leaves_nothing() -> None:
+    world = World(max_batch_tokens=8)
+    world.add(world.placed(make_request("given", list(range(20)), GIVE), num_cached_blocks=0))
+    world.step()
+    world.abort("given")
+    assert world.allocator.counts().free == world.allocator.num_blocks
+    world.run_to_the_end()
+
+
+def test_a_taker_goes_on_in_other_blocks_while_its_giver_may_still_write() -> None:
+    prompt = list(range(17))
+    world = reserved_world(prompt, num_blocks=12)
+    fenced = world.reserved["taken"]
+    # 1. Two blocks are final when the giver falls silent; it keeps what is behind them, and may read them too.
+    world.deliver("taken", 2 * PAGE)
+    world.receive("taken", 2 * PAGE, with_first_token=False, fenced=True)
+    assert world.allocator.counts().quarantined == 5
+    # 2. The request runs on beside it, and shares the final ones.
+    world.step()
+    world.scribble("taken")
+    assert world.engine.counters["prompt_tokens_computed"] == len(prompt) - 2 * PAGE
+    # 3. The giver has stopped: everything can be handed out again.
+    world.lower_fence("taken")
+    assert set(world.allocator.blocks_of(Owner(OwnerKind.REQUEST, "taken"))) & set(fenced) == set(fenced[:2])
+    world.run_to_the_end()
+
+
+def test_a_taker_that_finds_no_other_blocks_waits_for_its_giver_to_stop() -> None:
+    world = reserved_world(list(range(17)), num_blocks=5, max_tokens=2)
+    world.receive("taken", 0, with_first_token=False, fenced=True)
+    world.step()
+    assert not world.engine.has_work()
+    world.scribble("taken")
+    world.lower_fence("taken")
+    world.run_to_the_end()
+    assert world.ended["taken"] is EndReason.LENGTH

@@ -81,3 +81,43 @@ def test_an_array_outlives_the_pool_it_views():
 def test_an_impossible_pool_is_a_configuration_error(shape):
     with pytest.raises(ConfigurationError):
         PoolMemory.create(*shape)
+
+
+def test_a_peers_blocks_go_on_behind_the_own_ones_and_both_sides_see_one_memory():
+    memory, peer = PoolMemory.create(5, 96, num_peer_blocks=1000), PoolMemory.create(40, 96)
+    mapped = memory.map_peer(peer.fd, 40)
+    blocks = np.frombuffer(memory.buffer, np.uint8).reshape(1005, 96)
+    blocks[mapped.first_block + 39] = 7
+    assert (peer.blocks[39] == 7).all()
+    assert blocks[:5].ctypes.data == memory.blocks.ctypes.data
+    assert blocks[mapped.first_block].ctypes.data % PAGE_BYTES == 0
+    peer.generations[3] += np.uint64(1)
+    assert mapped.generations[3] == peer.generations[3]
+    assert not mapped.generations.flags.writeable
+
+
+def test_addresses_of_a_peer_that_left_are_used_again_and_no_two_overlap():
+    memory, peer = PoolMemory.create(5, 96, num_peer_blocks=650), PoolMemory.create(100, 96)
+    mapped = [memory.map_peer(peer.fd, 100) for _ in range(4)]
+    assert [each.first_block for each in mapped] == [128, 256, 384, 512]
+    with pytest.raises(TransferError, match="addresses"):
+        memory.map_peer(peer.fd, 100)
+    memory.unmap_peer(mapped[1])
+    assert memory.map_peer(peer.fd, 100).first_block == mapped[1].first_block
+
+
+def test_a_peers_memory_that_is_not_what_it_says_is_not_mapped():
+    memory, peer = PoolMemory.create(5, 96, num_peer_blocks=1000), PoolMemory.create(40, 96)
+    with pytest.raises(TransferError, match="size"):
+        memory.map_peer(peer.fd, 41)
+
+
+def test_a_touch_of_what_is_mapped_no_more_changes_nothing():
+    memory, peer = PoolMemory.create(5, 96, num_peer_blocks=1000), PoolMemory.create(40, 96)
+    mapped = memory.map_peer(peer.fd, 40)
+    memory.touch_peer(mapped)
+    memory.unmap_peer(mapped)
+    memory.touch_peer(mapped)
+    peer.blocks[:] = 1
+    memory.close()
+    assert (peer.blocks == 1).all()

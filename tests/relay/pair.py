@@ -162,7 +162,9 @@ async def relay(
     """A pair over one model; `prefill` None leaves the decode worker alone. `giver`: the prefill worker's own model."""
     handover = handover or HandoverOptions(lanes=lanes)
     pair = Pair(
-        assemble(giver or model, prefill, tiers=prefill_tiers) if prefill else None,
+        assemble(giver or model, prefill, tiers=prefill_tiers, writes_to_peers=handover.direct_wait_s > 0)
+        if prefill
+        else None,
         assemble(model, decode or EngineOptions(), tiers=decode_tiers),
     )
     async with AsyncExitStack() as stack:
