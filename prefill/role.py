@@ -155,6 +155,9 @@ class PrefillRole(RoleHandler):
         """The reader is done, whether or not it got everything."""
         if lease := self._leases.get(key):
             lease.resolved = True
+            if lease.placed and lease.computing:
+                # Nobody waits for it, and the blocks that it writes into are kept from everyone until it has ended.
+                self._shell.steps.submit(lambda engine: engine.abort(key))
             self._settle(key, lease)
 
     def on_lease_quarantined(self, key: str) -> None:

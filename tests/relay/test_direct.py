@@ -228,6 +228,7 @@ def test_a_request_goes_on_in_other_blocks_while_the_writer_does_not_stop(
             assert pair.decode.counters()["local_prefill_fallbacks"] == 1
             go_on.set()
             await pair.whole()
+            assert pair.prefill.counters()["prompt_tokens_computed"] < len(PROMPT), "the writer was told to stop"
             again = await pair.generate(PROMPT[:200], NEW_TOKENS, remote=True)
             assert again.output == expected(model[1], PROMPT[:200])
             await pair.whole()
