@@ -9,6 +9,7 @@ Loading writes into blocks that a request has reserved for it.
 """
 
 import asyncio
+import logging
 import math
 import threading
 import time
@@ -21,6 +22,8 @@ import numpy.typing as npt
 
 from kvtransfer.memory import PoolMemory
 from kvtransfer.tiers.base import Tier, TierState
+
+log = logging.getLogger(__name__)
 
 LOAD_THREADS, ASK_THREADS = 4, 4
 MAX_UNSAVED = 8192
@@ -136,7 +139,11 @@ class BlockStore:
                 if not self._unsaved:
                     return
                 name, block_id, generation = self._unsaved.popleft()
-            self._save_one(name, block_id, generation, copy)
+            try:
+                self._save_one(name, block_id, generation, copy)
+            except Exception:  # of one block: without its thread a tier would look alive and keep nothing any more
+                log.exception("a KV block could not be saved")
+                self._count("kv_saves_dropped", 1)
 
     def _save_one(self, name: bytes, block_id: int, generation: int, copy: npt.NDArray[np.uint8]) -> None:
         missing = [tier for tier in self._tiers if not tier.holds([name])[0]]

@@ -229,6 +229,22 @@ def test_saves_that_pile_up_are_dropped_and_counted(monkeypatch: pytest.MonkeyPa
     world.close()
 
 
+def test_a_block_that_makes_a_tier_fail_does_not_end_the_saving_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = DictTier("fast")
+    put = tier.put
+
+    def fails_once(name: bytes, block: Block) -> bool:
+        monkeypatch.setattr(tier, "put", put)
+        raise KeyError(name)
+
+    monkeypatch.setattr(tier, "put", fails_once)
+    world = World(tier)
+    world.store.save(world.fill(3))
+    world.saved(2)
+    assert world.store.counters["kv_saves_dropped"] == 1
+    world.close()
+
+
 def test_a_fault_in_a_tier_is_not_taken_for_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     tier = DictTier("fast")
 
