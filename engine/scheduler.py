@@ -347,7 +347,9 @@ class Scheduler:
         if self._store is None or sequence.request.placement is not None:
             return []
         names = self.tables.names_behind_cached(sequence)
-        return names[: self._store.worth_loading(names, self.block_compute_s)] if names else []
+        if not names or len(names) > self._allocator.num_available:  # no room: the store is not asked at every step
+            return []
+        return names[: self._store.worth_loading(names, self.block_compute_s)]
 
     def _publish(self, sequence: Sequence) -> None:
         published = self.tables.publish(sequence)
