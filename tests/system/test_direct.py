@@ -23,14 +23,18 @@ def answer(cluster: Cluster, prompt: str) -> str:
     return str(cluster.post("/v1/completions", {**body(prompt), "max_tokens": 20})["choices"][0]["text"])
 
 
+def has_met(cluster: Cluster, worker: str) -> bool:
+    return cluster.metric(WRITTEN, worker=worker) + cluster.metric(PULLED, worker=worker) > 0
+
+
 @contextmanager
 def load(cluster: Cluster, *decode: str) -> Iterator[list[Future[str]]]:
     """All prompts at once, and the prefill worker in the middle of them."""
     with ThreadPoolExecutor(len(LONG)) as threads:
-        for worker in decode:  # the first hand-over of two workers is pulled, as nothing is lent before
+        for worker in decode:  # the first hand-over of two workers may be pulled: its pool is being lent meanwhile
             met = [threads.submit(answer, cluster, f"{worker} {number} meets. " * 40) for number in range(len(decode))]
             results(met)
-            cluster.wait_for(lambda worker=worker: cluster.metric(PULLED, worker=worker) > 0, f"{worker} has pulled")
+            cluster.wait_for(lambda worker=worker: has_met(cluster, worker), f"{worker} has had a hand-over")
         time.sleep(2 * HEARTBEAT_S)  # what was written until now is in the metrics
         before = cluster.metric(WRITTEN, worker="decode-0")
         futures = [threads.submit(answer, cluster, prompt) for prompt in LONG]
