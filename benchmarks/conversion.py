@@ -11,6 +11,7 @@ checksums included, with and without another page size.
 import argparse
 import contextlib
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from benchmarks.report import Report, add_common_arguments
 from kvtransfer.conversion import Row, plan
 from kvtransfer.lanes.base import BlockRead, LaneClient, LaneEndpoint
 from kvtransfer.lanes.registry import LANES
-from kvtransfer.layout import BlockLayout
+from kvtransfer.layout import FLOAT8, INT8, BlockLayout
 from kvtransfer.memory import PoolMemory
 from kvtransfer.pulls import MAX_BATCH_BYTES, WantedBlock, pull_and_verify
 from kvtransfer.staging import MAX_STAGED_BYTES, Converters
@@ -46,6 +47,12 @@ DTYPES = tuple(
     for here in ("bfloat16", "float16", "float32")
     if there != here
 )
+QUANTISED = tuple(
+    pair
+    for narrow in (FLOAT8, INT8)
+    for pair in (({"dtype": "bfloat16"}, {"dtype": narrow}), ({"dtype": narrow}, {"dtype": "bfloat16"}))
+)
+QUANTISED_PAGES = tuple(({"dtype": narrow}, {"dtype": narrow, "page_size_tokens": 32}) for narrow in (FLOAT8, INT8))
 
 
 def contents() -> npt.NDArray[np.uint8]:
@@ -82,13 +89,16 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def ordinary_numbers(count: int, dtype: str) -> np.ndarray:
+def ordinary_block(layout: BlockLayout) -> np.ndarray:
     """Bytes of normally distributed numbers, as KV is."""
-    numbers = np.random.default_rng(0).standard_normal(count, np.float32)
-    if dtype == "float32":
-        return numbers.view(np.uint8)
-    halves = numbers.astype(np.float16) if dtype == "float16" else numbers.view(np.uint16)[1::2].copy()
-    return halves.view(np.uint8)
+    floats = replace(layout, dtype="float32", kv_scales=())
+    conversion = plan(layout, floats, other_dtypes=True)
+    numbers = np.random.default_rng(0).standard_normal(math.prod(layout.shape), np.float32).view(np.uint8)
+    block = np.zeros((1, layout.block_bytes), np.uint8)
+    if conversion is None:
+        return numbers
+    conversion.convert(numbers.reshape(1, -1), [0], 0, block, Row([0]))
+    return block[0]
 
 
 def measure(report: Report, name: str, here: BlockLayout, peer: BlockLayout, repeat: int) -> None:
@@ -97,8 +107,7 @@ def measure(report: Report, name: str, here: BlockLayout, peer: BlockLayout, rep
         raise ValueError("equal layouts are not converted")
     num_there = MOVED_BYTES // peer.block_bytes
     num_here = conversion.num_touched(num_there)
-    numbers = peer.block_bytes // (4 if peer.dtype == "float32" else 2)
-    source = np.tile(ordinary_numbers(numbers, peer.dtype), (num_there, 1))
+    source = np.tile(ordinary_block(peer), (num_there, 1))
     pool = np.zeros((num_here, here.block_bytes), np.uint8)
     row = Row(np.random.default_rng(1).permutation(num_here).tolist())
     batch = max(1, MAX_STAGED_BYTES // peer.block_bytes)
@@ -178,10 +187,10 @@ def main() -> None:
     repeat = 5 if arguments.quick else arguments.repeat
     report = Report("KV blocks of another layout, 64 MiB of the peer's bytes")
     for shape, layout in list(SHAPES.items())[: 1 if arguments.quick else None]:
-        for there, here in (*PAGES, *RANKS, *DTYPES):
+        for there, here in (*PAGES, *RANKS, *DTYPES, *QUANTISED, *QUANTISED_PAGES):
             peer, mine = replace(layout, **there), replace(layout, **here)
             mine = replace(mine, num_kv_heads=mine.num_kv_heads // mine.tp_size)
-            name = str(plan(mine, peer, other_dtypes=True))
+            name = f"{peer.dtype}: " * (peer.dtype == mine.dtype) + str(plan(mine, peer, other_dtypes=True))
             measure(report, f"{shape}: {name}", mine, peer, repeat)
         measure_pulls(report, shape, layout, repeat)
     report.note("GB/s count the peer's bytes; more or fewer are written where dtype or heads differ.")

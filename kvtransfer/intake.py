@@ -86,12 +86,19 @@ class Intake:
         return dict(self._lane_names)
 
     async def take(
-        self, handover_id: str, peer: PeerRef, block_ids: Sequence[int], first_block: int, deadline: float
+        self,
+        handover_id: str,
+        peer: PeerRef,
+        block_ids: Sequence[int],
+        first_block: int,
+        deadline: float,
+        heads: range | None = None,
     ) -> IntakeResult:
         """Pull the row of blocks of a hand-over; `deadline` in `time.monotonic()` seconds.
 
-        `block_ids` are the local blocks by position; those before `first_block` are here already. Never raises for
-        peer trouble. Should the calling task be cancelled, this waits, shielded, until nothing writes any more.
+        `block_ids` are the local blocks by position; those before `first_block` are here already. `heads`: those of
+        this worker's that the peer has, no more and no less; None: all. Never raises for peer trouble. Should the
+        calling task be cancelled, this waits, shielded, until nothing writes any more.
         """
         if handover_id in self._takings:
             raise ValueError(f"hand-over {handover_id} is being taken already")
@@ -99,7 +106,7 @@ class Intake:
             return IntakeResult(first_block, failure=_STOPS)
         self._expected.pop(handover_id, None)
         taking = self._takings[handover_id] = Taking(handover_id, block_ids, first_block)
-        work = asyncio.get_running_loop().create_task(self._take(taking, peer, deadline))
+        work = asyncio.get_running_loop().create_task(self._take(taking, peer, deadline, heads or self._layout.heads))
         self._working.add(work)
         work.add_done_callback(self._working.discard)
         interrupted: asyncio.CancelledError | None = None
@@ -145,7 +152,7 @@ class Intake:
 
     # -- one hand-over -----------------------------------------------------------------------------------------------
 
-    async def _take(self, taking: Taking, peer: PeerRef, deadline: float) -> IntakeResult:
+    async def _take(self, taking: Taking, peer: PeerRef, deadline: float, heads: range) -> IntakeResult:
         timer = asyncio.get_running_loop().call_later(
             deadline - time.monotonic(), taking.end, "the hand-over did not end before its deadline"
         )
@@ -153,7 +160,7 @@ class Intake:
         try:
             link = await self._connected(taking, peer)
             if link is not None:
-                fence = await self._relay(taking, link)
+                fence = await self._relay(taking, link, heads)
         finally:
             timer.cancel()
             del self._takings[taking.handover_id]
@@ -180,7 +187,7 @@ class Intake:
                 return link
         return None
 
-    async def _relay(self, taking: Taking, link: PeerLink) -> "asyncio.Future[None] | None":
+    async def _relay(self, taking: Taking, link: PeerLink, heads: range) -> "asyncio.Future[None] | None":
         """Returns the fence around what the peer was allowed to write, if it was."""
         fence = None
         handover_id = taking.handover_id
@@ -188,6 +195,10 @@ class Intake:
         try:
             if link.converter is not None:
                 taking.convert_with(link.converter.conversion)
+            theirs = self._layout.heads if link.converter is None else link.converter.conversion.heads
+            if theirs != heads:
+                taking.end(f"tp_rank does not fit: {_named(heads)} were to come from a peer that has {_named(theirs)}")
+                return None
             want = pb.Want(handover_id=handover_id, first_block=taking.num_verified)
             if link.lending is not None and not self._is_fenced(handover_id):
                 fence = link.lending.fence(handover_id)
@@ -343,3 +354,7 @@ async def _ended(taking: Taking) -> None:
     while taking.failure is None:
         taking.changed.clear()
         await taking.changed.wait()
+
+
+def _named(heads: range) -> str:
+    return f"heads {heads.start} to {heads.stop - 1}"

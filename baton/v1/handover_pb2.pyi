@@ -98,6 +98,7 @@ class BlockLayout(_message.Message):
     TP_RANK_FIELD_NUMBER: _builtins.int
     TP_SIZE_FIELD_NUMBER: _builtins.int
     WEIGHTS_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    KV_SCALES_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     dtype: _builtins.str
     num_layers: _builtins.int
@@ -109,6 +110,10 @@ class BlockLayout(_message.Message):
     """rank r holds KV heads r * num_kv_heads and on"""
     weights_fingerprint: _builtins.str
     """configuration and weights, without dtype; empty where another dtype never will do"""
+    @_builtins.property
+    def kv_scales(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """of float8_e4m3fn: [num_layers, num_kv_heads, 2], to multiply by; empty: 1"""
+
     def __init__(
         self,
         *,
@@ -121,10 +126,11 @@ class BlockLayout(_message.Message):
         tp_rank: _builtins.int = ...,
         tp_size: _builtins.int = ...,
         weights_fingerprint: _builtins.str = ...,
+        kv_scales: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "head_dim", b"head_dim", "model_fingerprint", b"model_fingerprint", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "page_size_tokens", b"page_size_tokens", "tp_rank", b"tp_rank", "tp_size", b"tp_size", "weights_fingerprint", b"weights_fingerprint"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "head_dim", b"head_dim", "kv_scales", b"kv_scales", "model_fingerprint", b"model_fingerprint", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "page_size_tokens", b"page_size_tokens", "tp_rank", b"tp_rank", "tp_size", b"tp_size", "weights_fingerprint", b"weights_fingerprint"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

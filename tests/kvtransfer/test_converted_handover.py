@@ -341,7 +341,11 @@ def test_numbers_too_large_for_the_dtype_here_fail_the_hand_over():
         (BFLOAT, FLOAT, "dtype differs: float32 at the puller, bfloat16 at the offerer"),
         (LAYOUT, replace(DOUBLE, model_fingerprint="other"), "model_fingerprint differs"),
         (LAYOUT, replace(LAYOUT, num_kv_heads=1), "num_kv_heads differs"),
-        (replace(LAYOUT, num_kv_heads=1, tp_size=2), LAYOUT, "tp_rank does not fit"),
+        (
+            replace(LAYOUT, num_kv_heads=1, tp_size=2),
+            replace(LAYOUT, num_kv_heads=1, tp_size=2, tp_rank=1),
+            "tp_rank does not fit: rank 1 of 2 has no heads in common with rank 0 of 2",
+        ),
     ],
 )
 def test_what_is_no_use_is_refused_and_names_the_field(offered, here, says):
@@ -391,6 +395,16 @@ def test_equal_layouts_use_no_staging_memory():
         assert "handover_blocks_converted" not in world.intake_counters
 
     run(scenario)
+
+
+def test_a_peer_with_some_of_the_heads_is_not_taken_for_one_with_all():
+    async def scenario(world: Pair) -> None:
+        result = await world.take("h", [0, 1])
+        assert result.failure == "tp_rank does not fit: heads 0 to 1 were to come from a peer that has heads 0 to 0"
+        assert world.intake_counters["handover_failures"] == 1
+        assert (world.target.blocks == UNWRITTEN).all()
+
+    run(scenario, offered=replace(LAYOUT, num_kv_heads=1, tp_size=2))
 
 
 def test_a_rank_takes_its_heads_out_of_a_peer_that_has_them_all():
