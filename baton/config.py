@@ -56,6 +56,11 @@ class ModelOptions:
 class EngineOptions:
     dtype: str = setting("auto", "dtype of weights and KV", ("auto", "float32", "bfloat16"))
     device: str = setting("auto", "where the model runs; auto takes a GPU that torch finds", ("auto", "cpu", "cuda"))
+    convert_kv_dtype: bool = setting(
+        False,
+        "decode: also take KV of workers with another --dtype, cast to the one here, so that they serve one cluster; "
+        "tokens may then differ from what either would give alone",
+    )
     page_size: int = setting(16, "tokens in a KV block")
     kv_memory: str = setting(
         "auto",
@@ -216,6 +221,10 @@ def validate(options: object) -> None:
             raise ConfigurationError("--speculate model and --draft-model belong together; give both or neither")
         if options.step_stretch and not options.step_stretch > 1:
             raise ConfigurationError(f"--step-stretch is {options.step_stretch}; it must be 0 or greater than 1")
+        if options.deterministic and options.convert_kv_dtype:
+            raise ConfigurationError(
+                "--deterministic needs KV that this worker would have computed itself; leave --convert-kv-dtype out"
+            )
         if options.page_size & (options.page_size - 1):
             raise ConfigurationError(f"--page-size is {options.page_size}; it must be a power of two")
 

@@ -40,7 +40,7 @@ SHAPES = {
     "32 layers, 8 heads of 128": BlockLayout("m", "bfloat16", 32, 8, 128, 16, weights_fingerprint="w"),
 }
 PAGES = (({"page_size_tokens": 16}, {"page_size_tokens": 32}), ({"page_size_tokens": 32}, {"page_size_tokens": 16}))
-RANKS = (({}, {"tp_size": 2, "tp_rank": 1}),)
+RANKS = (({}, {"tp_size": 2, "tp_rank": 1}), ({"tp_size": 2, "tp_rank": 1}, {}))
 DTYPES = tuple(
     ({"dtype": there}, {"dtype": here})
     for there in ("bfloat16", "float16", "float32")
@@ -188,8 +188,10 @@ def main() -> None:
     report = Report("KV blocks of another layout, 64 MiB of the peer's bytes")
     for shape, layout in list(SHAPES.items())[: 1 if arguments.quick else None]:
         for there, here in (*PAGES, *RANKS, *DTYPES, *QUANTISED, *QUANTISED_PAGES):
-            peer, mine = replace(layout, **there), replace(layout, **here)
-            mine = replace(mine, num_kv_heads=mine.num_kv_heads // mine.tp_size)
+            peer, mine = (
+                replace(layout, num_kv_heads=layout.num_kv_heads // side.get("tp_size", 1), **side)
+                for side in (there, here)
+            )
             name = f"{peer.dtype}: " * (peer.dtype == mine.dtype) + str(plan(mine, peer, other_dtypes=True))
             measure(report, f"{shape}: {name}", mine, peer, repeat)
         measure_pulls(report, shape, layout, repeat)

@@ -66,6 +66,7 @@ class Parts:
     layout: BlockLayout
     max_model_tokens: int
     store: BlockStore | None = None
+    converts_kv_dtype: bool = False
 
     def registration(self) -> wire.Registration:
         """What the coordinator learns about this engine; the process adds who and where it is."""
@@ -76,6 +77,8 @@ class Parts:
             total_blocks=self.memory.num_blocks,
             max_model_tokens=self.max_model_tokens,
             block_bytes=self.memory.block_bytes,
+            weights_fingerprint=self.layout.weights_fingerprint,
+            converts_kv_dtype=self.converts_kv_dtype,
         )
 
 
@@ -137,7 +140,7 @@ def assemble(
     for part in (runner, mirror):
         if part is not None and not isinstance(part, ModelRunner):
             part.count_into(engine.counters)
-    return Parts(model, memory, engine, layout, max_model_tokens, store)
+    return Parts(model, memory, engine, layout, max_model_tokens, store, options.convert_kv_dtype)
 
 
 def _store(memory: PoolMemory, layout: BlockLayout, options: TierOptions) -> BlockStore | None:
@@ -255,7 +258,9 @@ async def wire_up(
             address = await offers.start(host)
             stack.push_async_callback(offers.stop)
         if wire.ROLE_DECODE in roles:
-            intake = Intake(me, parts.layout, parts.memory, lanes, options, shell.counters)
+            intake = Intake(
+                me, parts.layout, parts.memory, lanes, options, shell.counters, other_dtypes=parts.converts_kv_dtype
+            )
             shell.carry(DecodeRole(shell, intake, parts.layout.page_size_tokens, parts.model.config.vocab_size))
             shell.lanes_in_use = intake.lanes_in_use
             stack.push_async_callback(intake.stop)

@@ -47,8 +47,8 @@ class Choice:
     __slots__ = (
         "_delta",
         "avoid",
+        "begun_by",
         "cached_tokens",
-        "fingerprint",
         "finish_reason",
         "last_token_s",
         "number",
@@ -82,8 +82,8 @@ class Choice:
         self.show_stop_token = show_stop_token
         self.avoid: set[str] = set()
         self.cached_tokens = 0
-        self.fingerprint = ""
-        """Of the model that began the stream; another one must not continue it."""
+        self.begun_by: wire.Registration | None = None
+        """The worker that began the stream; another model must not continue it."""
         self.last_token_s: float | None = None
         self.finish_reason: str | None = None
         self._delta: Delta | None = None

@@ -22,7 +22,7 @@ from coordinator.failures import FailureKind, RequestFailed, unavailable
 from coordinator.metrics import Metrics
 from coordinator.routing import Route, RoutingPolicy, Work
 from coordinator.stream import ABANDON, COMPLETE, Outcome
-from coordinator.workers import Leg, Worker, WorkerRegistry
+from coordinator.workers import Leg, Worker, WorkerRegistry, work_together
 
 log = logging.getLogger("baton.requests")
 
@@ -109,11 +109,11 @@ class Dispatcher:
         if route is None:
             self.end(choice.request, "failed", unavailable("no worker that can decode this is left; try again later"))
             return
-        fingerprint = self._registry.workers[route.decode].registration.model_fingerprint
-        if choice.fingerprint not in ("", fingerprint):
+        decoder = self._registry.workers[route.decode].registration
+        if choice.begun_by is not None and not work_together(decoder, choice.begun_by):
             self.end(choice.request, "failed", unavailable("the model was replaced meanwhile; send the request again"))
             return
-        choice.fingerprint = fingerprint
+        choice.begun_by = choice.begun_by or decoder
         self._metrics.attempt_started(route.choice.value, again=attempt > 1)
         self._assign(choice, attempt, tokens, route)
 

@@ -127,8 +127,16 @@ class Worker:
         )
 
 
+def work_together(one: wire.Registration, other: wire.Registration) -> bool:
+    """Both compute the same KV, or whichever of them decodes takes KV of another dtype over."""
+    if one.model_fingerprint == other.model_fingerprint:
+        return True
+    same_weights = one.weights_fingerprint != "" and one.weights_fingerprint == other.weights_fingerprint
+    return same_weights and all(each.converts_kv_dtype for each in (one, other) if wire.ROLE_DECODE in each.roles)
+
+
 class WorkerRegistry:
-    """Workers by id. All of them compute the same KV; those with another page size convert what they take in."""
+    """Workers by id. All of them work together; those with another page size or dtype convert what they take in."""
 
     def __init__(self, served_model: str) -> None:
         self._served_model = served_model
@@ -172,11 +180,12 @@ class WorkerRegistry:
             raise PeerError(f"model is '{new.model}', this coordinator serves '{self._served_model}'")
         others = (worker for worker in self.workers.values() if worker.id != new.worker_id)
         for other in others:
-            theirs = other.registration.model_fingerprint
-            if new.model_fingerprint != theirs:
+            if not work_together(new, other.registration):
                 raise PeerError(
-                    f"model_fingerprint is {new.model_fingerprint}, that of the other workers {theirs}; start all "
-                    "workers with the same model and dtype, with --deterministic also with the same --page-size"
+                    f"model_fingerprint is {new.model_fingerprint}, that of worker {other.id} is "
+                    f"{other.registration.model_fingerprint}; start all workers with the same model and dtype, with "
+                    "--deterministic also with the same --page-size. Where only --dtype differs, decode workers with "
+                    "--convert-kv-dtype convert"
                 )
 
     def _lost(self, worker: Worker) -> None:

@@ -203,6 +203,8 @@ class Registration(_message.Message):
     BLOCK_BYTES_FIELD_NUMBER: _builtins.int
     LANES_FIELD_NUMBER: _builtins.int
     STANDBY_ROLES_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    CONVERTS_KV_DTYPE_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     worker_id: _builtins.str
     """stable name, unique in the cluster"""
@@ -220,6 +222,10 @@ class Registration(_message.Message):
     total_blocks: _builtins.int
     max_model_tokens: _builtins.int
     block_bytes: _builtins.int
+    weights_fingerprint: _builtins.str
+    """configuration and weights, without dtype; empty where another dtype never will do"""
+    converts_kv_dtype: _builtins.bool
+    """takes KV of workers with the same weights and another dtype"""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[Global___Role.ValueType]: ...
     @_builtins.property
@@ -248,10 +254,12 @@ class Registration(_message.Message):
         block_bytes: _builtins.int = ...,
         lanes: _abc.Iterable[_builtins.str] | None = ...,
         standby_roles: _abc.Iterable[Global___Role.ValueType] | None = ...,
+        weights_fingerprint: _builtins.str = ...,
+        converts_kv_dtype: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "handover_address", b"handover_address", "host", b"host", "incarnation", b"incarnation", "lanes", b"lanes", "max_model_tokens", b"max_model_tokens", "model", b"model", "model_fingerprint", b"model_fingerprint", "page_size_tokens", b"page_size_tokens", "pid", b"pid", "protocol_version", b"protocol_version", "roles", b"roles", "standby_roles", b"standby_roles", "total_blocks", b"total_blocks", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "converts_kv_dtype", b"converts_kv_dtype", "handover_address", b"handover_address", "host", b"host", "incarnation", b"incarnation", "lanes", b"lanes", "max_model_tokens", b"max_model_tokens", "model", b"model", "model_fingerprint", b"model_fingerprint", "page_size_tokens", b"page_size_tokens", "pid", b"pid", "protocol_version", b"protocol_version", "roles", b"roles", "standby_roles", b"standby_roles", "total_blocks", b"total_blocks", "weights_fingerprint", b"weights_fingerprint", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

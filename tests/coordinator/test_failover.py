@@ -221,6 +221,44 @@ def test_another_model_never_continues_a_stream(run) -> None:
     run(main())
 
 
+def test_workers_of_another_dtype_join_only_where_those_that_decode_convert(run) -> None:
+    async def main() -> None:
+        async with running() as system:
+            taker = {"weights_fingerprint": "w", "converts_kv_dtype": True}
+            await system.worker("decode-a", **taker)
+            other = {"model_fingerprint": "g", "weights_fingerprint": "w"}
+            for misfit in (
+                {**other, "roles": [PREFILL], "weights_fingerprint": "v"},
+                {**other, "roles": [PREFILL], "weights_fingerprint": ""},  # a deterministic one
+                other,  # it decodes, and does not convert
+            ):
+                with pytest.raises(grpc.aio.AioRpcError, match="decode workers with --convert-kv-dtype convert"):
+                    await FakeWorker(system.ports.link, "misfit", **misfit).start()
+            await system.worker("prefill-a", PREFILL, **other)
+            await system.worker("decode-b", converts_kv_dtype=True, **other)
+            assert sorted(system.coordinator.registry.workers) == ["decode-a", "decode-b", "prefill-a"]
+            with pytest.raises(grpc.aio.AioRpcError, match="model_fingerprint is f"):
+                await FakeWorker(system.ports.link, "decode-c", weights_fingerprint="w").start()
+
+    run(main())
+
+
+def test_a_worker_of_another_dtype_continues_a_stream_where_that_is_allowed(run) -> None:
+    async def main() -> None:
+        async with running() as system:
+            taker = {"weights_fingerprint": "w", "converts_kv_dtype": True}
+            old = await system.worker("decode-a", **taker)
+            old.pause_at = 2
+            call = asyncio.create_task(collect(system, "hello", 9))
+            await until(lambda: any(len(request.choices[0].stream.tokens) == 2 for request in _requests(system)))
+            new = await system.worker("decode-b", model_fingerprint="g", **taker)
+            await old.stop()
+            assert text_of(await call) == right(system, "hello", 9)
+            assert [assignment.id.attempt for assignment in new.assignments] == [2]
+
+    run(main())
+
+
 def test_when_no_decode_worker_is_left_the_client_is_told_in_the_stream(run) -> None:
     async def main() -> None:
         async with running() as system:

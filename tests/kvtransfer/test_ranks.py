@@ -200,6 +200,21 @@ def test_whatever_ends_one_rank_ends_all_with_what_was_whole(how):
     run(scenario)
 
 
+def test_a_last_block_that_one_rank_has_closed_is_no_whole_one_for_a_rank_that_fails_behind_it():
+    async def scenario(world: Groups) -> None:
+        task = world.take()
+        world.open()
+        world.givers[0].offer(0, 5)
+        world.givers[0].ranks.close("h", 5, 70, 7, 0)  # of 80 that the blocks have room for
+        world.givers[1].offer(0, 8)
+        await world.arrived(13)
+        world.givers[1].ranks.fail("h", "out of luck")
+        assert (await task).num_blocks == 4
+        assert world.right(4)
+
+    run(scenario)
+
+
 def test_cancelling_the_task_waits_until_nothing_writes():
     async def scenario(world: Groups) -> None:
         task = world.take()

@@ -3,7 +3,6 @@
 import asyncio
 import threading
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,7 @@ import torch
 
 from baton.config import EngineOptions, HandoverOptions
 from baton.v1 import worker_link_pb2 as wire
-from cli import assembly
 from engine.loading import LoadedModel, load_model
-from kvtransfer.intake import Intake
 from tests.engine.tiny_models import VOCAB_SIZE, reference_generate, write_tiny_model
 from tests.relay.pair import Pair, load, relay
 
@@ -135,15 +132,15 @@ def test_a_prefill_worker_of_another_life_is_not_believed(model: tuple[LoadedMod
 
 @pytest.mark.parametrize("allowed", [False, True])
 def test_kv_of_another_dtype_is_taken_only_where_allowed_and_never_shared(
-    model: tuple[LoadedModel, list[int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, allowed: bool
+    model: tuple[LoadedModel, list[int]], tmp_path: Path, allowed: bool
 ) -> None:
     giver = load_model(write_tiny_model(tmp_path, "llama3"), "bfloat16")
     assert giver.weights_fingerprint == model[0].weights_fingerprint
-    monkeypatch.setattr(assembly, "Intake", partial(Intake, other_dtypes=allowed))
 
     async def run() -> None:
         options = replace(OPTIONS, dtype="bfloat16")
-        async with relay(model[0], prefill=options, decode=OPTIONS, handover=HANDOVER, giver=giver) as pair:
+        takes = replace(OPTIONS, convert_kv_dtype=allowed)
+        async with relay(model[0], prefill=options, decode=takes, handover=HANDOVER, giver=giver) as pair:
             stream = await pair.generate(PROMPT, NEW_TOKENS, remote=True)
             assert len(stream.output) == NEW_TOKENS
             counters = pair.decode.counters()

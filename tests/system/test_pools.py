@@ -175,6 +175,34 @@ def test_a_worker_with_another_dtype_is_refused_and_says_why(parts: Parts) -> No
     assert set(parts.workers()) == {"decode-a"}
 
 
+@pytest.mark.parametrize(("giver", "taker"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_with_convert_kv_dtype_a_decode_worker_takes_kv_of_another_dtype_and_shares_none_of_it(
+    parts: Parts, giver: str, taker: str
+) -> None:
+    prompt = "A module is a file that contains definitions. " * 12
+    parts.start_coordinator()
+    parts.start_worker("decode-a", "--dtype", taker, "--convert-kv-dtype")
+    parts.start_worker("prefill-a", "--dtype", giver)
+    parts.wait_for("prefill-a", "decode-a")
+    tokens = 0
+
+    def count() -> None:
+        nonlocal tokens
+        tokens += 1
+
+    assert parts.ask(prompt, 8, count)
+    assert tokens == 8
+    deadline = time.monotonic() + TIMEOUT_S
+    while not parts.counted("handover_blocks_converted", "decode-a"):  # told with the next heartbeat
+        assert time.monotonic() < deadline, parts.logs()
+        time.sleep(0.05)
+    while (blocks := parts.workers()["decode-a"]["blocks"])["held"]:
+        assert time.monotonic() < deadline, parts.logs()
+        time.sleep(0.05)
+    assert (blocks["cached"], blocks["free"]) == (0, blocks["total"]), "what has no name is not kept"
+    assert not parts.counted("local_prefill_fallbacks", "decode-a")
+
+
 def test_a_worker_exits_when_the_process_that_started_it_is_gone(parts: Parts) -> None:
     parent = subprocess.Popen(["sleep", "600"])
     try:

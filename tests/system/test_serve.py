@@ -238,6 +238,7 @@ def test_no_process_outlives_serve(number: signal.Signals) -> None:
         (["--model", "/no/such/folder"], "/no/such/folder"),
         (["--page-size", "12"], "power of two"),
         (["--kv-memory", "lots"], "512MiB"),
+        (["--deterministic", "--convert-kv-dtype"], "leave --convert-kv-dtype out"),
         (["--decode", "0"], "--decode"),
         (["--port", "70000"], "65535"),
         (["--lanes", "pigeon"], "pigeon"),
