@@ -189,10 +189,17 @@ class RankOffers:
                 self._forget(handover_id)
                 raise
 
-    def offer(self, handover_id: str, first_block: int, block_ids: Sequence[int], generations: Sequence[int]) -> None:
+    def offer(
+        self,
+        handover_id: str,
+        first_block: int,
+        block_ids: Sequence[int],
+        generations: Sequence[int],
+        num_layers: int | None = None,
+    ) -> None:
         """As `OfferServer.offer`, to every rank. Each has checksums of its own computed: they cost little."""
         for part in self._parts(handover_id):
-            self.offers.offer(part, first_block, block_ids, generations)
+            self.offers.offer(part, first_block, block_ids, generations, num_layers)
 
     def close(
         self, handover_id: str, num_blocks: int, num_tokens: int, first_token_id: int, first_token_index: int

@@ -35,9 +35,9 @@ class Giver:
     server: OfferServer
     counters: dict[str, float] = field(default_factory=dict)
 
-    def offer(self, first: int, end: int, handover_id: str = "h") -> None:
+    def offer(self, first: int, end: int, num_layers: int | None = None) -> None:
         row = list(range(first, end))
-        self.ranks.offer(handover_id, first, row, self.memory.generations[row].tolist())
+        self.ranks.offer("h", first, row, self.memory.generations[row].tolist(), num_layers)
 
 
 @dataclass
@@ -121,6 +121,7 @@ def test_a_row_is_whole_once_every_rank_has_given_its_heads():
         task = world.take()
         world.open()
         for giver in world.givers:
+            giver.offer(0, 8, num_layers=1)
             giver.offer(0, 8)
         await world.arrived(16)
         world.givers[0].ranks.close("h", 8, 128, 7, 3)
