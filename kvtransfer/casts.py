@@ -247,7 +247,7 @@ def _write_int8(wide: Numbers, target: Parts, scales: Numbers) -> None:
     own_scales[own_scales < _SMALLEST_SCALE] = 0
     quotients = wide / np.where(own_scales > 0, own_scales, np.float32(np.inf))
     target[0][...] = np.rint(quotients, out=quotients)
-    target[1][...] = np.where(is_finite, own_scales, np.float32(np.nan))
+    target[1][...] = own_scales  # not finite where a number was not: times 0, that is NaN
 
 
 @functools.cache

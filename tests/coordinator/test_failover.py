@@ -10,6 +10,8 @@ import pytest
 from coordinator_harness import PREFILL, System, running, until
 from fake_worker import FakeWorker, token_at
 
+from coordinator.workers import work_together
+
 LONG = "count the words of this " * 40
 
 
@@ -239,6 +241,8 @@ def test_workers_of_another_dtype_join_only_where_those_that_decode_convert(run)
             assert sorted(system.coordinator.registry.workers) == ["decode-a", "decode-b", "prefill-a"]
             with pytest.raises(grpc.aio.AioRpcError, match="model_fingerprint is f"):
                 await FakeWorker(system.ports.link, "decode-c", weights_fingerprint="w").start()
+            unnamed = FakeWorker(0, converts_kv_dtype=True).registration
+            assert not work_together(unnamed, FakeWorker(0, "p", [PREFILL], model_fingerprint="g").registration)
 
     run(main())
 

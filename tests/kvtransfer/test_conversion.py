@@ -290,7 +290,7 @@ def test_a_token_of_int8_with_no_number_in_it_is_none_as_a_whole_and_harms_no_ot
     back = read_back(pool, here, 4)[0, 0]
     expected = torch.ones(2, 4, 2)
     expected[0, 1], expected[1, 2], expected[1, 3] = float("nan"), float("nan"), 0.0
-    torch.testing.assert_close(back, expected, equal_nan=True)
+    torch.testing.assert_close(back, expected, rtol=1e-6, atol=0, equal_nan=True)
 
 
 def test_int8_of_quantised_zero_is_zero_bytes_as_a_tail_that_nobody_covers():
@@ -315,6 +315,17 @@ def test_a_move_changes_no_bit_whatever_the_numbers(dtype):
     for theirs, ours in zip(regions(source, there, token), regions(pool, here, token), strict=True):
         for block, kv in itertools.product(range(4), range(2)):
             assert (ours[block // 2, :, :, kv, block % 2 * 16 :][:, :, :16] == theirs[block, :, :, kv]).all()
+
+
+def test_scales_of_tokens_that_nobody_covers_are_zero_as_their_numbers():
+    here, there = (BlockLayout("m", "int8", 2, 2, 8, page) for page in (32, 16))
+    conversion = plan(here, there)
+    assert conversion is not None
+    pool = np.full((1, here.block_bytes), UNWRITTEN, np.uint8)
+    conversion.convert(np.full((1, there.block_bytes), GARBAGE, np.uint8), [0], 0, pool, Row([0]))
+    for part in regions(pool, here, 8):
+        assert (part[:, :, :, :, :16] == GARBAGE).all()
+        assert not part[:, :, :, :, 16:].any()
 
 
 def regions(blocks: np.ndarray, layout: BlockLayout, token: int) -> list[np.ndarray]:

@@ -201,17 +201,18 @@ def test_whatever_ends_one_rank_ends_all_with_what_was_whole(how):
     run(scenario)
 
 
-def test_a_last_block_that_one_rank_has_closed_is_no_whole_one_for_a_rank_that_fails_behind_it():
+@pytest.mark.parametrize(("first", "whole"), [(0, 4), (5, 5)])
+def test_a_last_block_that_one_rank_has_closed_is_no_whole_one_for_a_rank_that_fails_behind_it(first, whole):
     async def scenario(world: Groups) -> None:
-        task = world.take()
+        task = world.take(first=first)
         world.open()
         world.givers[0].offer(0, 5)
         world.givers[0].ranks.close("h", 5, 70, 7, 0)  # of 80 that the blocks have room for
         world.givers[1].offer(0, 8)
-        await world.arrived(13)
+        await world.arrived(max(0, 5 - first) + 8 - first)
         world.givers[1].ranks.fail("h", "out of luck")
-        assert (await task).num_blocks == 4
-        assert world.right(4)
+        assert (await task).num_blocks == whole
+        assert world.right(whole, first)
 
     run(scenario)
 
@@ -239,7 +240,8 @@ def test_cancelled_before_any_part_began_it_takes_nothing():
         world.takers[0].ranks.expect("h", world.refs)
         task = world.take()
         asyncio.get_running_loop().call_soon(world.takers[0].ranks.cancel, "h")
-        assert (await task).failure == CANCELLED
+        async with asyncio.timeout(5):  # the hand-over has 10 s
+            assert (await task).failure == CANCELLED
         assert world.takers[0].intake._expected == {}
 
     run(scenario)
@@ -320,6 +322,17 @@ def test_blocks_are_quarantined_with_the_first_lease_and_resolved_with_the_last(
         assert giver.owner.events == [("h", "quarantined"), ("h", "resolved")]
 
     run(scenario, there=1, here=2, lease_s=0.3)
+
+
+def test_leases_that_expire_together_are_told_once():
+    async def scenario(world: Groups) -> None:
+        (giver,) = world.givers
+        world.open()
+        giver.offer(0, 4)
+        await giver.owner.has_seen("h", "resolved")
+        assert giver.owner.events == [("h", "quarantined"), ("h", "resolved")]
+
+    run(scenario, there=1, here=4, lease_s=0.1)
 
 
 def test_a_hand_over_is_opened_once_and_failing_it_ends_it_for_all():
