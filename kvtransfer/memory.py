@@ -36,6 +36,7 @@ touched.
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import logging
 import math
@@ -264,7 +265,8 @@ def _take_huge_pages(address: int, size: int) -> None:
         began, done = time.monotonic(), start
         part = flat[start : start + _COLLAPSED_BYTES]
         part[::HUGE_PAGE_BYTES].max()  # takes one small page each: where there is none, there is nothing to collapse
-        if _libc.madvise(part.ctypes.data, len(part), _MADV_COLLAPSE):
+        failed = _libc.madvise(part.ctypes.data, len(part), _MADV_COLLAPSE)
+        if failed and ctypes.get_errno() != errno.EAGAIN:  # which says that something held single pages for a moment
             reason = os.strerror(ctypes.get_errno())
         elif time.monotonic() - began > _MAX_COLLAPSE_S:
             done, reason = start + len(part), "it takes too long to find them"
