@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
+from kvtransfer import staging
 from kvtransfer.intake import CANCELLED, Intake, IntakeResult
 from kvtransfer.lanes.registry import parse_lanes
 from kvtransfer.layout import BlockLayout
@@ -19,6 +20,12 @@ from kvtransfer.wire import PeerIdentity, PeerRef
 from tests.kvtransfer.world import OPTIONS, Owner, new_memory, settles_unwritten
 
 HEADS, PAGE = 4, 16
+
+
+@pytest.fixture(autouse=True)
+def little_staging_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every worker here takes its own."""
+    monkeypatch.setattr(staging, "STAGING_BYTES", 1 << 20)
 
 
 def group(degree: int, page: int = PAGE) -> list[BlockLayout]:
