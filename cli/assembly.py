@@ -76,6 +76,7 @@ class Parts:
             total_blocks=self.memory.num_blocks,
             max_model_tokens=self.max_model_tokens,
             block_bytes=self.memory.block_bytes,
+            pinnable_blocks=self.store.max_pinned if self.store is not None else 0,
         )
 
 

@@ -25,7 +25,7 @@ vain: what the step says about it is dropped, and the step keeps the blocks that
 
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Many
 
 from baton.errors import BatonError, InvalidRequestError
@@ -170,6 +170,11 @@ class Scheduler:
         self._end(sequence, EndReason.ABORTED)
         return True
 
+    def save_cached(self, names: Many[bytes]) -> None:
+        """Have the store keep those of these leading blocks that the pool holds."""
+        blocks = self.tables.cache.lookup(names)
+        self._report(zip(names, blocks, strict=False))
+
     def release_lease(self, request_id: str) -> bool:
         """The reader is done. False when there is no such lease (any more)."""
         self._stuck = False
@@ -239,7 +244,7 @@ class Scheduler:
 
     def has_work(self) -> bool:
         """Whether a step would compute or report something. False while only others can make it go on."""
-        reportable = self._events.tokens or self._events.ended
+        reportable = self._events.tokens or self._events.ended or self._events.named
         return bool(self._running or self._in_flight or reportable or (self._waiting and not self._stuck))
 
     # -- Watching ------------------------------------------------------------------------------------------------
@@ -352,10 +357,13 @@ class Scheduler:
         return names[: self._store.worth_loading(names, self.block_compute_s)]
 
     def _publish(self, sequence: Sequence) -> None:
-        published = self.tables.publish(sequence)
+        self._report(self.tables.publish(sequence))
+
+    def _report(self, named: Iterable[tuple[bytes, int]]) -> None:
+        """Tell the store of blocks that are to be saved."""
         if self._store is not None:
             generations = self._allocator.generations
-            self._events.named.extend(Named(name, block, int(generations[block])) for name, block in published)
+            self._events.named.extend(Named(name, block, int(generations[block])) for name, block in named)
 
     def _apply(self, sequence: Sequence, planned: PlannedSequence, sampled: list[Sampled]) -> None:
         reason, num_tokens = None, 0

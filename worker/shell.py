@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from baton.block_names import root_name
 from baton.errors import BatonError
 from baton.metrics import WORKER_COUNTERS
 from baton.v1 import worker_link_pb2 as wire
@@ -25,6 +26,7 @@ from kvtransfer.tiers.store import BlockStore
 from kvtransfer.wire import spawn
 from worker.arrivals import Arrivals
 from worker.link import LinkHandler
+from worker.pins import Pins
 from worker.roles import Attempt, RoleHandler
 from worker.step_loop import Command, StepLoop
 
@@ -66,6 +68,9 @@ class WorkerShell(LinkHandler):
         self._names = engine.names
         self._look_ups: set[asyncio.Task[None]] = set()
         self._store = store
+        self._pins: Pins | None = None
+        if store is not None:
+            self._pins = Pins(engine, self.steps, store, lambda salt: root_name(model_fingerprint, cache_salt=salt))
         self._roles: dict[int, RoleHandler] = {}
         self._attempts: dict[str, Attempt] = {}
         self._changed = asyncio.Event()
@@ -96,6 +101,14 @@ class WorkerShell(LinkHandler):
     def on_abort(self, id: wire.AttemptId) -> None:
         self._abort(attempt_key(id), wire.END_REASON_ABORTED)
 
+    def on_pin(self, pin: wire.Pin) -> None:
+        if self._pins is not None:  # else the coordinator knows that there is nothing to pin in
+            self._pins.pin(pin)
+
+    def on_unpin(self, id: str) -> None:
+        if self._pins is not None:
+            self._pins.unpin(id)
+
     def on_drain(self) -> None:
         if not self.draining:
             log.info("draining: %d attempts run on", len(self._attempts))
@@ -107,6 +120,8 @@ class WorkerShell(LinkHandler):
             log.warning("link lost: aborting %d attempts", len(self._attempts))
         for key in list(self._attempts):
             self._abort(key, wire.END_REASON_ABORTED)
+        if self._pins is not None:
+            self._pins.unpin_all()
 
     def heartbeat(self) -> wire.WorkerHeartbeat:
         load, counters = self.steps.load, self.steps.counters

@@ -6,6 +6,7 @@ stored again. All blocks of a tier have `block_bytes` bytes.
     put(name, block)            -> True: taken; held at once, or soon where writes are queued; False: refused
     holds([name, ...])          -> which of them a get would find now
     pin([name, ...]), unpin     -> no eviction in between
+    pin_prefix(key, [name, ...], ttl_s), unpin_prefix -> the same for what may still have to come, for a time
     get(name, into, deadline)   -> True: `into` is the block; False: a miss, and `into` may hold anything
     get_many                    -> the same for several at once
 
@@ -23,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from baton.block_names import NAME_BYTES
+from kvtransfer.tiers.pins import PrefixPins
 
 Block = npt.NDArray[np.uint8] | memoryview
 """The bytes of one block: contiguous, `block_bytes` long."""
@@ -72,6 +74,8 @@ class Tier(ABC):
 
     name: str
     block_bytes: int
+    pins: PrefixPins
+    """What pinned prefixes keep, for others to look at."""
 
     @abstractmethod
     def holds(self, names: Sequence[bytes]) -> list[bool]:
@@ -109,6 +113,17 @@ class Tier(ABC):
     @abstractmethod
     def unpin(self, names: Iterable[bytes]) -> None:
         """Give pins back. Raises KeyError for a name that is not pinned."""
+
+    @abstractmethod
+    def pin_prefix(self, key: str, names: Sequence[bytes], ttl_s: float) -> bool:
+        """Keep the blocks of a prefix for `ttl_s`, those here and those still to come; the same key renews it.
+
+        False, and nothing changes, when pinned prefixes would keep more than `pins.max_names` blocks.
+        """
+
+    @abstractmethod
+    def unpin_prefix(self, key: str) -> None:
+        """Let a pinned prefix go the way of all others. Nothing happens for an unknown key."""
 
     @property
     @abstractmethod

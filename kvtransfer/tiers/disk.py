@@ -42,6 +42,7 @@ from kvtransfer.tiers.opening import (
     slots_of_a_segment,
     take_seat,
 )
+from kvtransfer.tiers.pins import PINNED_SHARE, PrefixPins
 from kvtransfer.tiers.records import RecordFormat, layout_hash
 from kvtransfer.tiers.segments import Record, Segment, SegmentBook
 
@@ -110,6 +111,8 @@ class DiskTier(Tier):
         self._format = RecordFormat(layout_hash(layout_fingerprint, block_bytes), block_bytes)
         self._usable_bytes = capacity_bytes - SMALL_FILES_BYTES
         self._num_slots = slots_of_a_segment(self._usable_bytes, self._format.slot_bytes, segment_bytes)
+        num_segments = self._usable_bytes // charge(self._num_slots * self._format.slot_bytes)
+        self.pins = PrefixPins(int(PINNED_SHARE * num_segments * self._num_slots))
         self._clock = clock
         self._counters = Counters("disk", ("duplicates", "load_seconds", "store_seconds"))
         self._lock = threading.Lock()  # of everything below; held for microseconds, never during I/O
@@ -223,6 +226,16 @@ class DiskTier(Tier):
                     del self._pinned[name]
             self._release(segment)
 
+    def pin_prefix(self, key: str, names: Sequence[bytes], ttl_s: float) -> bool:
+        with self._lock:
+            now = self._clock()
+            self.pins.expire(now)
+            return self.pins.pin(key, names, now + ttl_s) is not None
+
+    def unpin_prefix(self, key: str) -> None:
+        with self._lock:
+            self.pins.unpin(key)
+
     @property
     def counters(self) -> dict[str, float]:
         return self._counters.snapshot()
@@ -315,7 +328,8 @@ class DiskTier(Tier):
         if self._clock() >= self._grow_from and self._grow():
             return True
         with self._lock:
-            num_evicted = self._book.recycle()
+            self.pins.expire(self._clock())
+            num_evicted = self._book.recycle(self.pins)
         self._counters.add("evicted", num_evicted or 0)
         return num_evicted is not None
 

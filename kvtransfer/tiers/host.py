@@ -23,6 +23,7 @@ import xxhash
 from baton.errors import ConfigurationError
 from kvtransfer.tiers.admission import Admission
 from kvtransfer.tiers.base import Block, Counters, Tier, TierState, TierStatus
+from kvtransfer.tiers.pins import PINNED_SHARE
 from kvtransfer.tiers.retention import DEFAULT_POLICY, Retention
 
 
@@ -51,7 +52,7 @@ class HostTier(Tier):
         policy: str = DEFAULT_POLICY,
         admission: bool = False,
         ttl_s: float = math.inf,
-        pinned_share: float = 0.25,
+        pinned_share: float = PINNED_SHARE,
         tenant_shares: Mapping[str, float] | None = None,
         buffer: memoryview | mmap.mmap | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -67,6 +68,7 @@ class HostTier(Tier):
         self._retention = Retention(
             num_slots, policy, ttl_s=ttl_s, pinned_share=pinned_share, tenant_shares=tenant_shares
         )
+        self.pins = self._retention.pins
         self._admission = Admission(num_slots) if admission else None
         self._clock = clock
         self._counters = Counters("host", ("not_admitted", "expired"))
@@ -151,11 +153,8 @@ class HostTier(Tier):
                 self._unpin(name)
 
     def pin_prefix(self, key: str, names: Sequence[bytes], ttl_s: float) -> bool:
-        """Keep the blocks of a prefix for `ttl_s`, those here and those still to come; the same key renews it.
-
-        False, and nothing changes, when pinned prefixes would take more than `pinned_share` of the tier.
-        """
         with self._lock:
+            self._drop_expired()
             now = self._clock()
             return self._retention.pin_prefix(key, names, now + ttl_s, now)
 

@@ -13,12 +13,12 @@ than LFU; at 10 M it is up to 2.3 points above LRU and within a point of LFU; in
 
 import math
 from abc import ABC, abstractmethod
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from baton.errors import ConfigurationError
+from kvtransfer.tiers.pins import PINNED_SHARE, PrefixPins
 
 
 class Policy(ABC):
@@ -186,12 +186,6 @@ POLICIES: Final[Mapping[str, type[Policy]]] = {"lru": Lru, "lfu": Lfu, "s3fifo":
 DEFAULT_POLICY: Final = "s3fifo"
 
 
-@dataclass(frozen=True, slots=True)
-class _PrefixPin:
-    names: tuple[bytes, ...]
-    until: float
-
-
 class Retention:
     """Which entries a tier keeps. Times are seconds of one clock, passed in, and never go back.
 
@@ -208,7 +202,7 @@ class Retention:
         policy: str = DEFAULT_POLICY,
         *,
         ttl_s: float = math.inf,
-        pinned_share: float = 0.25,
+        pinned_share: float = PINNED_SHARE,
         tenant_shares: Mapping[str, float] | None = None,
     ) -> None:
         """`capacity` in entries. Raises ConfigurationError."""
@@ -221,15 +215,13 @@ class Retention:
             raise ConfigurationError("the shares of tenants must have names, be positive and be at most 1 together")
         self.capacity = capacity
         self._ttl_s = ttl_s
-        self._max_pinned = int(pinned_share * capacity)
+        self.pins = PrefixPins(int(pinned_share * capacity))
         self._quotas = {tenant: int(share * capacity) for tenant, share in shares.items()}
         self._quotas[""] = capacity - sum(self._quotas.values())
         self._orders = {tenant: POLICIES[policy]() for tenant in self._quotas}
         self._counts = dict.fromkeys(self._quotas, 0)
         self._tenant_of: dict[bytes, str] = {}
         self._used_at: OrderedDict[bytes, float] = OrderedDict()  # of what is not pinned, oldest first
-        self._pins: dict[str, _PrefixPin] = {}
-        self._pinned: Counter[bytes] = Counter()
 
     def __len__(self) -> int:
         return len(self._tenant_of)
@@ -248,7 +240,7 @@ class Retention:
                 raise ValueError("an entry more than the capacity; evict one first")
             self._tenant_of[name] = account
             self._counts[account] += 1
-            if name not in self._pinned:
+            if name not in self.pins:
                 self._enter(name, now)
 
     def touch(self, names: Sequence[bytes], now: float) -> None:
@@ -259,7 +251,7 @@ class Retention:
 
     def remove(self, name: bytes) -> None:
         """An entry goes for another reason than lack of room. Raises KeyError for a stranger."""
-        if name not in self._pinned:
+        if name not in self.pins:
             self._orders[self._tenant_of[name]].remove(name)
             del self._used_at[name]
         self._forget(name)
@@ -284,8 +276,7 @@ class Retention:
 
     def expired(self, now: float, spared: Container[bytes] = ()) -> list[bytes]:
         """Entries unused for too long, to be removed. Prefix pins whose time is over are dropped."""
-        for key in [key for key, pin in self._pins.items() if pin.until <= now]:
-            self.unpin_prefix(key, now)
+        self._release(self.pins.expire(now), now)
         names = []
         for name, used_at in self._used_at.items():
             if now - used_at < self._ttl_s:
@@ -299,36 +290,24 @@ class Retention:
 
         False, and nothing changes, when pinned prefixes would take more than their part of the tier.
         """
-        before = self._pins.pop(key, _PrefixPin((), 0))
-        self._pinned.subtract(before.names)
-        wanted = set(names)
-        num_others = sum(count > 0 and name not in wanted for name, count in self._pinned.items())
-        fits = num_others + len(wanted) <= self._max_pinned
-        self._pinned.update(wanted if fits else before.names)
-        if fits:
-            self._pins[key] = _PrefixPin(tuple(dict.fromkeys(names)), until)
-        elif before.names:
-            self._pins[key] = before
-        for name in wanted if fits else ():
+        released = self.pins.pin(key, names, until)
+        if released is None:
+            return False
+        for name in names:
             if name in self._used_at:
                 self._orders[self._tenant_of[name]].remove(name)
                 del self._used_at[name]
-        self._release(before.names, now)
-        return fits
+        self._release(released, now)
+        return True
 
     def unpin_prefix(self, key: str, now: float) -> None:
         """Let the names of a pin go the way of all others, as just used. Nothing happens for an unknown key."""
-        pin = self._pins.pop(key, None)
-        if pin:
-            self._pinned.subtract(pin.names)
-            self._release(pin.names, now)
+        self._release(self.pins.unpin(key), now)
 
     def _release(self, names: Sequence[bytes], now: float) -> None:
         for name in reversed(names):
-            if self._pinned[name] <= 0:
-                del self._pinned[name]
-                if name in self._tenant_of and name not in self._used_at:
-                    self._enter(name, now)
+            if name in self._tenant_of:
+                self._enter(name, now)
 
     def _enter(self, name: bytes, now: float) -> None:
         self._orders[self._tenant_of[name]].insert(name)

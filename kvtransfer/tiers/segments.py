@@ -16,7 +16,7 @@ restart the order of storing stands in for the order of use.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 
@@ -109,24 +109,31 @@ class SegmentBook:
         self._add_use(record.segment, -record.last_use)
         return True
 
-    def least_useful(self) -> Segment | None:
-        """Of the segments that nobody has pinned."""
+    def least_useful(self, spared: Container[bytes] = ()) -> Segment | None:
+        """Of the segments that nobody has pinned and that are not full of spared blocks."""
         idle = [segment for segment in self.segments if not segment.num_pins]
-        return min(idle, key=lambda segment: segment.use_sum / segment.num_slots, default=None)
+        idle.sort(key=lambda segment: segment.use_sum / segment.num_slots)
+        return next((each for each in idle if any(name is None or name not in spared for name in each.names)), None)
 
-    def recycle(self) -> int | None:
+    def recycle(self, spared: Container[bytes] = ()) -> int | None:
         """Free the colder slots of the least useful segment; how many blocks that evicted, None when all are pinned.
 
+        Spared blocks stay, and that counts as a use: else their segment would be the least useful one again and again.
         Only once no slot is free: a free one would be freed again.
         """
         if self._free:
             raise ValueError("there are free slots left")
-        segment = self.least_useful()
+        segment = self.least_useful(spared)
         if segment is None:
             return None
         mean_use = self._use_sum / max(1, len(self.records))
-        live = [(self.records[name].last_use, name) for name in segment.names if name is not None]
-        hottest = sorted(live, reverse=True)[: segment.num_slots // 2]
+        staying = [name for name in segment.names if name is not None and name in spared]
+        for name in staying:
+            self.use(self.records[name])
+        live = [
+            (self.records[name].last_use, name) for name in segment.names if name is not None and name not in spared
+        ]
+        hottest = sorted(live, reverse=True)[: (segment.num_slots - len(staying)) // 2]
         kept = {name for last_use, name in hottest if last_use > mean_use}
         evicted = [name for _, name in live if name not in kept]
         for name in evicted:

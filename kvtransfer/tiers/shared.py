@@ -40,6 +40,7 @@ import numpy.typing as npt
 from baton.errors import ConfigurationError
 from kvtransfer.tiers.base import Block, Counters, Tier, TierState, TierStatus
 from kvtransfer.tiers.breaker import RETRY_S, Breaker
+from kvtransfer.tiers.pins import PINNED_SHARE, PrefixPins
 from kvtransfer.tiers.records import RecordFormat, layout_hash
 from kvtransfer.tiers.sweeping import BLOCK_SUFFIX, FOLDER_DIGITS, SPARE_S, Sweeper, Swept
 
@@ -140,6 +141,7 @@ class SharedStore(Tier):
             (self._folder / "layout.txt").write_text(layout_fingerprint)
         except OSError as error:
             raise ConfigurationError(f"the shared store {root} cannot be used: {error.strerror}") from error
+        self.pins = PrefixPins(int(PINNED_SHARE * capacity_bytes / self._format.slot_bytes))
         self._counters = Counters("shared", ("switched_off", "expired"))
         self._clock = clock
         self._lock = threading.Lock()  # of what follows; never held during I/O
@@ -226,6 +228,20 @@ class SharedStore(Tier):
                 if self._pins[name] == 0:
                     del self._pins[name]
 
+    def pin_prefix(self, key: str, names: Sequence[bytes], ttl_s: float) -> bool:
+        """As every tier's. This worker renews what it has pinned at each of its sweeps, so no other's deletes it."""
+        with self._lock:
+            now = self._clock()
+            self.pins.expire(now)
+            is_pinned = self.pins.pin(key, names, now + ttl_s) is not None
+        if is_pinned:
+            self._readers.submit(partial(self._refresh, names))
+        return is_pinned
+
+    def unpin_prefix(self, key: str) -> None:
+        with self._lock:
+            self.pins.unpin(key)
+
     @property
     def counters(self) -> dict[str, float]:
         return self._counters.snapshot()
@@ -248,7 +264,10 @@ class SharedStore(Tier):
     def sweep(self) -> Swept | None:
         """Delete what is too old or too much; None when another worker does. Raises OSError."""
         with self._lock:
-            pinned = frozenset(name.hex() for name in self._pins)
+            self.pins.expire(self._clock())
+            prefixes = list(self.pins)
+            pinned = frozenset(name.hex() for name in (*self._pins, *prefixes))
+        self._refresh(prefixes)
         swept = self._sweeper.sweep(pinned)
         if swept:
             self._counters.add("expired", swept.num_expired)

@@ -37,13 +37,14 @@ _ON = {TierState.ON: 1.0, TierState.READ_ONLY: 0.5, TierState.OFF: 0.0}
 class BlockStore:
     """Tiers behind one pool, fastest first.
 
-    `worth_loading` may be called on any thread, `save` and `load` on the event loop's.
+    `worth_loading` may be called on any thread, the others on the event loop's.
     """
 
     def __init__(self, memory: PoolMemory, tiers: Sequence[Tier]) -> None:
         self._memory = memory
         self._tiers = tuple(tiers)
         self._counters = {"kv_blocks_loaded": 0.0, "kv_loads_missed": 0.0, "kv_saves_dropped": 0.0}
+        self._counters |= {"kv_pins": 0.0, "kv_pins_refused": 0.0}
         self._block_s = {tier.name: memory.block_bytes / ASSUMED_BYTES_PER_S for tier in tiers}
         self._unsaved: deque[tuple[bytes, int, int]] = deque()
         self._wake = threading.Condition()
@@ -108,6 +109,29 @@ class BlockStore:
         self._count("kv_loads_missed", len(names) - loading.num_right)
         return loading.num_right
 
+    @property
+    def max_pinned(self) -> int:
+        """Blocks that pins may keep together: those of the tier that has the most room for them."""
+        return max(tier.pins.max_names for tier in self._tiers)
+
+    def pin(self, key: str, names: Sequence[bytes], ttl_s: float) -> bool:
+        """Keep these blocks, stored already or still to come, for `ttl_s` in every tier that has room for them.
+
+        False, counted, when none has. Never waits.
+        """
+        is_kept = [tier.pin_prefix(key, names, ttl_s) for tier in self._tiers]
+        self._count("kv_pins" if any(is_kept) else "kv_pins_refused", 1)
+        return any(is_kept)
+
+    def unpin(self, key: str) -> None:
+        """Let them go the way of all others. Nothing happens for an unknown key."""
+        for tier in self._tiers:
+            tier.unpin_prefix(key)
+
+    def unpin_all(self) -> None:
+        for key in {key for tier in self._tiers for key in tier.pins.keys}:
+            self.unpin(key)
+
     def close(self, deadline: float) -> None:
         """Save what waits as far as the deadline allows, and close the tiers. No load is running."""
         with self._wake:
@@ -121,11 +145,12 @@ class BlockStore:
 
     @property
     def counters(self) -> dict[str, float]:
-        """Its own and those of the tiers, and of each `kv_<tier>_on`: 1 on, 0.5 read-only, 0 off."""
+        """Its own and those of the tiers; of each `kv_<tier>_on` (1 on, 0.5 read-only, 0 off) and `_pinned`."""
         result = dict(self._counters)
         for tier in self._tiers:
             result |= tier.counters
             result[f"kv_{tier.name}_on"] = _ON[tier.status.state]
+            result[f"kv_{tier.name}_pinned"] = len(tier.pins)
         return result
 
     # -- Saving ------------------------------------------------------------------------------------------------------

@@ -96,3 +96,16 @@ def test_a_request_that_waits_for_room_is_not_one_that_waits_for_blocks() -> Non
     assert not world.reserved
     world.run_to_the_end()
     assert world.num_stored == 4
+
+
+def test_what_the_pool_holds_of_a_prefix_is_saved_when_asked_for() -> None:
+    world = World(keeps=1.0)
+    world.add(make_request("first", PROMPT))
+    world.run_to_the_end()
+    world.store.kv.clear()
+    names = world.engine.names(make_request("x", [*PROMPT[:12], 7, 7, 7, 7]))
+    world.engine.save_cached(names)
+    assert world.engine.has_work()
+    world.step()
+    assert list(world.store.kv) == names[:3]
+    assert not world.engine.has_work()

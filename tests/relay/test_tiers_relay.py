@@ -34,13 +34,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, list[l
     return load(folder), [each.tokens for each in reference_generate(folder, PROMPTS, NEW_TOKENS)]
 
 
+def block_bytes(model: LoadedModel) -> int:
+    config = model.config
+    return config.num_layers * config.num_kv_heads * 2 * PAGE * config.head_dim * 4
+
+
 def small_pool(model: LoadedModel) -> EngineOptions:
     """Room for one prompt and a half, so that every prompt pushes the one before it out."""
-    config = model.config
-    block_bytes = config.num_layers * config.num_kv_heads * 2 * PAGE * config.head_dim * 4
     num_blocks = (PROMPT_TOKENS + NEW_TOKENS) // PAGE + 1 + LOADABLE // PAGE // 2
     return EngineOptions(
-        dtype="float32", kv_memory=str(num_blocks * block_bytes), max_batch_tokens=64, speculate="off",
+        dtype="float32", kv_memory=str(num_blocks * block_bytes(model)), max_batch_tokens=64, speculate="off",
     )  # fmt: skip
 
 
@@ -182,6 +185,35 @@ def test_a_taker_that_gave_its_blocks_back_loads_them_and_asks_its_peer_for_noth
             assert after["preemptions"] > before["preemptions"]
             assert after["prompt_tokens_loaded"] > before["prompt_tokens_loaded"]
             assert after["handover_failures"] == after["local_prefill_fallbacks"] == 0
+            await pair.whole()
+
+    asyncio.run(run())
+
+
+def test_a_pinned_prefix_is_kept_when_a_flood_pushes_others_out_of_the_tier(
+    model: tuple[LoadedModel, list[list[int]]],
+) -> None:
+    """Prompts 0 and 1 are of equal age, and 0 is pinned. The tier has room for six prompts."""
+
+    async def run() -> None:
+        blocks = LOADABLE // PAGE
+        tier = host(str(6 * blocks * block_bytes(model[0])))
+        async with relay(model[0], decode=small_pool(model[0]), decode_tiers=tier) as pair:
+            shell = pair.decode.shell.shell
+            shell.on_pin(wire.Pin(id="pin", token_ids=PROMPTS[0], ttl_s=60))
+            shell.on_pin(wire.Pin(id="gone", token_ids=PROMPTS[1], ttl_s=60))
+            shell.on_unpin("gone")  # before its names are known
+            flood = [random_prompt(seed) for seed in range(100, 112)]
+            for number, prompt in enumerate([*PROMPTS[:2], *flood], 1):
+                await pair.generate(prompt, NEW_TOKENS)
+                await saved(pair.decode, "host", number * blocks)
+            assert pair.decode.counters()["kv_host_pinned"] == blocks
+            for number, loaded in ((0, LOADABLE), (1, 0)):
+                before = pair.decode.counters()["prompt_tokens_loaded"]
+                assert (await pair.generate(PROMPTS[number], NEW_TOKENS)).output == model[1][number]
+                assert pair.decode.counters()["prompt_tokens_loaded"] - before == loaded
+            shell.on_lost()
+            assert pair.decode.counters()["kv_host_pinned"] == 0
             await pair.whole()
 
     asyncio.run(run())

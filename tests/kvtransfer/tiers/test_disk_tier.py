@@ -136,6 +136,31 @@ def test_pinned_blocks_are_not_evicted_and_unpinned_ones_are(opened):
     assert tier.holds([name_of(0)]) == [False]
 
 
+def test_a_pinned_prefix_outlives_a_flood_until_its_time_is_over(opened):
+    now = [0.0]
+    tier = opened(num_segments=6, clock=lambda: now[0])
+    assert tier.pins.max_names == 6
+    assert tier.pin_prefix("system", [name_of(number) for number in range(3)], ttl_s=100)
+    assert tier.pin_prefix("short", [name_of(number) for number in range(3, 5)], ttl_s=50)
+    assert not tier.pin_prefix("too much", [name_of(number) for number in range(50, 52)], ttl_s=100)
+    store(tier, range(60))
+    assert loaded(tier, range(8)) == list(range(5))
+    now[0] = 60
+    store(tier, range(60, 150))
+    assert loaded(tier, range(8)) == list(range(3))
+    tier.unpin_prefix("system")
+    store(tier, range(150, 240))
+    assert loaded(tier, range(8)) == []
+
+
+def test_a_segment_full_of_pinned_blocks_is_passed_over(opened):
+    tier = opened(num_segments=5)
+    assert tier.pin_prefix("system", [name_of(number) for number in range(SLOTS)], ttl_s=100)
+    store(tier, range(200))
+    assert loaded(tier, range(SLOTS + 1)) == list(range(SLOTS))
+    assert count(tier, "refused") == 0
+
+
 def test_blocks_are_refused_while_everything_is_pinned(opened):
     tier = opened(num_segments=2)
     store(tier, range(8))

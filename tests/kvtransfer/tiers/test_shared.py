@@ -480,6 +480,24 @@ def test_a_pin_holds_in_this_workers_sweeps_for_as_long_as_it_lasts(opened, tmp_
     assert [has(store, entry) for entry in row(0, 2)] == [True, False]
 
 
+def test_a_pinned_prefix_outlives_every_workers_sweeps_until_its_time_is_over(opened, tmp_path, clock):
+    one, two = opened(capacity=100 * BLOCK, ttl_s=1000), opened(capacity=100 * BLOCK, ttl_s=1000)
+    put(one, *row(0, 2))
+    assert not one.pin_prefix("too much", row(10, one.pins.max_names + 1), ttl_s=100)
+    assert one.pin_prefix("system", row(0, 1), ttl_s=100)
+    for late in (90, 110):
+        clock.now = late
+        for path in tmp_path.glob("*/*/*.kv"):
+            age(path, 900)
+        assert one.sweep() is not None
+        one._sweeper.give_up_lease()
+        for path in tmp_path.glob("*/*/*.kv"):
+            age(path, time.time() - path.stat().st_mtime + 200)  # 200 s pass
+        assert two.sweep() is not None
+        two._sweeper.give_up_lease()
+        assert [bool(list(tmp_path.glob(f"*/*/{entry.hex()}.kv"))) for entry in row(0, 2)] == [late == 90, False]
+
+
 def test_no_sweep_deletes_what_was_used_just_now(opened, tmp_path):
     store = opened(capacity=BLOCK)
     put(store, *row(0, 4))

@@ -12,6 +12,7 @@ import pytest
 from baton.metrics import TIER_COUNTERS
 from kvtransfer.memory import PoolMemory
 from kvtransfer.tiers.base import COUNTED, Block, Tier, TierState, TierStatus
+from kvtransfer.tiers.pins import PrefixPins
 from kvtransfer.tiers.store import MAX_UNSAVED, BlockStore
 
 BLOCKS, SIZE = 64, 4096
@@ -30,8 +31,9 @@ class DictTier(Tier):
 
     block_bytes = SIZE
 
-    def __init__(self, name: str, delay_s: float = 0.0) -> None:
+    def __init__(self, name: str, delay_s: float = 0.0, max_pinned: int = 8) -> None:
         self.name = name
+        self.pins = PrefixPins(max_pinned)
         self.blocks: dict[bytes, bytes] = {}
         self.delay_s = delay_s
         self.gate = threading.Event()
@@ -59,6 +61,12 @@ class DictTier(Tier):
 
     def unpin(self, names: Iterable[bytes]) -> None:
         pass
+
+    def pin_prefix(self, key: str, names: Sequence[bytes], ttl_s: float) -> bool:
+        return self.pins.pin(key, names, ttl_s) is not None
+
+    def unpin_prefix(self, key: str) -> None:
+        self.pins.unpin(key)
 
     @property
     def counters(self) -> dict[str, float]:
@@ -255,6 +263,27 @@ def test_a_fault_in_a_tier_is_not_taken_for_a_miss(monkeypatch: pytest.MonkeyPat
     world = World(tier)
     with pytest.raises(KeyError):
         world.load([1], 0)
+    world.close()
+
+
+def test_a_prefix_is_pinned_in_every_tier_that_has_room_for_it() -> None:
+    small, large = DictTier("host", max_pinned=2), DictTier("disk", max_pinned=6)
+    world = World(small, large)
+    assert world.store.max_pinned == 6
+    names = [name(number) for number in range(4)]
+    assert world.store.pin("both", names[:2], 60.0)
+    assert world.store.pin("large", names, 60.0)
+    assert (set(small.pins), set(large.pins)) == (set(names[:2]), set(names))
+    assert not world.store.pin("neither", [name(number) for number in range(10, 13)], 60.0)
+    counters = world.store.counters
+    assert (counters["kv_pins"], counters["kv_pins_refused"]) == (2, 1)
+    assert (counters["kv_host_pinned"], counters["kv_disk_pinned"]) == (2, 4)
+    world.store.unpin("large")
+    world.store.unpin("unknown")
+    assert set(large.pins) == set(names[:2])
+    world.store.unpin_all()
+    assert not small.pins.keys
+    assert not large.pins.keys
     world.close()
 
 
