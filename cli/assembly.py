@@ -145,14 +145,17 @@ def _store(memory: PoolMemory, layout: BlockLayout, options: TierOptions) -> Blo
     """The tiers that were asked for, fastest first. Raises ConfigurationError when one cannot be had."""
     tiers: list[Tier] = []
     fingerprint = json.dumps(dataclasses.asdict(layout), sort_keys=True)
+    share = options.kv_tenant_share
     if host_bytes := parse_bytes(options.host_kv_memory):
-        tiers.append(HostTier(host_bytes, memory.block_bytes))
+        tiers.append(HostTier(host_bytes, memory.block_bytes, tenant_share=share))
     if options.disk_kv_folder:
         disk_bytes = parse_bytes(options.disk_kv_memory)
-        tiers.append(DiskTier(Path(options.disk_kv_folder), disk_bytes, memory.block_bytes, fingerprint))
+        folder = Path(options.disk_kv_folder)
+        tiers.append(DiskTier(folder, disk_bytes, memory.block_bytes, fingerprint, tenant_share=share))
     if options.shared_kv_folder:
         shared_bytes = parse_bytes(options.shared_kv_memory)
-        tiers.append(SharedStore(Path(options.shared_kv_folder), shared_bytes, memory.block_bytes, fingerprint))
+        folder = Path(options.shared_kv_folder)
+        tiers.append(SharedStore(folder, shared_bytes, memory.block_bytes, fingerprint, tenant_share=share))
     return BlockStore(memory, tiers) if tiers else None
 
 

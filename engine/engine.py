@@ -155,9 +155,9 @@ class Engine:
                 self._drafter.forget(ended.request_id)
         return output
 
-    def save_cached(self, names: Sequence[bytes]) -> None:
+    def save_cached(self, names: Sequence[bytes], tenant: bytes) -> None:
         """Have the store keep those of these leading blocks that the pool holds."""
-        self._scheduler.save_cached(names)
+        self._scheduler.save_cached(names, tenant)
 
     def has_work(self) -> bool:
         """Whether `step` would compute or report something. False also while every request waits for somebody else."""

@@ -66,6 +66,8 @@ class EngineRequest:
     """`baton.block_names.root_name` of this model, adapter and tenant."""
     handover: Handover = Handover.NONE
     placement: Placement | None = None
+    tenant: bytes = b""
+    """`baton.block_names.tenant_name`: whose its blocks are in the store."""
 
 
 class EndReason(Enum):
@@ -120,6 +122,8 @@ class Reserved:
     num_cached_blocks: int
     stored: tuple[bytes, ...]
     """Names of the blocks after the cached ones that are to be loaded from the store."""
+    tenant: bytes
+    """Whose those blocks are."""
     from_peer: bool
     """What follows comes from another worker, once in the life of a TAKE request. Otherwise it is computed here."""
 
@@ -131,6 +135,7 @@ class Named:
     name: bytes
     block_id: int
     generation: int
+    tenant: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

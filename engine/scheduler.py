@@ -170,10 +170,10 @@ class Scheduler:
         self._end(sequence, EndReason.ABORTED)
         return True
 
-    def save_cached(self, names: Many[bytes]) -> None:
+    def save_cached(self, names: Many[bytes], tenant: bytes) -> None:
         """Have the store keep those of these leading blocks that the pool holds."""
         blocks = self.tables.cache.lookup(names)
-        self._report(zip(names, blocks, strict=False))
+        self._report(zip(names, blocks, strict=False), tenant)
 
     def release_lease(self, request_id: str) -> bool:
         """The reader is done. False when there is no such lease (any more)."""
@@ -339,7 +339,12 @@ class Scheduler:
                 self._num_receiving += 1
                 self._events.reserved.append(
                     Reserved(
-                        sequence.id, tuple(sequence.block_ids), sequence.num_final_blocks, tuple(stored), from_peer
+                        sequence.id,
+                        tuple(sequence.block_ids),
+                        sequence.num_final_blocks,
+                        tuple(stored),
+                        sequence.request.tenant,
+                        from_peer,
                     )
                 )
             else:
@@ -357,13 +362,13 @@ class Scheduler:
         return names[: self._store.worth_loading(names, self.block_compute_s)]
 
     def _publish(self, sequence: Sequence) -> None:
-        self._report(self.tables.publish(sequence))
+        self._report(self.tables.publish(sequence), sequence.request.tenant)
 
-    def _report(self, named: Iterable[tuple[bytes, int]]) -> None:
+    def _report(self, named: Iterable[tuple[bytes, int]], tenant: bytes) -> None:
         """Tell the store of blocks that are to be saved."""
         if self._store is not None:
             generations = self._allocator.generations
-            self._events.named.extend(Named(name, block, int(generations[block])) for name, block in named)
+            self._events.named.extend(Named(name, block, int(generations[block]), tenant) for name, block in named)
 
     def _apply(self, sequence: Sequence, planned: PlannedSequence, sampled: list[Sampled]) -> None:
         reason, num_tokens = None, 0

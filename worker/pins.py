@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 
+from baton.block_names import tenant_name
 from baton.v1 import worker_link_pb2 as wire
 from engine.engine import Engine
 from engine.requests import EngineRequest, SamplingParams
@@ -46,7 +47,7 @@ class Pins:
         prompt = EngineRequest(pin.id, tuple(pin.token_ids), len(pin.token_ids), SamplingParams(), root)
         names = await asyncio.to_thread(self._names, prompt)  # hashing a long prompt takes milliseconds
         if self._store.pin(pin.id, names, pin.ttl_s):
-            self._steps.submit(lambda engine: engine.save_cached(names))
+            self._steps.submit(lambda engine: engine.save_cached(names, tenant_name(pin.cache_salt)))
 
     def _done(self, id: str, task: "asyncio.Task[None]") -> None:
         if self._tasks.get(id) is task:

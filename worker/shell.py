@@ -22,7 +22,7 @@ from baton.metrics import WORKER_COUNTERS
 from baton.v1 import worker_link_pb2 as wire
 from engine.engine import Engine
 from engine.requests import Ended, EndReason, EngineRequest, StepOutput, TokenOutput
-from kvtransfer.tiers.store import BlockStore
+from kvtransfer.tiers.store import BlockStore, Unsaved
 from kvtransfer.wire import spawn
 from worker.arrivals import Arrivals
 from worker.link import LinkHandler
@@ -231,7 +231,7 @@ class WorkerShell(LinkHandler):
             if attempt := self._attempts.get(reserved.request_id):
                 attempt.role.on_reserved(attempt, reserved)
         if output.named and self._store is not None:
-            self._store.save([(named.name, named.block_id, named.generation) for named in output.named])
+            self._store.save([Unsaved(each.name, each.block_id, each.generation, each.tenant) for each in output.named])
         for computed in output.computed:
             if attempt := self._attempts.get(computed.request_id):
                 attempt.role.on_computed(attempt, computed)

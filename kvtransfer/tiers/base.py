@@ -3,7 +3,7 @@
 A name is `baton.block_names.NAME_BYTES` bytes and stands for one content, so a block that is held already need not be
 stored again. All blocks of a tier have `block_bytes` bytes.
 
-    put(name, block)            -> True: taken; held at once, or soon where writes are queued; False: refused
+    put(name, block, tenant)    -> True: taken; held at once, or soon where writes are queued; False: refused
     holds([name, ...])          -> which of them a get would find now
     pin([name, ...]), unpin     -> no eviction in between
     pin_prefix(key, [name, ...], ttl_s), unpin_prefix -> the same for what may still have to come, for a time
@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from baton.block_names import NAME_BYTES
 from kvtransfer.tiers.pins import PrefixPins
+from kvtransfer.tiers.tenants import NOBODY
 
 Block = npt.NDArray[np.uint8] | memoryview
 """The bytes of one block: contiguous, `block_bytes` long."""
@@ -44,7 +45,18 @@ class TierStatus:
     reason: str = ""
 
 
-COUNTED = ("stored", "loaded", "misses", "checksum_failures", "evicted", "refused", "io_errors", "timeouts", "bytes")
+COUNTED = (
+    "stored",
+    "loaded",
+    "misses",
+    "checksum_failures",
+    "evicted",
+    "over_share",
+    "refused",
+    "io_errors",
+    "timeouts",
+    "bytes",
+)
 """What every tier counts, in blocks and since it was opened. `bytes` is what its blocks take at the moment."""
 
 
@@ -87,8 +99,10 @@ class Tier(ABC):
         return held.index(False) if False in held else len(held)
 
     @abstractmethod
-    def put(self, name: bytes, block: Block) -> bool:
+    def put(self, name: bytes, block: Block, tenant: bytes = NOBODY) -> bool:
         """Take a copy of a block; the caller may change its memory afterwards. Never waits for a device.
+
+        It counts against the share of `tenant`, whose own blocks go when that is used up.
 
         False when it is refused: no room, too much to write already, or the tier is not on. Raises ValueError when
         name or block do not have their size.

@@ -45,6 +45,7 @@ from kvtransfer.tiers.opening import (
 from kvtransfer.tiers.pins import PINNED_SHARE, PrefixPins
 from kvtransfer.tiers.records import RecordFormat, layout_hash
 from kvtransfer.tiers.segments import Record, Segment, SegmentBook
+from kvtransfer.tiers.tenants import NOBODY, Tenants
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ STALL_S: Final = 1.0
 @dataclass(slots=True, eq=False)
 class _Store:
     name: bytes
+    tenant: bytes
     buffer: memoryview
 
 
@@ -98,6 +100,7 @@ class DiskTier(Tier):
         num_writers: int = 4,
         write_buffer_bytes: int = 32 << 20,
         segment_bytes: int | None = None,
+        tenant_share: float = 1.0,
         open_files: Callable[[Path], Files] = Files,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -105,6 +108,7 @@ class DiskTier(Tier):
 
         capacity_bytes: what its files may take on the disk. layout_fingerprint: everything that two blocks of the same
         name must have in common to be interchangeable: model and weights, dtype, layout, page size, TP rank and size.
+        tenant_share: of its slots, what one tenant may have.
         Raises ConfigurationError when the folder cannot be used at all, or the capacity is below one segment.
         """
         self.block_bytes = block_bytes
@@ -116,7 +120,8 @@ class DiskTier(Tier):
         self._clock = clock
         self._counters = Counters("disk", ("duplicates", "load_seconds", "store_seconds"))
         self._lock = threading.Lock()  # of everything below; held for microseconds, never during I/O
-        self._book = SegmentBook()
+        self._tenants = Tenants(num_segments * self._num_slots, tenant_share)
+        self._book = SegmentBook(self._tenants)
         self._pinned: dict[bytes, list[Segment]] = {}
         self._pending: set[bytes] = set()
         self._reads, self._writes = Breaker(clock), Breaker(clock)
@@ -160,12 +165,12 @@ class DiskTier(Tier):
         records = self._book.records
         return [name in records for name in names]
 
-    def put(self, name: bytes, block: Block) -> bool:
+    def put(self, name: bytes, block: Block, tenant: bytes = NOBODY) -> bool:
         view = self.block_view(name, block)
         with self._lock:
             record = self._book.records.get(name)
             if record is not None:
-                self._book.use(record)
+                self._book.use(name)
             if record is not None or name in self._pending:
                 self._counters.add("duplicates")
                 return True
@@ -175,7 +180,7 @@ class DiskTier(Tier):
             buffer = self._idle_buffers.pop()
             self._pending.add(name)
         np.copyto(np.frombuffer(self._format.block(buffer), np.uint8), view)  # numpy lets other threads run meanwhile
-        self._stores.put(_Store(name, buffer))
+        self._stores.put(_Store(name, tenant, buffer))
         return True
 
     def get(self, name: bytes, into: npt.NDArray[np.uint8], deadline: float) -> bool:
@@ -202,7 +207,7 @@ class DiskTier(Tier):
             record = self._book.records.get(name)
             if record is None:
                 return None
-            self._book.use(record)
+            self._book.use(name)
             record.segment.num_pins += 1
         load = _Load(name, record, into)
         self._loads.put(load)
@@ -289,7 +294,7 @@ class DiskTier(Tier):
         segment, slot = place
         with self._lock:
             sequence = self._book.next_time()
-        self._format.seal(store.buffer, store.name, sequence)
+        self._format.seal(store.buffer, store.name, sequence, store.tenant, int(time.time()))
         started = time.monotonic()
         try:
             written = self._files.pwritev(segment.fd, [store.buffer], slot * self._format.slot_bytes)
@@ -304,7 +309,9 @@ class DiskTier(Tier):
         self._counters.add("store_seconds", time.monotonic() - started)
         with self._lock:
             self._writes.succeed()
-            self._book.commit(store.name, segment, slot, sequence)
+            self._book.commit(store.name, segment, slot, sequence, store.tenant)
+            num_over = self._book.drop_excess(store.tenant, self.pins)
+        self._counters.add("over_share", num_over)
         self._release(segment)
         return True
 
@@ -421,6 +428,8 @@ class DiskTier(Tier):
         for segment, claims in found.segments:
             self._book.add(segment, claims)
         self._counters.add("bytes", self._book.num_bytes)
+        for tenant in self._tenants.tenants():
+            self._counters.add("over_share", self._book.drop_excess(tenant))
         while self._book.num_bytes > self._usable_bytes and not self._files.is_read_only:
             least_useful = self._book.least_useful()
             if least_useful is None or not self._unlink(least_useful.file):

@@ -13,7 +13,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ from kvtransfer.tiers.admission import Admission
 from kvtransfer.tiers.base import Block, Counters, Tier, TierState, TierStatus
 from kvtransfer.tiers.pins import PINNED_SHARE
 from kvtransfer.tiers.retention import DEFAULT_POLICY, Retention
+from kvtransfer.tiers.tenants import NOBODY
 
 
 @dataclass(slots=True)
@@ -53,7 +54,7 @@ class HostTier(Tier):
         admission: bool = False,
         ttl_s: float = math.inf,
         pinned_share: float = PINNED_SHARE,
-        tenant_shares: Mapping[str, float] | None = None,
+        tenant_share: float = 1.0,
         buffer: memoryview | mmap.mmap | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -66,7 +67,7 @@ class HostTier(Tier):
             raise ConfigurationError(f"a host tier of {capacity_bytes} bytes has no room for blocks of {block_bytes}")
         self.block_bytes = block_bytes
         self._retention = Retention(
-            num_slots, policy, ttl_s=ttl_s, pinned_share=pinned_share, tenant_shares=tenant_shares
+            num_slots, policy, ttl_s=ttl_s, pinned_share=pinned_share, tenant_share=tenant_share
         )
         self.pins = self._retention.pins
         self._admission = Admission(num_slots) if admission else None
@@ -84,8 +85,7 @@ class HostTier(Tier):
             self._drop_expired()
             return [self._find(name) is not None for name in names]
 
-    def put(self, name: bytes, block: Block, tenant: str = "") -> bool:
-        """As every tier's. The block counts against the share of `tenant`, where it has one."""
+    def put(self, name: bytes, block: Block, tenant: bytes = NOBODY) -> bool:
         source = self.block_view(name, block)
         with self._lock:
             self._drop_expired()
@@ -104,6 +104,7 @@ class HostTier(Tier):
             self._filling.remove(name)
             self._entries[name] = _Entry(slot, checksum)
             self._retention.insert([name], self._clock(), tenant)
+            self._drop_excess(tenant)
         self._counters.add("stored")
         self._counters.add("bytes", self.block_bytes)
         return True
@@ -182,9 +183,10 @@ class HostTier(Tier):
         if self._admission:
             self._admission.record(name)
 
-    def _make_room(self, name: bytes, tenant: str) -> int | None:
+    def _make_room(self, name: bytes, tenant: bytes) -> int | None:
         """A slot for new content, where there is one or a victim worth less."""
-        if self._free:
+        is_over = self._retention.num_over(tenant, 1) > 0
+        if self._free and not is_over:
             return self._free.pop()
         victim = self._retention.victim(tenant, self._pins)
         if victim is None:
@@ -193,9 +195,16 @@ class HostTier(Tier):
             self._counters.add("not_admitted")
             return None
         self._retention.evict(victim)
-        self._counters.add("evicted")
+        self._counters.add("over_share" if is_over else "evicted")
         self._give_back(victim)
         return self._free.pop()
+
+    def _drop_excess(self, tenant: bytes) -> None:
+        """Of a tenant that brought several blocks at the same moment."""
+        while self._retention.num_over(tenant) and (name := self._retention.victim(tenant, self._pins)):
+            self._retention.evict(name)
+            self._counters.add("over_share")
+            self._give_back(name)
 
     def _drop_expired(self) -> None:
         for name in self._retention.expired(self._clock(), self._pins):

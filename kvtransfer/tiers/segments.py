@@ -19,6 +19,9 @@ from collections import deque
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
+from kvtransfer.tiers.records import Claim
+from kvtransfer.tiers.tenants import NOBODY, Tenants
+
 
 @dataclass(slots=True, eq=False)
 class Record:
@@ -52,11 +55,12 @@ class Segment:
 class SegmentBook:
     """Every segment and block of one tier. The caller sees to it that one thread at a time is in here."""
 
-    def __init__(self) -> None:
+    def __init__(self, tenants: Tenants) -> None:
         self.segments: list[Segment] = []
         self.num_bytes = 0
         """What all segments together are charged for."""
         self.records: dict[bytes, Record] = {}
+        self._tenants = tenants
         self._free: deque[tuple[Segment, int]] = deque()
         self._time = 0
         self._use_sum = 0
@@ -65,21 +69,20 @@ class SegmentBook:
         self._time += 1
         return self._time
 
-    def add(self, segment: Segment, claims: Iterable[tuple[int, bytes, int]] = ()) -> None:
-        """A new file, or one found at the start with its claims (slot, name, sequence). The latest claim of a name
-        wins; slots without a winner are free."""
+    def add(self, segment: Segment, claims: Iterable[tuple[int, Claim]] = ()) -> None:
+        """A new file, or one found at the start with the claims of its slots. The latest claim of a name wins; slots
+        without a winner are free."""
         self.segments.append(segment)
         self.num_bytes += segment.num_bytes
         freed = set(range(segment.num_slots))
-        for slot, name, sequence in claims:
-            self._time = max(self._time, sequence)
-            loser = self.records.get(name)
-            if loser is None or loser.last_use < sequence:
+        for slot, claim in claims:
+            self._time = max(self._time, claim.sequence)
+            loser = self.records.get(claim.name)
+            if loser is None or loser.last_use < claim.sequence:
                 freed.discard(slot)
                 if loser is not None:
-                    self.drop(name, loser)
-                    self._free.append((loser.segment, loser.slot))
-                self._enter(name, Record(segment, slot, sequence))
+                    self._release(claim.name)
+                self._enter(claim.name, Record(segment, slot, claim.sequence), claim.tenant)
         self._free.extend((segment, slot) for slot in sorted(freed))
 
     def take(self) -> tuple[Segment, int] | None:
@@ -90,13 +93,15 @@ class SegmentBook:
         segment.num_pins += 1
         return segment, slot
 
-    def commit(self, name: bytes, segment: Segment, slot: int, sequence: int) -> None:
+    def commit(self, name: bytes, segment: Segment, slot: int, sequence: int, tenant: bytes = NOBODY) -> None:
         """A taken slot holds the block. Its segment is still pinned."""
         if not segment.is_removed:
-            self._enter(name, Record(segment, slot, sequence))
+            self._enter(name, Record(segment, slot, sequence), tenant)
 
-    def use(self, record: Record) -> None:
-        time = self.next_time()
+    def use(self, name: bytes) -> None:
+        """Raises KeyError for a block that is not here."""
+        record, time = self.records[name], self.next_time()
+        self._tenants.use(name)
         self._add_use(record.segment, time - record.last_use)
         record.last_use = time
 
@@ -105,6 +110,7 @@ class SegmentBook:
         if self.records.get(name) is not record:
             return False
         del self.records[name]
+        self._tenants.remove(name)
         record.segment.names[record.slot] = None
         self._add_use(record.segment, -record.last_use)
         return True
@@ -129,7 +135,7 @@ class SegmentBook:
         mean_use = self._use_sum / max(1, len(self.records))
         staying = [name for name in segment.names if name is not None and name in spared]
         for name in staying:
-            self.use(self.records[name])
+            self.use(name)
         live = [
             (self.records[name].last_use, name) for name in segment.names if name is not None and name not in spared
         ]
@@ -152,8 +158,25 @@ class SegmentBook:
         segment.is_removed = True
         return len(lost)
 
-    def _enter(self, name: bytes, record: Record) -> None:
+    def drop_excess(self, tenant: bytes, spared: Container[bytes] = ()) -> int:
+        """Free slots of a tenant that has more than its share, longest unused first; how many blocks that evicted.
+
+        A slot may be taken again while somebody still reads the block that it held: that is a failed check, a miss.
+        """
+        num_evicted = 0
+        while self._tenants.num_over(tenant) and (name := self._tenants.oldest(tenant, spared)) is not None:
+            self._release(name)
+            num_evicted += 1
+        return num_evicted
+
+    def _release(self, name: bytes) -> None:
+        record = self.records[name]
+        self.drop(name, record)
+        self._free.append((record.segment, record.slot))
+
+    def _enter(self, name: bytes, record: Record, tenant: bytes) -> None:
         self.records[name] = record
+        self._tenants.add(name, tenant)
         record.segment.names[record.slot] = name
         self._add_use(record.segment, record.last_use)
 

@@ -43,6 +43,7 @@ from kvtransfer.tiers.breaker import RETRY_S, Breaker
 from kvtransfer.tiers.pins import PINNED_SHARE, PrefixPins
 from kvtransfer.tiers.records import RecordFormat, layout_hash
 from kvtransfer.tiers.sweeping import BLOCK_SUFFIX, FOLDER_DIGITS, SPARE_S, Sweeper, Swept
+from kvtransfer.tiers.tenants import NOBODY
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ class SharedStore(Tier):
         layout_fingerprint: str,
         *,
         ttl_s: float = 7 * 24 * 3600.0,
+        tenant_share: float = 1.0,
         num_threads: int = 4,
         write_buffer_bytes: int = 64 << 20,
         sweep_every_s: float = SWEEP_EVERY_S,
@@ -124,9 +126,9 @@ class SharedStore(Tier):
     ) -> None:
         """`root` must be there: a folder made in place of a mount that is missing would fill the wrong disk.
 
-        capacity_bytes: what all blocks of this layout may take, for all workers together; exceeded for a sweep's
-        interval at most. layout_fingerprint: as the disk tier's. The folder is made for the user of the first worker
-        alone. Raises ConfigurationError.
+        capacity_bytes: what all blocks of this layout may take, for all workers together, and tenant_share what one
+        tenant may have of that; exceeded for a sweep's interval at most. layout_fingerprint: as the disk tier's. The
+        folder is made for the user of the first worker alone. Raises ConfigurationError.
         """
         if capacity_bytes < block_bytes or block_bytes <= 0 or ttl_s <= 0:
             raise ConfigurationError(
@@ -154,7 +156,7 @@ class SharedStore(Tier):
         self._max_ahead = 2 * num_threads
         self._readers = _Threads(num_threads, _MAX_QUEUED_READS)
         self._writers = _Threads(num_threads, self._max_writing)
-        self._sweeper = Sweeper(self._folder, capacity_bytes, ttl_s)
+        self._sweeper = Sweeper(self._folder, self._format, capacity_bytes, ttl_s, tenant_share)
         self._sweeping = threading.Thread(target=self._sweep_for_ever, args=(sweep_every_s,), name="sweep", daemon=True)
         self._sweeping.start()
 
@@ -177,7 +179,7 @@ class SharedStore(Tier):
             self._remember(name)
         return found
 
-    def put(self, name: bytes, block: Block) -> bool:
+    def put(self, name: bytes, block: Block, tenant: bytes = NOBODY) -> bool:
         source = self.block_view(name, block)
         with self._lock:
             is_on = not self._reads.is_open and not self._writes.is_open
@@ -191,7 +193,7 @@ class SharedStore(Tier):
             return False
         slot = memoryview(bytearray(self._format.slot_bytes))
         slot[: self.block_bytes] = source.data
-        self._writers.submit(lambda: self._store(name, slot))
+        self._writers.submit(lambda: self._store(name, slot, tenant))
         return True
 
     def get(self, name: bytes, into: npt.NDArray[np.uint8], deadline: float) -> bool:
@@ -272,6 +274,7 @@ class SharedStore(Tier):
         if swept:
             self._counters.add("expired", swept.num_expired)
             self._counters.add("evicted", swept.num_evicted)
+            self._counters.add("over_share", swept.num_over_share)
             self._counters.set("bytes", swept.num_bytes)
         return swept
 
@@ -391,14 +394,14 @@ class SharedStore(Tier):
 
         self._guard(self._writes, renew)
 
-    def _store(self, name: bytes, slot: memoryview) -> None:
+    def _store(self, name: bytes, slot: memoryview, tenant: bytes) -> None:
         """Write a block unless it is there. Runs in a thread of the store."""
 
         def write() -> bool:
             if _is_there(self._path(name)):
                 self._refresh([name])
                 return False
-            self._format.seal(slot, name, 0)
+            self._format.seal(slot, name, 0, tenant, int(time.time()))
             self._write(self._path(name), slot)
             return True
 

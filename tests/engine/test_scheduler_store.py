@@ -104,7 +104,7 @@ def test_what_the_pool_holds_of_a_prefix_is_saved_when_asked_for() -> None:
     world.run_to_the_end()
     world.store.kv.clear()
     names = world.engine.names(make_request("x", [*PROMPT[:12], 7, 7, 7, 7]))
-    world.engine.save_cached(names)
+    world.engine.save_cached(names, b"")
     assert world.engine.has_work()
     world.step()
     assert list(world.store.kv) == names[:3]

@@ -220,6 +220,36 @@ def test_a_pinned_prefix_is_kept_when_a_flood_pushes_others_out_of_the_tier(
 
 
 @pytest.mark.parametrize("remote", [False, True])
+def test_a_tenant_has_its_share_of_a_tier_and_its_answers_are_everybodys(
+    model: tuple[LoadedModel, list[list[int]]], remote: bool
+) -> None:
+    """The tier has room for five prompts, a tenant may have two. Prompt 0 is nobody's, and stays."""
+
+    async def run() -> None:
+        blocks = LOADABLE // PAGE
+        tiers = TierOptions(host_kv_memory=str(5 * blocks * block_bytes(model[0])), kv_tenant_share=0.4)
+        small = small_pool(model[0])
+        async with relay(model[0], prefill=OPTIONS if remote else None, decode=small, decode_tiers=tiers) as pair:
+            num_saved = 0
+            for salt, number in [("", 0), ("a", 0), ("b", 1), *(("a", number) for number in (1, 2, 3))]:
+                stream = await pair.generate(PROMPTS[number], NEW_TOKENS, remote=remote, cache_salt=salt)
+                assert stream.output == model[1][number]
+                num_saved += blocks
+                await saved(pair.decode, "host", num_saved)
+            counters = pair.decode.counters()
+            assert counters["kv_host_over_share"] == 2 * blocks
+            assert counters["kv_host_evicted"] == counters["prompt_tokens_loaded"] == 0
+            for salt, number, loaded in (("", 0, LOADABLE), ("b", 1, LOADABLE), ("a", 2, LOADABLE), ("a", 0, 0)):
+                before = pair.decode.counters()["prompt_tokens_loaded"]
+                stream = await pair.generate(PROMPTS[number], NEW_TOKENS, remote=remote, cache_salt=salt)
+                assert stream.output == model[1][number]
+                assert pair.decode.counters()["prompt_tokens_loaded"] - before == loaded
+            await pair.whole()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("remote", [False, True])
 def test_an_abort_while_blocks_are_loaded_leaves_the_pool_whole(
     model: tuple[LoadedModel, list[list[int]]], remote: bool
 ) -> None:

@@ -153,6 +153,24 @@ def test_a_pinned_prefix_outlives_a_flood_until_its_time_is_over(opened):
     assert loaded(tier, range(8)) == []
 
 
+def test_a_tenant_has_its_share_of_the_disk_also_after_a_restart(opened):
+    tenant = bytes(range(16))
+    tier = opened(num_segments=6, tenant_share=0.25)
+    store(tier, range(8))
+    store(tier, range(100, 150), tenant)
+    assert loaded(tier, range(100, 150)) == list(range(144, 150))
+    assert load(tier, 144)
+    store(tier, [150], tenant)
+    assert loaded(tier, range(144, 151)) == [144, *range(146, 151)], "its own that was unused for longest"
+    assert loaded(tier, range(8)) == list(range(8)), "of nobody"
+    assert (count(tier, "over_share"), count(tier, "evicted")) == (45, 0)
+    tier = reopen(opened, tier, num_segments=6, tenant_share=0.25)
+    assert len(loaded(tier, range(100, 151))) == 6, "as many as it may have"
+    store(tier, [151], tenant)
+    assert len(loaded(tier, range(100, 152))) == 6
+    assert loaded(tier, range(8)) == list(range(8))
+
+
 def test_a_segment_full_of_pinned_blocks_is_passed_over(opened):
     tier = opened(num_segments=5)
     assert tier.pin_prefix("system", [name_of(number) for number in range(SLOTS)], ttl_s=100)

@@ -498,6 +498,25 @@ def test_a_pinned_prefix_outlives_every_workers_sweeps_until_its_time_is_over(op
         assert [bool(list(tmp_path.glob(f"*/*/{entry.hex()}.kv"))) for entry in row(0, 2)] == [late == 90, False]
 
 
+def test_a_tenant_has_its_share_after_every_workers_sweep(opened, tmp_path):
+    slot = opened()._format.slot_bytes
+    one, two = opened(capacity=20 * slot, tenant_share=0.25), opened(capacity=20 * slot, tenant_share=0.25)
+    put(one, *row(0, 3))
+    for number, store in enumerate((one, two)):
+        for entry in row(100 * (number + 1), 4):
+            assert store.put(entry, content(entry), b"loud".ljust(16))
+        assert store.put(name(300 + number), content(name(300 + number)), b"quiet".ljust(16))
+        wait_for(lambda store=store: not store._writing)
+    minutes = {entry: 60 * index for index, entry in enumerate([*row(0, 3), *row(100, 4), *row(200, 4), *row(300, 2)])}
+    for entry, minute in minutes.items():
+        age(file_of(tmp_path, entry), 4000 - minute)
+    swept = one.sweep()
+    assert (swept.num_over_share, swept.num_evicted, swept.num_expired) == (4, 0, 0)
+    assert counter(one, "over_share") == 4
+    kept = {entry for entry in minutes if list(tmp_path.glob(f"*/*/{entry.hex()}.kv"))}
+    assert kept == {*row(0, 3), *row(200, 4), *row(300, 2)}
+
+
 def test_no_sweep_deletes_what_was_used_just_now(opened, tmp_path):
     store = opened(capacity=BLOCK)
     put(store, *row(0, 4))
