@@ -130,6 +130,12 @@ class TierOptions:
     disk_kv_memory: str = setting("16GiB", "what --disk-kv-folder may take of the disk")
     shared_kv_folder: str = setting("", "folder on a file system that workers share, for KV blocks; empty: none")
     shared_kv_memory: str = setting("256GiB", "what --shared-kv-folder may take, all workers together")
+    kv_write_policy: str = setting(
+        "through",
+        "when blocks are written there: through as soon as they are computed, eviction only when the pool is about to "
+        "need their room, which writes less and loses at the end of a worker what its pool still has",
+        ("through", "eviction"),
+    )
     kv_tenant_share: float = setting(
         1.0, "of each of these, what the requests of one cache_salt may have at most; those without one are not limited"
     )

@@ -32,6 +32,7 @@ WORKER_COUNTERS: dict[str, str] = {
     "kv_blocks_loaded": "Blocks that came from host memory, disk or the shared store",
     "kv_loads_missed": "Blocks that were expected there and did not come; computed instead",
     "kv_saves_dropped": "Blocks that were not kept: handed out again too soon, or too many at once",
+    "kv_saves_too_late": "Blocks evicted from the pool before --kv-write-policy eviction had them saved",
     "kv_pins": "Prefixes that were pinned in host memory, on disk or in the shared store",
     "kv_pins_refused": "Prefixes that were to be pinned and that no tier had room to keep",
     "requests_aborted": "Attempts aborted",

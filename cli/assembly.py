@@ -134,6 +134,7 @@ def assemble(
         look_ahead=model.ops.launches,
         mirror=mirror,
         store=store,
+        save_at_eviction=tiers.kv_write_policy == "eviction",
     )
     for part in (runner, mirror):
         if part is not None and not isinstance(part, ModelRunner):

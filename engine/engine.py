@@ -62,14 +62,15 @@ class Engine:
         look_ahead: bool = False,
         mirror: Mirror | None = None,
         store: BlockStore | None = None,
+        save_at_eviction: bool = False,
     ) -> None:
         """`shareable_tokens` maps a prompt's length to the number of leading tokens whose KV other requests may share.
 
         `step_stretch`: see `engine.pace.Pace`. `generations`, uint64 `[num_blocks]`, is written in place and may lie in
         shared memory. `drafter` makes the guesses of speculative decoding. `look_ahead`: plan and launch a step while
         the one before runs, on a runner that can. `mirror`: where the runner's blocks are not those that peers read and
-        write. `store`: where blocks live on that the pool has no room for. Raises ConfigurationError when these
-        contradict each other.
+        write. `store`: where blocks live on that the pool has no room for; `save_at_eviction`: see
+        `Scheduler`. Raises ConfigurationError when these contradict each other.
         """
         limits = SchedulerLimits(page_size, max_batch_tokens, max_running, max_model_tokens, max_waiting)
         if look_ahead and not isinstance(runner, LaunchingRunner):
@@ -81,7 +82,8 @@ class Engine:
         self._flight: _Flight | None = None
         self._landed_at = 0.0
         self._pace = Pace(step_stretch)
-        self._scheduler = Scheduler(BlockAllocator(num_blocks, generations), limits, shareable_tokens, store)
+        allocator = BlockAllocator(num_blocks, generations)
+        self._scheduler = Scheduler(allocator, limits, shareable_tokens, store, save_at_eviction)
         self._page_size = page_size
         self.counters = self._scheduler.counters
         """The engine's share of `baton.metrics.WORKER_COUNTERS`."""

@@ -130,7 +130,7 @@ class Reserved:
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A block got its name: its content is final as long as it has this generation."""
+    """A block that the store is to keep: its content is final as long as it has this generation."""
 
     name: bytes
     block_id: int

@@ -317,6 +317,7 @@ class World:
         max_waiting: int = 64,
         look_ahead: bool = False,
         keeps: float = 0.0,
+        save_at_eviction: bool = False,
     ) -> None:
         """`keeps`: share of the named blocks that the store keeps."""
         self.max_model_tokens = max_model_tokens
@@ -335,6 +336,7 @@ class World:
             drafter=self.drafter,
             look_ahead=look_ahead,
             store=self.store,
+            save_at_eviction=save_at_eviction,
         )
         self.allocator: BlockAllocator = self.engine._scheduler._allocator
         self.runner.scheduler = self.engine._scheduler

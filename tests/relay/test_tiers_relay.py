@@ -1,6 +1,7 @@
 """Prompts whose KV comes back from host memory or disk: the tokens of transformers, and nothing computed twice."""
 
 import asyncio
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -167,24 +168,58 @@ def test_a_prompt_that_another_worker_computed_is_loaded_from_the_shared_store(
     asyncio.run(find())
 
 
-def test_a_taker_that_gave_its_blocks_back_loads_them_and_asks_its_peer_for_nothing(
-    model: tuple[LoadedModel, list[list[int]]],
+@pytest.mark.parametrize("write_policy", ["through", "eviction"])
+@pytest.mark.parametrize("remote", [True, False])
+def test_a_request_that_gave_its_blocks_back_loads_them_and_asks_its_peer_for_nothing(
+    model: tuple[LoadedModel, list[list[int]]], remote: bool, write_policy: str
 ) -> None:
-    """Two streams outgrow the pool, so that the later one is preempted after its hand-over."""
+    """Two streams outgrow the pool, so that the later one is preempted, after its hand-over where there is one."""
 
     async def run() -> None:
         small = small_pool(model[0])
-        async with relay(model[0], prefill=OPTIONS, decode=small, decode_tiers=host()) as pair:
+        tiers = TierOptions(host_kv_memory="64MiB", kv_write_policy=write_policy)
+        async with relay(model[0], prefill=OPTIONS, decode=small, decode_tiers=tiers) as pair:
             prompts = [PROMPTS[0][: 9 * PAGE + 8], PROMPTS[1][: 7 * PAGE + 8]]
-            alone = [(await pair.generate(prompt, 60)).output for prompt in prompts]
+            alone = [(await pair.generate(prompt, 60, cache_salt="alone")).output for prompt in prompts]
             before = pair.decode.counters()
-            streams = [pair.start(prompt, 60, remote=True)[1] for prompt in prompts]
+            streams = [pair.start(prompt, 60, remote=remote)[1] for prompt in prompts]
             for stream, expected in zip(streams, alone, strict=True):
                 assert (await pair.finished(stream)).output == expected
             after = pair.decode.counters()
             assert after["preemptions"] > before["preemptions"]
             assert after["prompt_tokens_loaded"] > before["prompt_tokens_loaded"]
             assert after["handover_failures"] == after["local_prefill_fallbacks"] == 0
+            await pair.whole()
+
+    asyncio.run(run())
+
+
+def test_with_policy_eviction_blocks_are_written_only_when_the_pool_needs_their_room(
+    model: tuple[LoadedModel, list[list[int]]],
+) -> None:
+    """The pool has room for three prompts."""
+
+    async def run() -> None:
+        blocks = LOADABLE // PAGE
+        options = dataclasses.replace(small_pool(model[0]), kv_memory=str((3 * blocks + 4) * block_bytes(model[0])))
+        tiers = TierOptions(host_kv_memory="64MiB", kv_write_policy="eviction")
+        async with relay(model[0], decode=options, decode_tiers=tiers) as pair:
+            store = pair.decode.parts.store
+            assert store is not None
+            save, asked = store.save, []
+            store.save = lambda unsaved: (asked.extend(unsaved), save(unsaved))[1]
+            for number, prompt in enumerate(PROMPTS):
+                assert (await pair.generate(prompt, NEW_TOKENS)).output == model[1][number]
+                await saved(pair.decode, "host", len(asked))
+                assert bool(asked) == (number > 0), "one prompt and its successor have room"
+            assert len(asked) < NUM_PROMPTS * blocks
+            before = pair.decode.counters()
+            assert before["kv_saves_too_late"] == before["kv_saves_dropped"] == 0
+            assert (await pair.generate(PROMPTS[0], NEW_TOKENS)).output == model[1][0]
+            after = pair.decode.counters()
+            found = sum(after[name] - before[name] for name in ("prompt_tokens_loaded", "prompt_tokens_cached"))
+            assert found == LOADABLE
+            assert after["prompt_tokens_loaded"] > before["prompt_tokens_loaded"]
             await pair.whole()
 
     asyncio.run(run())
