@@ -136,6 +136,9 @@ class TierOptions:
         "need their room, which writes less and loses at the end of a worker what its pool still has",
         ("through", "eviction"),
     )
+    kv_ttl_s: float = setting(
+        0.0, "seconds after which blocks there that nobody used are given up; 0: none, in a shared folder a week"
+    )
     kv_tenant_share: float = setting(
         1.0, "of each of these, what the requests of one cache_salt may have at most; those without one are not limited"
     )
@@ -215,6 +218,8 @@ def validate(options: object) -> None:
     if isinstance(options, TierOptions):
         for text in (options.host_kv_memory, options.disk_kv_memory, options.shared_kv_memory):
             parse_bytes(text)
+        if not options.kv_ttl_s >= 0:
+            raise ConfigurationError(f"--kv-ttl-s is {options.kv_ttl_s}; it must be 0 or more")
         if not 0 < options.kv_tenant_share <= 1:
             raise ConfigurationError(
                 f"--kv-tenant-share is {options.kv_tenant_share}; it must be above 0 and at most 1"

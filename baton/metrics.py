@@ -49,6 +49,7 @@ TIER_COUNTERS: dict[str, str] = {
     "checksum_failures": "Blocks whose bytes were wrong; never used",
     "evicted": "Blocks that made room for others",
     "over_share": "Blocks that went because their tenant had its --kv-tenant-share of the tier",
+    "expired": "Blocks that nobody used for --kv-ttl-s",
     "refused": "Blocks not taken: no room, too much to write already, not admitted, or the tier is not on",
     "io_errors": "Operations of the file system that failed",
     "timeouts": "Loads that missed their deadline",

@@ -52,6 +52,7 @@ COUNTED = (
     "checksum_failures",
     "evicted",
     "over_share",
+    "expired",
     "refused",
     "io_errors",
     "timeouts",

@@ -18,6 +18,7 @@ tier off, failing writes make it read-only. A full disk keeps it at the size tha
 
 import errno
 import logging
+import math
 import queue
 import threading
 import time
@@ -100,15 +101,18 @@ class DiskTier(Tier):
         num_writers: int = 4,
         write_buffer_bytes: int = 32 << 20,
         segment_bytes: int | None = None,
+        ttl_s: float = math.inf,
         tenant_share: float = 1.0,
         open_files: Callable[[Path], Files] = Files,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """Open the tier and index what it holds: one read of 4 KiB a block.
 
         capacity_bytes: what its files may take on the disk. layout_fingerprint: everything that two blocks of the same
         name must have in common to be interchangeable: model and weights, dtype, layout, page size, TP rank and size.
-        tenant_share: of its slots, what one tenant may have.
+        ttl_s: blocks unused for so long are misses; at the start a block was last used when it was stored, as nobody
+        wrote down more. tenant_share: of its slots, what one tenant may have.
         Raises ConfigurationError when the folder cannot be used at all, or the capacity is below one segment.
         """
         self.block_bytes = block_bytes
@@ -117,7 +121,8 @@ class DiskTier(Tier):
         self._num_slots = slots_of_a_segment(self._usable_bytes, self._format.slot_bytes, segment_bytes)
         num_segments = self._usable_bytes // charge(self._num_slots * self._format.slot_bytes)
         self.pins = PrefixPins(int(PINNED_SHARE * num_segments * self._num_slots))
-        self._clock = clock
+        self._clock, self._wall_clock = clock, wall_clock
+        self._ttl_s = ttl_s
         self._counters = Counters("disk", ("duplicates", "load_seconds", "store_seconds"))
         self._lock = threading.Lock()  # of everything below; held for microseconds, never during I/O
         self._tenants = Tenants(num_segments * self._num_slots, tenant_share)
@@ -162,15 +167,17 @@ class DiskTier(Tier):
     def holds(self, names: Sequence[bytes]) -> list[bool]:
         if self._is_off:
             return [False] * len(names)
-        records = self._book.records
-        return [name in records for name in names]
+        with self._lock:
+            self._drop_expired()
+            return [name in self._book.records for name in names]
 
     def put(self, name: bytes, block: Block, tenant: bytes = NOBODY) -> bool:
         view = self.block_view(name, block)
         with self._lock:
+            self._drop_expired()
             record = self._book.records.get(name)
             if record is not None:
-                self._book.use(name)
+                self._book.use(name, self._wall_clock())
             if record is not None or name in self._pending:
                 self._counters.add("duplicates")
                 return True
@@ -204,10 +211,11 @@ class DiskTier(Tier):
 
     def _begin(self, name: bytes, into: npt.NDArray[np.uint8]) -> _Load | None:
         with self._lock:
+            self._drop_expired()
             record = self._book.records.get(name)
             if record is None:
                 return None
-            self._book.use(name)
+            self._book.use(name, self._wall_clock())
             record.segment.num_pins += 1
         load = _Load(name, record, into)
         self._loads.put(load)
@@ -294,7 +302,7 @@ class DiskTier(Tier):
         segment, slot = place
         with self._lock:
             sequence = self._book.next_time()
-        self._format.seal(store.buffer, store.name, sequence, store.tenant, int(time.time()))
+        self._format.seal(store.buffer, store.name, sequence, store.tenant, int(self._wall_clock()))
         started = time.monotonic()
         try:
             written = self._files.pwritev(segment.fd, [store.buffer], slot * self._format.slot_bytes)
@@ -309,8 +317,8 @@ class DiskTier(Tier):
         self._counters.add("store_seconds", time.monotonic() - started)
         with self._lock:
             self._writes.succeed()
-            self._book.commit(store.name, segment, slot, sequence, store.tenant)
-            num_over = self._book.drop_excess(store.tenant, self.pins)
+            self._book.commit(store.name, segment, slot, sequence, self._wall_clock(), store.tenant)
+            num_over = self._book.drop_excess(store.tenant, self.pins, self._pinned)
         self._counters.add("over_share", num_over)
         self._release(segment)
         return True
@@ -336,7 +344,7 @@ class DiskTier(Tier):
             return True
         with self._lock:
             self.pins.expire(self._clock())
-            num_evicted = self._book.recycle(self.pins)
+            num_evicted = self._book.recycle(self._wall_clock(), self.pins)
         self._counters.add("evicted", num_evicted or 0)
         return num_evicted is not None
 
@@ -428,6 +436,8 @@ class DiskTier(Tier):
         for segment, claims in found.segments:
             self._book.add(segment, claims)
         self._counters.add("bytes", self._book.num_bytes)
+        self._book.sort()
+        self._drop_expired()
         for tenant in self._tenants.tenants():
             self._counters.add("over_share", self._book.drop_excess(tenant))
         while self._book.num_bytes > self._usable_bytes and not self._files.is_read_only:
@@ -441,6 +451,13 @@ class DiskTier(Tier):
     @property
     def _is_off(self) -> bool:
         return bool(self._off_reason) or self._reads.is_open
+
+    def _drop_expired(self) -> None:
+        """Called with the lock held."""
+        now = self._wall_clock()
+        num_expired = self._book.drop_expired(now - self._ttl_s, now, self.pins, self._pinned)
+        if num_expired:
+            self._counters.add("expired", num_expired)
 
     def _release(self, segment: Segment) -> None:
         with self._lock:

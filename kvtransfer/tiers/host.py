@@ -39,8 +39,8 @@ class _Entry:
 class HostTier(Tier):
     """Bounded by `capacity_bytes`, all of it taken at the start. A prompt's blocks are best put tail first.
 
-    Counters besides those of every tier: `not_admitted`, blocks that the admission filter kept out, which also count
-    as refused; `expired`, blocks that nobody used for `ttl_s`.
+    One counter besides those of every tier: `not_admitted`, blocks that the admission filter kept out, which also count
+    as refused.
     """
 
     name = "host"
@@ -72,7 +72,7 @@ class HostTier(Tier):
         self.pins = self._retention.pins
         self._admission = Admission(num_slots) if admission else None
         self._clock = clock
-        self._counters = Counters("host", ("not_admitted", "expired"))
+        self._counters = Counters("host", ("not_admitted",))
         self._slab = _slab(num_slots, block_bytes, buffer)
         self._lock = threading.Lock()
         self._entries: dict[bytes, _Entry] = {}

@@ -15,9 +15,10 @@ A time is a number that grows with every store and load. A record's sequence is 
 restart the order of storing stands in for the order of use.
 """
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from kvtransfer.tiers.records import Claim
 from kvtransfer.tiers.tenants import NOBODY, Tenants
@@ -30,6 +31,8 @@ class Record:
     segment: "Segment"
     slot: int
     last_use: int
+    used_at: float
+    """By the clock."""
 
 
 @dataclass(slots=True, eq=False)
@@ -59,7 +62,8 @@ class SegmentBook:
         self.segments: list[Segment] = []
         self.num_bytes = 0
         """What all segments together are charged for."""
-        self.records: dict[bytes, Record] = {}
+        self.records: OrderedDict[bytes, Record] = OrderedDict()
+        """Longest unused first."""
         self._tenants = tenants
         self._free: deque[tuple[Segment, int]] = deque()
         self._time = 0
@@ -82,7 +86,7 @@ class SegmentBook:
                 freed.discard(slot)
                 if loser is not None:
                     self._release(claim.name)
-                self._enter(claim.name, Record(segment, slot, claim.sequence), claim.tenant)
+                self._enter(claim.name, Record(segment, slot, claim.sequence, claim.stored_at), claim.tenant)
         self._free.extend((segment, slot) for slot in sorted(freed))
 
     def take(self) -> tuple[Segment, int] | None:
@@ -93,14 +97,18 @@ class SegmentBook:
         segment.num_pins += 1
         return segment, slot
 
-    def commit(self, name: bytes, segment: Segment, slot: int, sequence: int, tenant: bytes = NOBODY) -> None:
+    def commit(
+        self, name: bytes, segment: Segment, slot: int, sequence: int, now: float, tenant: bytes = NOBODY
+    ) -> None:
         """A taken slot holds the block. Its segment is still pinned."""
         if not segment.is_removed:
-            self._enter(name, Record(segment, slot, sequence), tenant)
+            self._enter(name, Record(segment, slot, sequence, now), tenant)
 
-    def use(self, name: bytes) -> None:
+    def use(self, name: bytes, now: float) -> None:
         """Raises KeyError for a block that is not here."""
         record, time = self.records[name], self.next_time()
+        record.used_at = now
+        self.records.move_to_end(name)
         self._tenants.use(name)
         self._add_use(record.segment, time - record.last_use)
         record.last_use = time
@@ -121,7 +129,7 @@ class SegmentBook:
         idle.sort(key=lambda segment: segment.use_sum / segment.num_slots)
         return next((each for each in idle if any(name is None or name not in spared for name in each.names)), None)
 
-    def recycle(self, spared: Container[bytes] = ()) -> int | None:
+    def recycle(self, now: float, spared: Container[bytes] = ()) -> int | None:
         """Free the colder slots of the least useful segment; how many blocks that evicted, None when all are pinned.
 
         Spared blocks stay, and that counts as a use: else their segment would be the least useful one again and again.
@@ -135,7 +143,7 @@ class SegmentBook:
         mean_use = self._use_sum / max(1, len(self.records))
         staying = [name for name in segment.names if name is not None and name in spared]
         for name in staying:
-            self.use(name)
+            self.use(name, now)
         live = [
             (self.records[name].last_use, name) for name in segment.names if name is not None and name not in spared
         ]
@@ -158,16 +166,34 @@ class SegmentBook:
         segment.is_removed = True
         return len(lost)
 
-    def drop_excess(self, tenant: bytes, spared: Container[bytes] = ()) -> int:
+    def drop_excess(self, tenant: bytes, *spared: Container[bytes]) -> int:
         """Free slots of a tenant that has more than its share, longest unused first; how many blocks that evicted.
 
         A slot may be taken again while somebody still reads the block that it held: that is a failed check, a miss.
         """
         num_evicted = 0
-        while self._tenants.num_over(tenant) and (name := self._tenants.oldest(tenant, spared)) is not None:
+        while self._tenants.num_over(tenant) and (name := self._tenants.oldest(tenant, *spared)) is not None:
             self._release(name)
             num_evicted += 1
         return num_evicted
+
+    def sort(self) -> None:
+        """Bring the blocks of all files that were found into the order of their last use."""
+        in_order = sorted(self.records.items(), key=lambda item: (item[1].used_at, item[1].last_use))
+        self.records = OrderedDict(in_order)
+        for name in self.records:
+            self._tenants.use(name)
+
+    def drop_expired(self, since: float, now: float, *spared: Container[bytes]) -> int:
+        """Free the slots of blocks that nobody used since then; how many. A spared one counts as used now."""
+        due = list(takewhile(lambda name: self.records[name].used_at <= since, self.records))
+        num_before = len(self.records)
+        for name in due:
+            if any(name in those for those in spared):
+                self.use(name, now)
+            else:
+                self._release(name)
+        return num_before - len(self.records)
 
     def _release(self, name: bytes) -> None:
         record = self.records[name]

@@ -2,13 +2,16 @@
 
 import asyncio
 import dataclasses
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from baton.config import EngineOptions, TierOptions
+from baton.config import EngineOptions, TierOptions, validate
+from baton.errors import ConfigurationError
 from baton.v1 import worker_link_pb2 as wire
 from engine.loading import LoadedModel
 from tests.engine.tiny_models import VOCAB_SIZE, reference_generate, write_tiny_model
@@ -254,6 +257,38 @@ def test_a_pinned_prefix_is_kept_when_a_flood_pushes_others_out_of_the_tier(
     asyncio.run(run())
 
 
+def test_a_prompt_that_nobody_used_for_too_long_is_computed_again(
+    model: tuple[LoadedModel, list[list[int]]], tmp_path: Path
+) -> None:
+    folder, shared = tmp_path / "disk", tmp_path / "shared"
+    shared.mkdir()
+    tiers = TierOptions(
+        host_kv_memory="64MiB", disk_kv_folder=str(folder), disk_kv_memory="128MiB", shared_kv_folder=str(shared),
+        shared_kv_memory="64MiB", kv_ttl_s=100.0,
+    )  # fmt: skip
+
+    async def run() -> None:
+        async with relay(model[0], decode=small_pool(model[0]), decode_tiers=tiers) as pair:
+            for tier in ("host", "disk", "shared"):
+                await serve_all(pair, model[1], tier, [pair.decode])
+            store = pair.decode.parts.store
+            assert store is not None
+            host_tier, disk_tier, shared_store = store._tiers
+            monotonic, wall = host_tier._clock, disk_tier._wall_clock
+            host_tier._clock = shared_store._clock = lambda: monotonic() + 101
+            disk_tier._wall_clock = lambda: wall() + 101
+            for path in shared.glob("*/*/*.kv"):
+                os.utime(path, (time.time() - 101, time.time() - 101))
+            before = pair.decode.counters()["prompt_tokens_loaded"]
+            assert (await pair.generate(PROMPTS[0], NEW_TOKENS)).output == model[1][0]
+            after = pair.decode.counters()
+            assert after["prompt_tokens_loaded"] == before
+            assert after["kv_host_expired"] == after["kv_disk_expired"] == NUM_PROMPTS * LOADABLE // PAGE
+            await pair.whole()
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_tenant_has_its_share_of_a_tier_and_its_answers_are_everybodys(
     model: tuple[LoadedModel, list[list[int]]], remote: bool
@@ -308,3 +343,12 @@ def test_an_abort_while_blocks_are_loaded_leaves_the_pool_whole(
             assert (await pair.generate(PROMPTS[0], NEW_TOKENS, remote=remote)).output == model[1][0]
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("kv_tenant_share", 0.0), ("kv_tenant_share", 1.5), ("kv_ttl_s", -1.0), ("kv_write_policy", "no")],
+)
+def test_settings_of_tiers_that_cannot_work_are_refused_by_their_flag(flag: str, value: object) -> None:
+    with pytest.raises(ConfigurationError, match="--" + flag.replace("_", "-")):
+        validate(TierOptions(**{flag: value}))

@@ -171,6 +171,30 @@ def test_a_tenant_has_its_share_of_the_disk_also_after_a_restart(opened):
     assert loaded(tier, range(8)) == list(range(8))
 
 
+def test_blocks_that_nobody_used_for_too_long_are_misses_and_their_room_is_used_again(opened):
+    now = [1e9]
+    options = {"num_segments": 2, "ttl_s": 100.0, "wall_clock": lambda: now[0]}
+    tier = opened(**options)
+    store(tier, range(8))
+    assert tier.pin_prefix("system", [name_of(0)], ttl_s=1e6)
+    assert tier.pin([name_of(1)]) == [True]
+    now[0] += 60
+    assert load(tier, 2)
+    now[0] += 60
+    assert loaded(tier, range(8)) == [0, 1, 2]
+    assert (count(tier, "expired"), count(tier, "evicted")) == (5, 0)
+    store(tier, range(10, 15))
+    assert loaded(tier, range(8)) == [0, 1, 2]
+    assert loaded(tier, range(10, 15)) == list(range(10, 15)), "in the room of those that expired"
+    assert count(tier, "evicted") == count(tier, "refused") == 0
+    tier.unpin([name_of(1)])
+    now[0] += 90
+    tier = reopen(opened, tier, **options)
+    assert tier.holds([name_of(number) for number in range(20)]).count(True) == 5, "stored 90 s ago; the others before"
+    now[0] += 10
+    assert loaded(tier, range(20)) == []
+
+
 def test_a_segment_full_of_pinned_blocks_is_passed_over(opened):
     tier = opened(num_segments=5)
     assert tier.pin_prefix("system", [name_of(number) for number in range(SLOTS)], ttl_s=100)
