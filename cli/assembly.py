@@ -39,6 +39,7 @@ from kvtransfer.lanes.registry import lanes_of
 from kvtransfer.layout import BlockLayout
 from kvtransfer.memory import PoolMemory, physical_bytes
 from kvtransfer.offers import OfferServer
+from kvtransfer.outgoing import layer_groups
 from kvtransfer.tiers.base import Tier
 from kvtransfer.tiers.disk import DiskTier
 from kvtransfer.tiers.host import HostTier
@@ -136,6 +137,7 @@ def assemble(
         mirror=mirror,
         store=store,
         save_at_eviction=tiers.kv_write_policy == "eviction",
+        layer_groups=layer_groups(layout.num_layers, memory.block_bytes),
     )
     for part in (runner, mirror):
         if part is not None and not isinstance(part, ModelRunner):
