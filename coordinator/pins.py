@@ -7,7 +7,8 @@ Room is counted with every block of every pin, as if no two had a block in commo
 
 import secrets
 import time
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from baton.errors import InvalidRequestError
@@ -23,7 +24,8 @@ DEFAULT_TTL_S, MIN_TTL_S, MAX_TTL_S = 3600.0, 1.0, 7 * 24 * 3600.0
 @dataclass(frozen=True, slots=True)
 class CachePin:
     id: str
-    token_ids: list[int]
+    token_ids: "array[int]"
+    """Packed: there may be millions in all pins."""
     cache_salt: str
     blocks: int
     """That the prefix fills, where pages are smallest."""
@@ -43,7 +45,7 @@ class Pins:
         self._pins: dict[str, CachePin] = {}
         registry.on_joined = self._tell_all
 
-    def create(self, token_ids: list[int], cache_salt: str, ttl_s: float | None) -> CachePin:
+    def create(self, token_ids: Sequence[int], cache_salt: str, ttl_s: float | None) -> CachePin:
         """Raises InvalidRequestError, or RequestFailed when no worker can keep it."""
         ttl_s = DEFAULT_TTL_S if ttl_s is None else ttl_s
         if not MIN_TTL_S <= ttl_s <= MAX_TTL_S:
@@ -54,7 +56,8 @@ class Pins:
             self._metrics.pins.labels("refused").inc()
             raise
         id = f"pin-{secrets.token_hex(16)}"  # unguessable, because whoever knows it may delete the pin
-        pin = CachePin(id, token_ids, cache_salt, num_blocks, int(time.time() + ttl_s), self._clock() + ttl_s)
+        ends_at, ends_s = int(time.time() + ttl_s), self._clock() + ttl_s
+        pin = CachePin(id, array("I", token_ids), cache_salt, num_blocks, ends_at, ends_s)
         self._pins[id] = pin
         self._metrics.pins.labels("created").inc()
         for worker in self._keepers():

@@ -73,13 +73,15 @@ class Sweeper:
             bytes_of_minute[int(status.st_mtime // 60)] += _allocated(status)
         keep_from = 60 * _oldest_minute_to_keep(bytes_of_minute, self._capacity_bytes)
         num_bytes, num_expired, num_evicted, num_over_share = sum(bytes_of_minute.values()), 0, 0, 0
-        keep_tenant_from = (
-            self._tenants_over_share(now) if self._tenant_bytes < min(num_bytes, self._capacity_bytes) else {}
-        )
+        is_shared_out = self._tenant_bytes < min(num_bytes, self._capacity_bytes)
+        keep_tenant_from = self._tenants_over_share(now) if is_shared_out else {}
+        keep_all_from = max(keep_tenant_from.values(), default=0)
         for path, status in self._blocks(now):
             age = now - status.st_mtime
             is_expired = age >= self._ttl_s
-            is_over_share = bool(keep_tenant_from) and status.st_mtime < keep_tenant_from.get(self._tenant_of(path), 0)
+            is_over_share = status.st_mtime < keep_all_from and status.st_mtime < keep_tenant_from.get(
+                self._tenant_of(path), 0
+            )
             is_due = is_expired or ((status.st_mtime < keep_from or is_over_share) and age >= SPARE_S)
             if is_due and path.stem not in pinned:
                 with contextlib.suppress(FileNotFoundError):
