@@ -105,7 +105,7 @@ class Pins:
         pages = [worker.registration.page_size_tokens for worker in keepers]
         if num_tokens < min(pages):
             raise InvalidRequestError(
-                f"the prefix has {num_tokens} tokens, and only whole blocks of {min(pages)} can be kept", "prompt"
+                f"the prefix has {num_tokens} tokens, and only whole blocks of {min(pages)} can be kept"
             )
         for worker, page in zip(keepers, pages, strict=True):
             taken = sum(len(pin.token_ids) // page for pin in pins)

@@ -157,7 +157,7 @@ class Intake:
         context = self.registry.context_tokens
         if context and len(token_ids) >= context:
             raise InvalidRequestError(
-                f"the prefix has {len(token_ids)} tokens and the context length is {context}; shorten it", "prompt"
+                f"the prefix has {len(token_ids)} tokens and the context length is {context}; shorten it"
             )
         return self.pins.create(token_ids, salt, spec.ttl_s)
 

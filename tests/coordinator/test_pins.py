@@ -145,9 +145,9 @@ def test_without_tiers_or_workers_there_is_nothing_to_pin_in(run) -> None:
         ({}, 400, "prompt"),
         ({"prompt": PREFIX, "messages": [{"role": "user", "content": "x"}]}, 400, "prompt"),
         ({"prompt": ""}, 400, "prompt"),
-        ({"prompt": "too short"}, 400, "prompt"),
+        ({"prompt": "too short"}, 400, None),
         ({"prompt": [5, 1 << 30] * 20}, 400, "prompt"),
-        ({"prompt": [5] * 3000}, 400, "prompt"),
+        ({"prompt": [5] * 3000}, 400, None),
         ({"prompt": [PREFIX]}, 400, "prompt[0]"),
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "nobody", "content": PREFIX}]}, 400, "messages[0].role"),
@@ -161,7 +161,7 @@ def test_without_tiers_or_workers_there_is_nothing_to_pin_in(run) -> None:
         ({"prompt": PREFIX, "model": "another"}, 404, "model"),
     ],
 )
-def test_what_cannot_be_pinned_says_what_to_change(run, body: dict[str, Any], status: int, param: str) -> None:
+def test_what_cannot_be_pinned_says_what_to_change(run, body: dict[str, Any], status: int, param: str | None) -> None:
     async def main() -> None:
         async with running() as system:
             await keeper(system)
