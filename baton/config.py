@@ -133,7 +133,7 @@ class TierOptions:
     kv_write_policy: str = setting(
         "through",
         "when blocks are written there: through as soon as they are computed, eviction only when the pool is about to "
-        "need their room, which writes less and loses at the end of a worker what its pool still has",
+        "need their room: tiers then hold less of what the pool has, and nothing of it when a worker ends",
         ("through", "eviction"),
     )
     kv_ttl_s: float = setting(

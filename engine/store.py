@@ -1,6 +1,6 @@
 """Where blocks live on that the pool has no room for, as the scheduler sees it.
 
-Blocks are reported (`StepOutput.named`) when they get their name or, to write less, when they come near to eviction;
+Blocks are reported (`StepOutput.named`) when they get their name or, where asked for, when they come near to eviction;
 those of a preempted request at once. Whoever keeps them copies them while their generation stands. Stored blocks of a
 prompt are brought back as those of another worker are: the request reserves its blocks, and waits for `Engine.receive`.
 """
