@@ -197,6 +197,7 @@ def add_rows(report: Report, kind: str, length: int, hand_overs: Sequence[HandOv
     row("first gap", lambda each: each.first_gap.total())
     row("an ordinary gap", lambda each: each.step)
     row("wire in the first gap", lambda each: of_kind(each.first_gap, WIRE))
+    row("wait in the first gap", lambda each: of_kind(each.first_gap, WAIT))
     row("beyond the wire, p50", lambda each: each.beyond_wire, GOAL)
     row("until decode, beyond the wire, p50", lambda each: each.until_decode_beyond_wire, GOAL)
     middle = sorted(hand_overs, key=lambda each: each.beyond_wire)[len(hand_overs) // 2]
@@ -224,6 +225,26 @@ def hops(each: Sequence[Parts]) -> str:
     )
 
 
+class Others:
+    """What other programs, and other guests of the host, take of the cores from now on."""
+
+    def __init__(self) -> None:
+        self._before = self._times()
+
+    def share(self) -> float:
+        """Of all cores' time; to be asked when the processes of this one have ended."""
+        (total, busy, own), before = self._times(), self._before
+        return (busy - before[1] - (own - before[2])) / (total - before[0])
+
+    @staticmethod
+    def _times() -> tuple[float, float, float]:
+        """Seconds of all cores, of those that were not idle, and of this process and its children."""
+        words = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        times = [int(word) / os.sysconf("SC_CLK_TCK") for word in words]
+        own = os.times()
+        return sum(times), sum(times) - times[3] - times[4], sum(own[:4])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)
@@ -239,17 +260,19 @@ def main() -> None:
     default_lengths = QUICK_LENGTHS if arguments.quick else LENGTHS
     lengths = [int(word) for word in arguments.lengths.split(",")] if arguments.lengths else list(default_lengths)
     repeat = arguments.repeat or (5 if arguments.quick else 9)
-    load = os.getloadavg()[0]
+    others = Others()
     results = measure(with_long_context(arguments.folder), kinds, lengths, repeat)
+    share = others.share()
     report = Report("Hand-overs beyond the wire: TTFT and the first gap, in parts")
     for length in lengths:
-        others: dict[str, float] = {}
+        figures: dict[str, float] = {}
         for kind in kinds:
-            add_rows(report, kind, length, results[kind][length], others)
+            add_rows(report, kind, length, results[kind][length], figures)
     for kind in kinds:
         report.note(f"{kind}: {ABOUT[kind]}")
-    report.note(f"All tokens are those of one mixed worker. Load before the run: {load:.1f}. Another system's figure, "
-                "not measured here: 168 ms beyond the wire, vLLM's NIXL connector (vLLM#50913).")  # fmt: skip
+    report.note("All tokens are those of one mixed worker. Not measured here: vLLM's NIXL connector, which is said to "
+                "take 168 ms beyond the wire (vLLM#50913).")  # fmt: skip
+    report.note(f"Other programs took {100 * share:.0f} % of the cores; above 5 % figures are theirs as much as ours.")
     report.finish(arguments.json)
 
 
