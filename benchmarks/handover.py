@@ -30,7 +30,7 @@ from baton.v1 import inference_pb2, inference_pb2_grpc
 from benchmarks import random_model, watched
 from benchmarks.report import Report, add_common_arguments
 from benchmarks.serving import Serving
-from benchmarks.tiers import TOKEN_BYTES, with_long_context
+from benchmarks.tiers import CONTEXT, TOKEN_BYTES, with_long_context
 from benchmarks.timeline import (
     COMPUTE,
     FRONT_DOOR,
@@ -259,6 +259,8 @@ def main() -> None:
         parser.error(f"--kinds names {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
     default_lengths = QUICK_LENGTHS if arguments.quick else LENGTHS
     lengths = [int(word) for word in arguments.lengths.split(",")] if arguments.lengths else list(default_lengths)
+    if not all(CHUNK_TOKENS <= length <= CONTEXT - NEW_TOKENS for length in lengths):
+        parser.error(f"--lengths are from {CHUNK_TOKENS} to {CONTEXT - NEW_TOKENS}")
     repeat = arguments.repeat or (5 if arguments.quick else 9)
     others = Others()
     results = measure(with_long_context(arguments.folder), kinds, lengths, repeat)

@@ -164,7 +164,7 @@ def _way_of_blocks(seen: Seen, computed: int, received: Call, decode_step: Call)
         _Point("step -> prefill's loop", _start(_first(seen.prefill, "WorkerShell._on_output", computed))),
         _Point("prefill's loop -> checksum thread", checks[0].start if checks else None),
         _Point("between checksums", checks[-1].end if checks else None),
-        _Point("-> announced", news.end if news else None),
+        _Point("-> announced", _start(news)),
         _Point("announced -> decode's loop", _start(heard)),
         _Point("decode's loop -> pull thread", pulls[0].start if pulls else None),
         _Point("between pulls", pulls[-1].end if pulls else None),
