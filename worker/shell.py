@@ -227,6 +227,8 @@ class WorkerShell(LinkHandler):
             if attempt := self._attempts.get(started.request_id):
                 admission = wire.Admission(id=attempt.id, accepted=True, cached_tokens=started.num_cached_tokens)
                 self._send(wire.WorkerMessage(admission=admission))
+        if output.tokens:  # before what nobody waits for: each message is a write of its own
+            self._send_tokens(output.tokens)
         for reserved in output.reserved:
             if attempt := self._attempts.get(reserved.request_id):
                 attempt.role.on_reserved(attempt, reserved)
@@ -239,8 +241,6 @@ class WorkerShell(LinkHandler):
                     continue
                 progress = wire.Progress(id=attempt.id, computed_tokens=computed.num_tokens)
                 self._send(wire.WorkerMessage(progress=progress))
-        if output.tokens:
-            self._send_tokens(output.tokens)
         for ended in output.ended:
             if attempt := self._attempts.get(ended.request_id):
                 self._on_ended(attempt, ended)
