@@ -137,6 +137,7 @@ class Dispatcher:
             assignment.token_ids.extend(tokens)
             assignment.num_prompt_tokens = len(choice.prompt)
             assignment.sampling.CopyFrom(choice.sampling)
+            assignment.cache_salt = choice.request.cache_salt
             assignment.deadline_s = max(0.001, self._remaining_s(choice.request))
             if prefill is not None:
                 peer = assignment.decode if worker is prefill else assignment.prefill

@@ -96,7 +96,7 @@ class Pair:
 
     def start(
         self, token_ids: Sequence[int], max_tokens: int, *, remote: bool, num_prompt_tokens: int | None = None,
-        sampling: wire.EngineSampling | None = None, deadline_s: float = TIMEOUT_S,
+        sampling: wire.EngineSampling | None = None, deadline_s: float = TIMEOUT_S, cache_salt: str = "",
     ) -> tuple[str, Stream]:  # fmt: skip
         """Send the assignments of one request; both at the same time when it is to be handed over."""
         number, stream = next(_numbers), Stream()
@@ -106,7 +106,7 @@ class Pair:
             id=id, handle=number, role=wire.ROLE_DECODE, token_ids=token_ids,
             num_prompt_tokens=num_prompt_tokens or len(token_ids),
             sampling=sampling or wire.EngineSampling(top_p=1.0, repetition_penalty=1.0, logprobs=0),
-            deadline_s=deadline_s,
+            deadline_s=deadline_s, cache_salt=cache_salt,
         )  # fmt: skip
         assignment.sampling.max_tokens = max_tokens
         if remote:
@@ -137,8 +137,10 @@ class Pair:
                 assert self.decode.crash is None, repr(self.decode.crash)
         return stream
 
-    async def generate(self, token_ids: Sequence[int], max_tokens: int, *, remote: bool = False) -> Stream:
-        return await self.finished(self.start(token_ids, max_tokens, remote=remote)[1])
+    async def generate(
+        self, token_ids: Sequence[int], max_tokens: int, *, remote: bool = False, cache_salt: str = ""
+    ) -> Stream:
+        return await self.finished(self.start(token_ids, max_tokens, remote=remote, cache_salt=cache_salt)[1])
 
     async def whole(self) -> None:
         """Both pools have every block free or cached, soon."""
