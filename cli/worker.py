@@ -44,6 +44,7 @@ from worker.shell import WorkerShell
 
 log = logging.getLogger(__name__)
 PROGRESS_INTERVAL_S = 2.0
+UNLINK_TIMEOUT_S = 5.0
 EXIT_CRASHED = 70
 Roles = list["wire.Role.ValueType"]
 ROLES: dict[str, Roles] = {
@@ -188,5 +189,5 @@ async def _until_stopped(
     clean = await shell.drained(options.drain_timeout_s)
     log.info("drained" if clean else "drain timed out: what still ran is cut off")
     linking.cancel()
-    await asyncio.gather(linking, return_exceptions=True)
+    await asyncio.wait({linking}, timeout=UNLINK_TIMEOUT_S)
     return 0

@@ -52,7 +52,8 @@ class LinkServicer(rpc.WorkerLinkServicer):
 
     async def _register(self, context: _Context) -> Worker:
         try:
-            first = await asyncio.wait_for(context.read(), self._options.heartbeat_timeout_s)
+            async with asyncio.timeout(self._options.heartbeat_timeout_s):
+                first = await context.read()
         except TimeoutError:
             await _refuse(context, "no registration arrived in time", grpc.StatusCode.DEADLINE_EXCEEDED)
         if not isinstance(first, wire.WorkerMessage) or first.WhichOneof("message") != "registration":

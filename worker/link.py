@@ -114,7 +114,8 @@ class CoordinatorLink:
             async with grpc.aio.insecure_channel(self._address, options=options) as channel:
                 self._outgoing.put_nowait(wire.WorkerMessage(registration=self._registration))
                 call = WorkerLinkStub(channel).Connect(self._messages(self._outgoing))
-                welcome = await asyncio.wait_for(call.read(), WELCOME_TIMEOUT_S)
+                async with asyncio.timeout(WELCOME_TIMEOUT_S):  # wait_for() may lose a cancellation
+                    welcome = await call.read()
                 if not isinstance(welcome, wire.CoordinatorMessage):  # the end of the stream
                     raise ConnectionError("the coordinator hung up before its welcome")
                 self.connected.set()

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -170,5 +171,37 @@ def test_messages_without_a_link_are_dropped_not_kept() -> None:
         for _ in range(100):
             link.send(wire.WorkerMessage())
         assert link._outgoing is None
+
+    asyncio.run(run())
+
+
+def test_a_link_ends_although_its_welcome_comes_in_the_same_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Call:
+        def __init__(self) -> None:
+            self.answer: asyncio.Future[wire.CoordinatorMessage] = asyncio.get_running_loop().create_future()
+            self.reads = asyncio.Event()
+
+        async def read(self) -> wire.CoordinatorMessage:
+            self.reads.set()
+            return await asyncio.shield(self.answer)
+
+        def cancel(self) -> None:
+            pass
+
+    async def run() -> None:
+        call = Call()
+        stub = SimpleNamespace(Connect=lambda messages: call)
+        monkeypatch.setattr("worker.link.WorkerLinkStub", lambda channel: stub)
+        recorder = Recorder()
+        link = asyncio.create_task(
+            CoordinatorLink("127.0.0.1:1", REGISTRATION, recorder, wire.WorkerHeartbeat).run(connect_timeout_s=5)
+        )
+        await asyncio.wait_for(call.reads.wait(), 5)
+        call.answer.set_result(WELCOME)
+        await asyncio.sleep(0)
+        link.cancel()
+        call.answer = asyncio.get_running_loop().create_future()
+        await asyncio.wait({link}, timeout=5)
+        assert link.cancelled()
 
     asyncio.run(run())
