@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ class IntakeResult:
     failure: why it ended early, or None.
     fence: while this is not done, the peer may still write into the blocks from `num_blocks` on. None: nobody does.
     same_bits: False where numbers were cast, so that the blocks do not hold what this worker would compute.
+    wait_s: from asking for blocks by name until the first of them was offered; None: nothing was.
     """
 
     num_blocks: int
@@ -35,14 +37,25 @@ class IntakeResult:
     failure: str | None = None
     same_bits: bool = True
     fence: asyncio.Future[None] | None = None
+    wait_s: float | None = None
 
 
 class Taking:
     """One hand-over on its way in. Used on the event loop's thread, except for `cancelled`, which pulls look at."""
 
-    def __init__(self, handover_id: str, block_ids: Sequence[int], first_block: int) -> None:
-        """`block_ids`: the local block of every position; those before `first_block` are here already."""
+    def __init__(
+        self, handover_id: str, block_ids: Sequence[int], first_block: int, names: Sequence[bytes] = ()
+    ) -> None:
+        """`block_ids`: the local block of every position; those before `first_block` are here already.
+
+        `names`, of all these blocks: nobody assigned this hand-over, the peer is asked what it has of them.
+        """
         self.handover_id = handover_id
+        self.names = names
+        self.found: int | None = None
+        """How many of `names` the peer says that it has."""
+        self.asked_at = 0.0
+        self.wait_s: float | None = None
         self.row = Row(list(block_ids), first_block)
         self.num_verified = first_block
         """Leading blocks of the peer's row that are here."""
@@ -73,7 +86,23 @@ class Taking:
             self.pull.cancel()
         self.changed.set()
 
+    def expect_found(self) -> None:
+        """The peer has had its time to say what it has."""
+        if self.found is None:
+            self.end("the peer did not say in time what it has")
+
+    def on_found(self, found: pb.Found) -> None:
+        if not self.names or found.num_blocks > len(self.names):
+            self.end(f"the peer found {found.num_blocks} of {len(self.names)} blocks")
+            return
+        self.found = found.num_blocks
+        if self.found == 0:
+            self._closed = pb.OfferClosed()
+        self.changed.set()
+
     def on_offer(self, offer: pb.Offer) -> None:
+        if self.wait_s is None:
+            self.wait_s = time.monotonic() - self.asked_at
         position = self._first_wanted + len(self._offered)
         end = position + len(offer.blocks)
         if offer.first_block != position or self._closed is not None:
