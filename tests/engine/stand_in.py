@@ -369,7 +369,8 @@ class World:
         assert len(set(self.started)) == len(self.started)
         for reserved in output.reserved:
             stream = self.runner.streams[reserved.request_id]
-            assert reserved.from_peer or reserved.stored
+            assert reserved.from_peer or reserved.stored or reserved.elsewhere
+            assert not (reserved.from_peer and reserved.elsewhere)
             assert stream.request.handover is Handover.TAKE or not reserved.from_peer
             for index, name in enumerate(reserved.stored, reserved.num_cached_blocks):
                 assert self.store.kv[name] == stream.kv[index * PAGE : (index + 1) * PAGE], (
