@@ -173,7 +173,7 @@ class Intake:
         finally:
             timer.cancel()
             del self._takings[taking.handover_id]
-        result = replace(taking.result(), wait_s=taking.wait_s if taking.names else None)
+        result = replace(taking.result(), answer=taking.answer())
         if fence is not None and not fence.done():
             result = replace(result, fence=fence)
         if result.failure is not None and result.failure != CANCELLED and not taking.names:

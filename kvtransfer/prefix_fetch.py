@@ -6,7 +6,8 @@ Whoever knows of a holder names it; nobody promises that it still has the blocks
 2. `fetch` asks it for the blocks by name. It says at once how many it seems to have: none is the end of it.
 3. What it has it leases and offers, as a prefill worker does; the blocks are pulled and checked by the `Intake`.
 
-A holder that does not answer, or takes longer than computing would, is left alone for a while.
+A holder that does not answer, dies or sends wrong bytes is left alone for a while. One that is merely too slow is known
+for it from then on, which large prompts may still be worth.
 """
 
 import itertools
@@ -17,16 +18,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kvtransfer.intake import CANCELLED, Intake
+from kvtransfer.intake import CANCELLED, Intake, IntakeResult
+from kvtransfer.taking import Answer
 from kvtransfer.wire import MAX_WANT_NAMES, PeerIdentity, PeerRef
 
 log = logging.getLogger(__name__)
 
-ANSWER_TIMEOUT_S = 0.25
-"""For a holder to say how many blocks it has; connecting to it, if that is still to be done, included."""
+MIN_ANSWER_S, MAX_ANSWER_S, ANSWER_SHARE = 0.1, 1.0, 0.25
+"""For a holder to say how many blocks it has, connecting included: a share of what computing them would take."""
 FETCH_TIMEOUT_S = 30.0
 RETRY_S = 5.0
 """How long a holder that failed is left alone."""
+BELIEVED_S = 60.0
+"""How long a holder is judged by what was measured of it."""
 ASSUMED_BYTES_PER_S, ASSUMED_WAIT_S = 1e9, 0.02
 """Of every holder, until its first fetch was measured."""
 MAX_PEERS = 1024
@@ -47,14 +51,14 @@ class Cost:
 
     wait_s: float
     block_s: float
-    is_measured: bool = False
+    measured_at: float | None = None
     closed_until: float = 0.0
 
     def learn(self, wait_s: float, block_s: float) -> None:
-        weight = _WEIGHT if self.is_measured else 1.0
+        weight = 1.0 if self.measured_at is None else _WEIGHT
         self.wait_s += weight * (wait_s - self.wait_s)
         self.block_s += weight * (block_s - self.block_s)
-        self.is_measured = True
+        self.measured_at = time.monotonic()
 
 
 class Prospect(NamedTuple):
@@ -103,24 +107,31 @@ class PrefixFetcher:
         names = names[:MAX_WANT_NAMES]
         fetch_id = self._fetches[key] = f"{self._prefix}/{next(self._numbers)}"
         limit_s = min(limit_s, FETCH_TIMEOUT_S)
+        answer_s = min(max(ANSWER_SHARE * limit_s, MIN_ANSWER_S), MAX_ANSWER_S)
         start = time.monotonic()
         try:
-            result = await self._intake.take(
-                fetch_id, peer, block_ids[: len(names)], 0, start + limit_s, names, min(ANSWER_TIMEOUT_S, limit_s)
-            )
+            places = block_ids[: len(names)]
+            result = await self._intake.take(fetch_id, peer, places, 0, start + limit_s, names, answer_s)
         finally:
             del self._fetches[key]
         self._count("prefix_fetches", 1)
         self._count("prefix_fetches_empty", result.num_blocks == 0 and result.failure is None)
+        self._judge(peer, result, time.monotonic() - start, limit_s)
+        return Fetched(result.num_blocks, result.same_bits)
+
+    def _judge(self, peer: PeerRef, result: IntakeResult, took_s: float, limit_s: float) -> None:
         cost = self._cost(peer)
-        if result.wait_s is not None and result.num_blocks:
-            took_s = max(0.0, time.monotonic() - start - result.wait_s)
-            cost.learn(result.wait_s, took_s / result.num_blocks)
+        num_found, wait_s, pull_s = result.answer or Answer(None, None, None)
+        is_slow = took_s >= limit_s and bool(num_found)
+        if wait_s is not None and pull_s is not None and result.num_blocks:
+            cost.learn(wait_s, pull_s / result.num_blocks)
+        elif is_slow:
+            cost.learn(limit_s, cost.block_s)
         if result.failure not in (None, CANCELLED):
             self._count("prefix_fetches_failed", 1)
-            cost.closed_until = time.monotonic() + RETRY_S
-            log.warning("a prefix was not fetched from %s: %s", peer.worker_id, result.failure)
-        return Fetched(result.num_blocks, result.same_bits)
+            if not is_slow:
+                cost.closed_until = time.monotonic() + RETRY_S
+            log.warning("a prefix was not fetched from worker %s: %s", peer.worker_id, result.failure)
 
     def cancel(self, key: str) -> None:
         """The fetch of that key, if there is one, returns soon."""
@@ -129,7 +140,7 @@ class PrefixFetcher:
 
     def _cost(self, peer: PeerRef) -> Cost:
         cost = self._costs.get(peer)
-        if cost is None:
+        if cost is None or (cost.measured_at is not None and time.monotonic() - cost.measured_at > BELIEVED_S):
             cost = self._costs[peer] = Cost(ASSUMED_WAIT_S, self._block_bytes / ASSUMED_BYTES_PER_S)
             if len(self._costs) > MAX_PEERS:
                 self._costs.popitem(last=False)

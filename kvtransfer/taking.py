@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from baton.v1 import handover_pb2 as pb
 from kvtransfer.conversion import Conversion, Row
@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 CANCELLED = "cancelled"
 
 
+class Answer(NamedTuple):
+    """What a peer did about blocks that it was asked for by name."""
+
+    num_found: int | None
+    """Blocks that it said to have; None: it did not say."""
+    wait_s: float | None
+    """From asking until the first was offered, None: nothing was. `pull_s`: from then to the end."""
+    pull_s: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class IntakeResult:
     """How a hand-over went for the puller.
@@ -27,7 +37,7 @@ class IntakeResult:
     failure: why it ended early, or None.
     fence: while this is not done, the peer may still write into the blocks from `num_blocks` on. None: nobody does.
     same_bits: False where numbers were cast, so that the blocks do not hold what this worker would compute.
-    wait_s: from asking for blocks by name until the first of them was offered; None: nothing was.
+    answer: what the peer did about blocks that were asked for by name.
     """
 
     num_blocks: int
@@ -37,7 +47,7 @@ class IntakeResult:
     failure: str | None = None
     same_bits: bool = True
     fence: asyncio.Future[None] | None = None
-    wait_s: float | None = None
+    answer: Answer | None = None
 
 
 class Taking:
@@ -52,10 +62,9 @@ class Taking:
         """
         self.handover_id = handover_id
         self.names = names
-        self.found: int | None = None
-        """How many of `names` the peer says that it has."""
+        self.num_found: int | None = None
         self.asked_at = 0.0
-        self.wait_s: float | None = None
+        self._offered_at: float | None = None
         self.row = Row(list(block_ids), first_block)
         self.num_verified = first_block
         """Leading blocks of the peer's row that are here."""
@@ -88,21 +97,20 @@ class Taking:
 
     def expect_found(self) -> None:
         """The peer has had its time to say what it has."""
-        if self.found is None:
+        if self.num_found is None:
             self.end("the peer did not say in time what it has")
 
     def on_found(self, found: pb.Found) -> None:
         if not self.names or found.num_blocks > len(self.names):
             self.end(f"the peer found {found.num_blocks} of {len(self.names)} blocks")
             return
-        self.found = found.num_blocks
-        if self.found == 0:
+        self.num_found = found.num_blocks
+        if self.num_found == 0:
             self._closed = pb.OfferClosed()
         self.changed.set()
 
     def on_offer(self, offer: pb.Offer) -> None:
-        if self.wait_s is None:
-            self.wait_s = time.monotonic() - self.asked_at
+        self._offered_at = self._offered_at or time.monotonic()
         position = self._first_wanted + len(self._offered)
         end = position + len(offer.blocks)
         if offer.first_block != position or self._closed is not None:
@@ -143,6 +151,13 @@ class Taking:
         start = self.num_verified - self._first_wanted
         # Nothing is offered where the peer writes by itself.
         return self._offered[start : start + max_blocks]
+
+    def answer(self) -> Answer | None:
+        if not self.names:
+            return None
+        if self._offered_at is None:
+            return Answer(self.num_found, None, None)
+        return Answer(self.num_found, self._offered_at - self.asked_at, time.monotonic() - self._offered_at)
 
     def result(self) -> IntakeResult:
         num_blocks, same_bits = self._num_blocks_here(), self._conversion is None or self._conversion.same_bits
