@@ -29,7 +29,7 @@ from kvtransfer.lanes.base import BlockRead, LaneClient, LaneEndpoint
 from kvtransfer.lanes.registry import LANES
 from kvtransfer.layout import BlockLayout
 from kvtransfer.memory import PoolMemory
-from kvtransfer.pulls import MAX_BATCH_BYTES, WantedBlock, pull_and_verify
+from kvtransfer.pulls import MAX_BATCH_BYTES, Part, WantedBytes, pull_and_verify
 from kvtransfer.staging import MAX_STAGED_BYTES, Converters
 
 MOVED_BYTES = 64 << 20
@@ -131,7 +131,10 @@ def measure_pulls(report: Report, shape: str, peer: BlockLayout, repeat: int) ->
     converter = converters.for_peer(peer)
     if converter is None:
         raise ValueError("equal layouts are not converted")
-    wanted = [WantedBlock(BlockRead(block, 0, place), sums[block]) for place, block in enumerate(remote)]
+    wanted = [
+        WantedBytes(BlockRead(block, 0, place), [Part(peer.block_bytes, sums[block])])
+        for place, block in enumerate(remote)
+    ]
     size, row = MAX_BATCH_BYTES // peer.block_bytes, Row(np.random.default_rng(3).permutation(moved // 2).tolist())
 
     def pull_raw(client: LaneClient) -> None:

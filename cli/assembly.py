@@ -38,6 +38,7 @@ from kvtransfer.lanes.registry import lanes_of
 from kvtransfer.layout import BlockLayout
 from kvtransfer.memory import PoolMemory, physical_bytes
 from kvtransfer.offers import OfferServer
+from kvtransfer.outgoing import layer_groups
 from kvtransfer.prefix_fetch import PrefixFetcher
 from kvtransfer.tiers.base import Tier
 from kvtransfer.tiers.disk import DiskTier
@@ -135,6 +136,7 @@ def assemble(
         look_ahead=model.ops.launches,
         mirror=mirror,
         store=store,
+        layer_groups=layer_groups(layout.num_layers, memory.block_bytes),
     )
     for part in (runner, mirror):
         if part is not None and not isinstance(part, ModelRunner):

@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from baton.errors import ConfigurationError
 from engine.blocks import BlockAllocator, Generations
 from engine.limits import SchedulerLimits
 from engine.pace import Pace
-from engine.plan import Drafter, Launched, LaunchingRunner, Runner, StepPlan, StepResult
+from engine.plan import Drafter, Launched, LaunchingRunner, OnLayer, Runner, StepPlan, StepResult
 from engine.requests import EngineLoad, EngineRequest, LeasedBlocks, StepOutput
 from engine.scheduler import Scheduler
 from engine.store import BlockStore
@@ -30,6 +30,9 @@ class _Flight:
     plan: StepPlan
     launched: Launched
     start: float
+
+
+OnOutput = Callable[[StepOutput], None]
 
 
 class Mirror(Protocol):
@@ -62,14 +65,16 @@ class Engine:
         look_ahead: bool = False,
         mirror: Mirror | None = None,
         store: BlockStore | None = None,
+        layer_groups: Sequence[int] = (),
     ) -> None:
         """`shareable_tokens` maps a prompt's length to the number of leading tokens whose KV other requests may share.
 
         `step_stretch`: see `engine.pace.Pace`. `generations`, uint64 `[num_blocks]`, is written in place and may lie in
         shared memory. `drafter` makes the guesses of speculative decoding. `look_ahead`: plan and launch a step while
         the one before runs, on a runner that can. `mirror`: where the runner's blocks are not those that peers read and
-        write. `store`: where blocks live on that the pool has no room for. Raises ConfigurationError when these
-        contradict each other.
+        write. `store`: where blocks live on that the pool has no room for. `layer_groups`: after how many layers
+        blocks of GIVE requests are announced while a step runs; the last of these is all layers. Raises
+        ConfigurationError when these contradict each other.
         """
         limits = SchedulerLimits(page_size, max_batch_tokens, max_running, max_model_tokens, max_waiting)
         if look_ahead and not isinstance(runner, LaunchingRunner):
@@ -78,6 +83,7 @@ class Engine:
         self._drafter = drafter
         self._look_ahead = look_ahead
         self._mirror = mirror
+        self._layer_groups = tuple(layer_groups)
         self._flight: _Flight | None = None
         self._landed_at = 0.0
         self._pace = Pace(step_stretch)
@@ -142,29 +148,24 @@ class Engine:
         """Nobody outside touches the quarantined blocks of this id any more. False when there are none."""
         return self._scheduler.resolve(request_id)
 
-    def step(self) -> StepOutput:
+    def step(self, on_output: OnOutput | None = None) -> StepOutput:
         """Plan, compute, account. Without anything to compute it returns what else happened, at once.
+
+        `on_output` is told, in this thread, what is known while the step still runs: who was admitted, and which blocks
+        of GIVE requests have become final, group of layers by group of layers. What is returned is the rest.
 
         With look-ahead: plan and launch the next step, then wait for the one in flight and account for that.
 
         What the runner raises passes through and leaves the engine unusable: the KV of that step's requests is
         undefined. The process must end where everybody sees it, so that others take the requests over.
         """
-        flight = self._flight or self._launch(self._propose())
+        flight = self._flight or self._launch(self._propose(), on_output)
         if flight is None:
             output = self._scheduler.take_events()
         else:
             self._flight = self._launch({}) if self._can_look_ahead(flight.plan) else None
             output = self._land(flight)
-        if self._mirror is not None:
-            final = {block for each in output.computed for block in each.block_ids}
-            final.update(each.block_id for each in output.named)
-            if final:
-                self._mirror.publish(sorted(final))
-        if self._drafter is not None:
-            for ended in output.ended:
-                self._drafter.forget(ended.request_id)
-        return output
+        return self._checked_out(output)
 
     def has_work(self) -> bool:
         """Whether `step` would compute or report something. False also while every request waits for somebody else."""
@@ -198,14 +199,45 @@ class Engine:
         num_singles = sum(sequence.sample is not None for sequence in plan.sequences)
         return self._drafter is None or not num_singles or not self._drafter.wants_drafts(num_singles)
 
-    def _launch(self, drafts: dict[str, list[int]]) -> _Flight | None:
+    def _checked_out(self, output: StepOutput) -> StepOutput:
+        """The same; what it says holds for everybody from here on."""
+        if self._mirror is not None:
+            final = {block for each in output.computed for block in each.block_ids}
+            final.update(each.block_id for each in output.named)
+            if final:
+                self._mirror.publish(sorted(final))
+        if self._drafter is not None:
+            for ended in output.ended:
+                self._drafter.forget(ended.request_id)
+        return output
+
+    def _launch(self, drafts: dict[str, list[int]], on_output: OnOutput | None = None) -> _Flight | None:
         plan = self._scheduler.plan(self._pace.prompt_tokens(), drafts)
         if not plan.sequences:
             return None
+        if on_output is not None and (early := self._scheduler.take_events()) != StepOutput():
+            on_output(self._checked_out(early))
         start = time.perf_counter()
         if self._look_ahead and isinstance(self._runner, LaunchingRunner):
             return _Flight(plan, self._runner.launch(plan), start)
-        return _Flight(plan, _Done(self._runner.run(plan)), start)
+        on_layer = self._announcer(on_output) if on_output is not None and self._mirror is None else None
+        return _Flight(plan, _Done(self._runner.run(plan, on_layer)), start)
+
+    def _announcer(self, on_output: OnOutput) -> OnLayer | None:
+        """Announces what the plan in flight makes final; None when that is nothing."""
+        groups = self._layer_groups
+        finishing = self._scheduler.finishing() if groups else []
+        if not finishing:
+            return None
+
+        def on_layer(num_layers: int) -> None:
+            if num_layers == groups[-1]:
+                self._scheduler.announced(finishing)
+                on_output(StepOutput(computed=finishing))
+            elif num_layers in groups:
+                on_output(StepOutput(computed=[replace(each, num_layers=num_layers) for each in finishing]))
+
+        return on_layer
 
     def _observe_prompts(self, plan: StepPlan, seconds: float) -> None:
         """What a block of a prompt costs, from steps that computed at least one."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from engine.model_config import ModelConfig
+from engine.plan import OnLayer
 from engine.weights import Weights
 from kernels.ops import Ops, Rotation
 
@@ -36,13 +37,15 @@ class Model:
         self.weights = weights
         self.ops = ops
 
-    def forward(self, batch: Batch, slabs: Tensor) -> Tensor:
+    def forward(self, batch: Batch, slabs: Tensor, on_layer: OnLayer | None = None) -> Tensor:
         """Logits [len(sample_rows), vocab_size]; keys and values of all tokens are left in `slabs`."""
         ops, eps = self.ops, self.config.rms_norm_eps
         x = embedding(batch.token_ids, self.weights.embedding)
         for index, layer in enumerate(self.weights.layers):
             qkv = ops.linear(ops.rms_norm(x, layer.input_norm, eps), layer.qkv)
             query = ops.rotate_and_store(qkv, slabs, index, batch.rotation, layer.head_norms, eps, batch.write)
+            if on_layer is not None:
+                on_layer(index + 1)
             attended = ops.attention(query, slabs, index, batch.attention[self.config.sliding_windows[index]])
             x = ops.linear(attended, layer.output, residual=x)
             gate_up = ops.linear(ops.rms_norm(x, layer.mlp_norm, eps), layer.gate_up)

@@ -1,5 +1,6 @@
 """The contract between the scheduler, which knows requests, and the runner, which knows tensors."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -80,10 +81,15 @@ class StepResult:
     """By request id, for each planned sequence with a SampleSpec: the guesses that proved right, and one token more."""
 
 
+OnLayer = Callable[[int], None]
+"""on_layer(n): the keys and values of all tokens of the step are in the blocks for the first n layers."""
+
+
 class Runner(Protocol):
     """Executes a plan. The real one is engine.runner; tests drive the scheduler with a stand-in."""
 
-    def run(self, plan: StepPlan) -> StepResult: ...
+    def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult:
+        """`on_layer`: called in between, in this thread, by a runner that knows how far it is; others never do."""
 
 
 class Launched(Protocol):

@@ -159,7 +159,10 @@ class Named:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """Blocks of a GIVE request whose content is final, in order; never repeated."""
+    """Blocks of a GIVE request whose content is final, in order.
+
+    While a step runs they may be stated for their leading layers first, and then again for more; see `Engine.step`.
+    """
 
     request_id: str
     first_block: int
@@ -170,6 +173,12 @@ class Computed:
     """KV positions final so far."""
     last: bool
     """Nothing more follows."""
+    num_layers: int | None = None
+    """Only these leading layers are final. None: all, and these blocks are not stated again."""
+
+    @property
+    def is_whole(self) -> bool:
+        return self.num_layers is None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ import torch
 
 from engine.loading import LoadedModel
 from engine.model import Batch, Model
-from engine.plan import PlannedSequence, SampleSpec, StepPlan, StepResult
+from engine.plan import OnLayer, PlannedSequence, SampleSpec, StepPlan, StepResult
 from engine.pool import KVPool
 from engine.requests import SamplingParams
 from engine.rotary import Rotary
@@ -23,11 +23,11 @@ class ModelRunner:
         self._windows = set(loaded.config.sliding_windows)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepResult:
+    def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult:
         self.pool.copy_blocks(plan.copies)
         if not plan.sequences:
             return StepResult({})
-        logits = self._model.forward(self._batch(plan.sequences), self.pool.slabs)
+        logits = self._model.forward(self._batch(plan.sequences), self.pool.slabs, on_layer)
         sampling = [sequence for sequence in plan.sequences if sequence.sample is not None]
         return StepResult(choose(logits, sampling, self._model.ops))
 

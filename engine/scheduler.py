@@ -27,6 +27,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
+from dataclasses import replace
 from typing import NamedTuple
 
 from baton.errors import BatonError, InvalidRequestError
@@ -244,6 +245,25 @@ class Scheduler:
             self.counters["blocks_copied_on_write"] += len(plan.copies)
         return plan
 
+    def finishing(self) -> list[Computed]:
+        """What the plan in flight makes final for GIVE requests, in their own blocks. Others may read parts of it now.
+
+        Only without look-ahead.
+        """
+        step, computed = self._in_flight[-1], []
+        for sequence in step.sequences:
+            if sequence.gives and sequence.request.placement is None:
+                last = sequence.num_launched == len(sequence.token_ids)
+                if (each := self._final(sequence, sequence.num_launched, last)).block_ids:
+                    sequence.is_exposed = True
+                    computed.append(each)
+        return computed
+
+    def announced(self, computed: Many[Computed]) -> None:
+        """What `finishing` stated is final, and its readers know."""
+        for each in computed:
+            self._sequences[each.request_id].num_announced_blocks += len(each.block_ids)
+
     def apply(self, plan: StepPlan, result: StepResult) -> StepOutput:
         """Account for the earliest plan in flight. Returns everything that changed since the last output."""
         step = self._in_flight.popleft()
@@ -364,6 +384,8 @@ class Scheduler:
                 sequence.phase = Phase.RUNNING
                 insort(self._running, sequence, key=_arrival)
                 step.schedule(sequence)
+                if sequence.gives and sequence.request.placement is None:
+                    self._announce(sequence, last=False)
 
     def _worth_waiting_for(self, sequence: Sequence) -> Outside:
         """The blocks, after those in the pool, that come sooner than they are computed."""
@@ -417,17 +439,21 @@ class Scheduler:
 
     def _announce(self, sequence: Sequence, last: bool) -> None:
         """Tell which further blocks of a GIVE request are final, the partial one only at the end."""
+        computed = self._final(sequence, sequence.num_computed, last)
+        if computed.block_ids or last:
+            self._events.computed.append(replace(computed, last=last))
+            sequence.num_announced_blocks += len(computed.block_ids)
+            sequence.is_exposed = True
+
+    def _final(self, sequence: Sequence, num_tokens: int, with_partial: bool) -> Computed:
+        """Those not announced yet of the blocks that the first `num_tokens` positions fill."""
         first = sequence.num_announced_blocks
-        num_tokens = sequence.num_computed
-        final = len(sequence.block_ids) if last else num_tokens // self._limits.page_size
-        if final == first and not last:
-            return
+        final = len(sequence.block_ids) if with_partial else num_tokens // self._limits.page_size
         blocks = sequence.block_ids[first:final]
         is_placed = sequence.request.placement is not None
         generations = () if is_placed else tuple(self._allocator.generations[blocks].tolist())
-        covered = num_tokens if last else final * self._limits.page_size
-        self._events.computed.append(Computed(sequence.id, first, tuple(blocks), generations, covered, last))
-        sequence.num_announced_blocks = final
+        covered = num_tokens if with_partial else final * self._limits.page_size
+        return Computed(sequence.id, first, tuple(blocks), generations, covered, last=False)
 
     def _end(self, sequence: Sequence, reason: EndReason) -> None:
         """The one place where a request ends: its blocks find their next owner, its client its reason."""
@@ -439,7 +465,7 @@ class Scheduler:
         else:
             self._running.remove(sequence)
             self.tables.hold_for_step(sequence)
-            if sequence.num_announced_blocks:  # however it ended, a reader may be at what was announced
+            if sequence.is_exposed:  # however it ended, a reader may be at what was announced
                 self.tables.lease(sequence)
             else:
                 self.tables.release(sequence)

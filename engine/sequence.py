@@ -35,6 +35,7 @@ class Sequence:
         "awaits_kv",
         "block_ids",
         "id",
+        "is_exposed",
         "last_step",
         "max_positions",
         "names",
@@ -78,6 +79,8 @@ class Sequence:
         self.num_final_blocks = 0
         """Leading blocks that came from the prefix cache or were offered to it: others may read them."""
         self.num_announced_blocks = 0
+        self.is_exposed = False
+        """Whether others may read any of its blocks, as they were announced in full or in part."""
         self._stop_token_ids = frozenset(request.sampling.stop_token_ids)
 
     @property

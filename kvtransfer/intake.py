@@ -32,7 +32,7 @@ from kvtransfer.lanes.registry import Lane
 from kvtransfer.layout import BlockLayout
 from kvtransfer.link import PeerLink
 from kvtransfer.memory import PoolMemory
-from kvtransfer.pulls import MAX_BATCH_BYTES, WantedBlock, pull_and_verify
+from kvtransfer.pulls import MAX_BATCH_BYTES, WantedBytes, pull_and_verify
 from kvtransfer.staging import Converters
 from kvtransfer.taking import CANCELLED, IntakeResult, Taking
 from kvtransfer.wire import PeerIdentity, PeerRef, spawn
@@ -79,7 +79,6 @@ class Intake:
         self._lane_names: dict[str, str] = {}
         self._lent: set[Lending] = set()
         self._stopped = False
-        self._batch_blocks = max(1, MAX_BATCH_BYTES // memory.block_bytes)
 
     def lanes_in_use(self) -> dict[str, str]:
         """Worker id of each peer -> name of the lane that its blocks come by."""
@@ -108,7 +107,10 @@ class Intake:
         if self._stopped:
             return IntakeResult(first_block, failure=_STOPS)
         self._expected.pop(handover_id, None)
-        taking = self._takings[handover_id] = Taking(handover_id, block_ids, first_block, names)
+        num_layers, block_bytes = self._layout.num_layers, self._memory.block_bytes
+        taking = self._takings[handover_id] = Taking(
+            handover_id, block_ids, first_block, num_layers, block_bytes, names
+        )
         work = asyncio.get_running_loop().create_task(self._take(taking, peer, deadline))
         if names:
             asyncio.get_running_loop().call_later(answer_s, taking.expect_found)
@@ -213,7 +215,7 @@ class Intake:
             if link.lost is not None:
                 taking.end(link.lost)
             while taking.failure is None and not taking.complete:
-                batch = taking.next_batch(self._batch_blocks)
+                batch = taking.next_batch(MAX_BATCH_BYTES)
                 if batch:
                     await self._pull(taking, link, batch)
                 else:
@@ -237,14 +239,13 @@ class Intake:
     def _is_fenced(self, handover_id: str) -> bool:
         return any(lending.is_fenced(handover_id) for lending in self._lent)
 
-    async def _pull(self, taking: Taking, link: PeerLink, batch: list[WantedBlock]) -> None:
+    async def _pull(self, taking: Taking, link: PeerLink, batch: list[WantedBytes]) -> None:
         deadline = time.monotonic() + self._options.pull_timeout_s
         converter = link.converter
         if converter is None:
-            block_bytes = self._memory.block_bytes
             pull = link.threads.submit(pull_and_verify, link.lane, self._memory, batch, deadline, taking.cancelled)
         else:
-            block_bytes, first = converter.conversion.peer.block_bytes, taking.num_verified
+            first = taking.num_verified
             pull = link.threads.submit(converter.pull, link.lane, batch, first, taking.row, deadline, taking.cancelled)
         taking.pull = pull
         try:
@@ -253,11 +254,11 @@ class Intake:
             return
         finally:
             taking.pull = None
-        taking.num_verified += outcome.num_verified
-        self._count("handover_blocks_received", outcome.num_verified)
-        self._count("handover_bytes_received", outcome.num_verified * block_bytes)
+        num_blocks, num_bytes = taking.on_pulled(outcome.num_verified)
+        self._count("handover_blocks_received", num_blocks)
+        self._count("handover_bytes_received", num_bytes)
         if converter is not None:
-            self._count("handover_blocks_converted", outcome.num_verified)
+            self._count("handover_blocks_converted", num_blocks)
         self._count("handover_seconds", outcome.seconds)
         self._count("handover_blocks_retried", outcome.num_retried)
         self._count("handover_checksum_failures", outcome.num_mismatched)

@@ -94,7 +94,10 @@ class LeaseBook:
         return True
 
     def offer(self, handover_id: str, first_block: int, num_blocks: int) -> bool:
-        """More blocks are final; False when nobody wants them any more. Raises ValueError unless they follow on."""
+        """More blocks are final; False when nobody wants them any more. Raises ValueError unless they follow on.
+
+        Blocks that are offered in part are none yet.
+        """
         lease = self._leases.get(handover_id)
         if lease is None or lease.state is not LeaseState.OPEN:
             return False

@@ -3,7 +3,8 @@
 The life of one hand-over, seen from here:
 
 1. `open` grants a lease to one peer. What that peer asked for before (a parked Want) is answered now.
-2. `offer` hands over blocks whose content is final. A thread computes their checksums, in order.
+2. `offer` hands over blocks whose content is final, all of it or that of the leading layers. A thread computes their
+   checksums, in order.
 3. The peer's Want attaches its connection; from then on each checksummed block is announced to it, in order.
 4. `close` ends the row and carries the first token. The peer's heartbeats renew the lease until it releases.
 5. The lease ends: `on_released(id, verified)`; or it expires: `on_quarantined(id)`, and `on_resolved(id)` once no
@@ -187,19 +188,35 @@ class OfferServer:
         """Whether the Want of that worker can be expected to name blocks to write into."""
         return self._direct is not None and self._direct.lends(peer)
 
-    def offer(self, handover_id: str, first_block: int, block_ids: Sequence[int], generations: Sequence[int]) -> None:
+    def offer(
+        self,
+        handover_id: str,
+        first_block: int,
+        block_ids: Sequence[int],
+        generations: Sequence[int],
+        num_layers: int | None = None,
+    ) -> None:
         """These blocks, at positions `first_block` and on, are final. Ignored once the hand-over has ended.
 
-        Raises ValueError when they do not follow the ones before, or are no blocks of the pool.
+        `num_layers`: only that many leading layers are, more than before; the same blocks must follow, until with None
+        all layers are. Raises ValueError when they do not follow the ones before, or are no blocks of the pool.
         """
         if block_ids and not 0 <= min(block_ids) <= max(block_ids) < self._memory.num_blocks:
             raise ValueError(f"hand-over {handover_id} offers a block outside of the pool")
-        if not self._book.offer(handover_id, first_block, len(block_ids)):
+        outgoing, is_whole = self._outgoing.get(handover_id), num_layers is None
+        if outgoing is None:
             return
-        self._count("handover_blocks_offered", len(block_ids))
+        layers = range(outgoing.num_begun_layers, self._layout.num_layers if num_layers is None else num_layers)
+        fits = not layers.start or len(block_ids) == outgoing.num_begun
+        if not (fits and len(layers) > 0 and layers.stop <= self._layout.num_layers):
+            raise ValueError(f"hand-over {handover_id}: {num_layers} layers offered after {layers.start}")
+        if not self._book.offer(handover_id, first_block, len(block_ids) if is_whole else 0):
+            return
+        outgoing.num_begun, outgoing.num_begun_layers = (0, 0) if is_whole else (len(block_ids), layers.stop)
+        self._count("handover_blocks_offered", len(block_ids) if is_whole else 0)
         loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(self._hasher, self._checksum, list(block_ids), list(generations))
-        future.add_done_callback(lambda done: self._checksummed(handover_id, done))
+        future = loop.run_in_executor(self._hasher, self._checksum, list(block_ids), list(generations), layers)
+        future.add_done_callback(lambda done: self._checksummed(handover_id, first_block, num_layers or 0, done))
 
     def close(
         self, handover_id: str, num_blocks: int, num_tokens: int, first_token_id: int, first_token_index: int
@@ -270,21 +287,25 @@ class OfferServer:
 
     # -- checksums and announcements ---------------------------------------------------------------------------------
 
-    def _checksum(self, block_ids: list[int], generations: list[int]) -> list[pb.OfferedBlock]:
+    def _checksum(self, block_ids: list[int], generations: list[int], layers: range) -> list[pb.OfferedBlock]:
+        layer_bytes = self._memory.block_bytes // self._layout.num_layers
+        part = slice(layers.start * layer_bytes, layers.stop * layer_bytes)
         return [
             pb.OfferedBlock(
                 block_id=block_id,
                 generation=generation,
-                checksum=xxhash.xxh3_64_intdigest(self._memory.blocks[block_id]),
+                checksum=xxhash.xxh3_64_intdigest(self._memory.blocks[block_id, part].data),
             )
             for block_id, generation in zip(block_ids, generations, strict=True)
         ]
 
-    def _checksummed(self, handover_id: str, done: "asyncio.Future[list[pb.OfferedBlock]]") -> None:
+    def _checksummed(
+        self, handover_id: str, first_block: int, num_layers: int, done: "asyncio.Future[list[pb.OfferedBlock]]"
+    ) -> None:
         outgoing = self._outgoing.get(handover_id)
         if done.cancelled() or outgoing is None:
             return
-        outgoing.ready += done.result()
+        outgoing.add(handover_id, first_block, done.result(), num_layers)
         self._flush(handover_id, outgoing)
 
     def _flush(self, handover_id: str, outgoing: Outgoing) -> None:
@@ -412,7 +433,7 @@ class OfferServer:
             self._decline(connection, want)
             return
         outgoing.connection = connection
-        outgoing.num_sent = want.first_block
+        outgoing.first_wanted, outgoing.num_sent = want.first_block, 0
         outgoing.finished = False
         placed = None
         if self._direct is not None and want.HasField("placement") and handover_id not in self._writing:

@@ -4,7 +4,10 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from baton.errors import TransferError
@@ -15,21 +18,37 @@ MAX_BATCH_BYTES = 16 << 20
 """Bounds what one thread is busy with, and keeps the bytes in cache until their checksum is computed."""
 
 
-@dataclass(frozen=True, slots=True)
-class WantedBlock:
-    """One block to pull, and the xxh3_64 that its bytes must have."""
+class Part(NamedTuple):
+    """Bytes of a block up to `end`, from where the part before ends, and the xxh3_64 that they must have."""
 
-    read: BlockRead
+    end: int
     checksum: int
 
 
 @dataclass(frozen=True, slots=True)
+class WantedBytes:
+    """Bytes of one block to pull, and how they are checked. `read` states where they begin and how many they are."""
+
+    read: BlockRead
+    parts: Sequence[Part]
+
+    def is_right(self, block: npt.NDArray[np.uint8]) -> bool:
+        """Whether the bytes of `block`, uint8 [block_bytes], are those that were offered."""
+        start = self.read.offset
+        for end, checksum in self.parts:
+            if xxhash.xxh3_64_intdigest(block[start:end].data) != checksum:
+                return False
+            start = end
+        return True
+
+
+@dataclass(frozen=True, slots=True)
 class PullOutcome:
-    """`num_verified` leading blocks of the batch are right; `failure` says why the rest is not, or is None."""
+    """`num_verified` leading entries of the batch are right; `failure` says why the rest is not, or is None."""
 
     num_verified: int
     num_retried: int
-    """Blocks that arrived with wrong bytes and were pulled once more."""
+    """Entries that arrived with wrong bytes and were pulled once more."""
     num_mismatched: int
     """Those of them that were wrong again."""
     seconds: float
@@ -39,20 +58,20 @@ class PullOutcome:
 def pull_and_verify(
     client: LaneClient,
     memory: PoolMemory,
-    wanted: Sequence[WantedBlock],
+    wanted: Sequence[WantedBytes],
     deadline: float,
     cancelled: threading.Event,
 ) -> PullOutcome:
-    """Pull a batch and check every block; what differs is pulled once more. Raises nothing for peer trouble."""
+    """Pull a batch and check all of it; what differs is pulled once more. Raises nothing for peer trouble."""
     start = time.monotonic()
-    wrong: list[WantedBlock] = []
+    wrong: list[WantedBytes] = []
     num_verified, num_retried, failure = 0, 0, None
     try:
-        client.pull([block.read for block in wanted], deadline, cancelled)
+        client.pull([each.read for each in wanted], deadline, cancelled)
         wrong = _mismatched(memory, wanted)
         num_retried = len(wrong)
         if wrong:
-            client.pull([block.read for block in wrong], deadline, cancelled)
+            client.pull([each.read for each in wrong], deadline, cancelled)
             wrong = _mismatched(memory, wrong)
         num_verified = wanted.index(wrong[0]) if wrong else len(wanted)
         if wrong:
@@ -62,7 +81,5 @@ def pull_and_verify(
     return PullOutcome(num_verified, num_retried, len(wrong), time.monotonic() - start, failure)
 
 
-def _mismatched(memory: PoolMemory, wanted: Sequence[WantedBlock]) -> list[WantedBlock]:
-    return [
-        block for block in wanted if xxhash.xxh3_64_intdigest(memory.blocks[block.read.local_block]) != block.checksum
-    ]
+def _mismatched(memory: PoolMemory, wanted: Sequence[WantedBytes]) -> list[WantedBytes]:
+    return [each for each in wanted if not each.is_right(memory.blocks[each.read.local_block])]

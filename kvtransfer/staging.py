@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 from baton.errors import ConfigurationError, PeerError, TransferError
 from kvtransfer.conversion import Conversion, Row, plan
-from kvtransfer.lanes.base import POLL_S, BlockRead, LaneClient, check_still_wanted
+from kvtransfer.lanes.base import POLL_S, LaneClient, check_still_wanted
 from kvtransfer.layout import BlockLayout
 from kvtransfer.memory import PoolMemory
-from kvtransfer.pulls import PullOutcome, WantedBlock, pull_and_verify
+from kvtransfer.pulls import PullOutcome, WantedBytes, pull_and_verify
 
 STAGING_BYTES = 64 << 20
 """For all peers with one size of block, taken when the first of them connects."""
@@ -70,7 +70,7 @@ class Converter:
     def pull(
         self,
         client: LaneClient,
-        wanted: Sequence[WantedBlock],
+        wanted: Sequence[WantedBytes],
         first: int,
         row: Row,
         deadline: float,
@@ -78,7 +78,8 @@ class Converter:
     ) -> PullOutcome:
         """As `pull_and_verify`, of as many blocks as there are places for; `num_verified` of them are in the row, too.
 
-        `client` writes into the staging memory; `first` is the position of `wanted[0]` in the peer's row.
+        `client` writes into the staging memory; `first` is the position of `wanted[0]`, which like all that follow it
+        without a gap is a whole block, in the peer's row.
         """
         start = time.monotonic()
         outcome = PullOutcome(0, 0, 0, 0.0, None)
@@ -94,8 +95,8 @@ class Converter:
         return replace(outcome, seconds=time.monotonic() - start, failure=outcome.failure or failure)
 
 
-def _landing_at(place: int, block: WantedBlock) -> WantedBlock:
-    return WantedBlock(BlockRead(block.read.remote_block, block.read.remote_generation, place), block.checksum)
+def _landing_at(place: int, block: WantedBytes) -> WantedBytes:
+    return WantedBytes(block.read._replace(local_block=place), block.parts)
 
 
 class Converters:

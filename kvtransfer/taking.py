@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from baton.v1 import handover_pb2 as pb
 from kvtransfer.conversion import Conversion, Row
 from kvtransfer.lanes.base import BlockRead
-from kvtransfer.pulls import PullOutcome, WantedBlock
+from kvtransfer.pulls import Part, PullOutcome, WantedBytes
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -50,15 +50,41 @@ class IntakeResult:
     answer: Answer | None = None
 
 
+@dataclass(slots=True)
+class OfferedBlock:
+    """A block of the peer: the bytes offered so far, from its begin on, and those of them that are here and right."""
+
+    block_id: int
+    generation: int
+    parts: list[Part]
+    num_checked: int = 0
+    """Of `parts`."""
+
+    @property
+    def bytes_offered(self) -> int:
+        return self.parts[-1].end
+
+    @property
+    def bytes_checked(self) -> int:
+        return self.parts[self.num_checked - 1].end if self.num_checked else 0
+
+
 class Taking:
     """One hand-over on its way in. Used on the event loop's thread, except for `cancelled`, which pulls look at."""
 
     def __init__(
-        self, handover_id: str, block_ids: Sequence[int], first_block: int, names: Sequence[bytes] = ()
+        self,
+        handover_id: str,
+        block_ids: Sequence[int],
+        first_block: int,
+        num_layers: int,
+        block_bytes: int,
+        names: Sequence[bytes] = (),
     ) -> None:
         """`block_ids`: the local block of every position; those before `first_block` are here already.
 
-        `names`, of all these blocks: nobody assigned this hand-over, the peer is asked what it has of them.
+        A block has `num_layers` and `block_bytes`. `names`, of all these blocks: nobody assigned this hand-over, the
+        peer is asked what it has of them.
         """
         self.handover_id = handover_id
         self.names = names
@@ -67,19 +93,23 @@ class Taking:
         self._offered_at: float | None = None
         self.row = Row(list(block_ids), first_block)
         self.num_verified = first_block
-        """Leading blocks of the peer's row that are here."""
+        """Leading blocks of the peer's row that are here, all layers of them."""
         self.failure: str | None = None
         self.cancelled = threading.Event()
         self.changed = asyncio.Event()
         self.pull: Future[PullOutcome] | None = None
         self._conversion: Conversion | None = None
-        self._offered: list[WantedBlock] = []  # from position _first_wanted on
+        self._num_layers = num_layers
+        self._block_bytes = block_bytes
+        self._offered: list[OfferedBlock] = []  # from position _first_wanted on
         self._first_wanted = first_block
+        self._batch: list[tuple[OfferedBlock, int]] = []
         self._closed: pb.OfferClosed | None = None
 
     def convert_with(self, conversion: Conversion) -> None:
         """The peer's row has other blocks than the one here. Comes before any offer."""
         self._conversion = conversion
+        self._block_bytes = conversion.peer.block_bytes
         self.num_verified = self._first_wanted = conversion.first_needed(self.row.first_block)
 
     @property
@@ -112,21 +142,38 @@ class Taking:
     def on_offer(self, offer: pb.Offer) -> None:
         self._offered_at = self._offered_at or time.monotonic()
         position = self._first_wanted + len(self._offered)
-        end = position + len(offer.blocks)
-        if offer.first_block != position or self._closed is not None:
+        num_layers = offer.num_layers or self._num_layers
+        if not self._first_wanted <= offer.first_block <= position or self._closed is not None:
             self.end(f"the peer offered block {offer.first_block} where {position} was due")
-        elif end > self._num_wanted:
+        elif offer.first_block + len(offer.blocks) > self._num_wanted:
             self.end(f"the peer offers more than the {len(self.row.block_ids)} blocks that are reserved here")
+        elif num_layers > self._num_layers:
+            self.end(f"the peer offers {num_layers} layers, and there are {self._num_layers}")
         else:
-            # Where blocks are converted, each pull has its own places to land; see `staging.Converter`.
-            local = self.row.block_ids[position:end] if self._conversion is None else [0] * len(offer.blocks)
-            for block, local_block in zip(offer.blocks, local, strict=True):
-                read = BlockRead(block.block_id, block.generation, local_block)
-                self._offered.append(WantedBlock(read, block.checksum))
-            self.changed.set()
+            end = num_layers * (self._block_bytes // self._num_layers)
+            if all(self._extend(offer.first_block + index, each, end) for index, each in enumerate(offer.blocks)):
+                self.changed.set()
+            else:
+                self.end(f"the peer offered block {offer.first_block} once more, and not with more layers")
+
+    def _extend(self, position: int, offered: pb.OfferedBlock, end: int) -> bool:
+        """The block at a position is final up to byte `end`."""
+        part, index = Part(end, offered.checksum), position - self._first_wanted
+        if index == len(self._offered):
+            self._offered.append(OfferedBlock(offered.block_id, offered.generation, [part]))
+            return True
+        block = self._offered[index]
+        same = (block.block_id, block.generation) == (offered.block_id, offered.generation)
+        if not same or block.bytes_offered >= end:
+            return False
+        block.parts.append(part)
+        return True
 
     def on_closed(self, closed: pb.OfferClosed) -> None:
         end = self._first_wanted + len(self._offered)
+        if any(block.bytes_offered < self._block_bytes for block in self._offered):
+            self.end("the peer closed what it has not offered in full")
+            return
         # A row that ends before the first block wanted is here in full already; nothing is offered then.
         if closed.num_blocks != end and (self._offered or closed.num_blocks > end):
             self.end(f"the peer closed at {closed.num_blocks} blocks, and block {end} was due")
@@ -147,10 +194,43 @@ class Taking:
                 self.end("the peer closed what it has not written")
         self.changed.set()
 
-    def next_batch(self, max_blocks: int) -> list[WantedBlock]:
-        start = self.num_verified - self._first_wanted
-        # Nothing is offered where the peer writes by itself.
-        return self._offered[start : start + max_blocks]
+    def next_batch(self, max_bytes: int) -> list[WantedBytes]:
+        """What is offered and not here, from the first position on; of one block more than `max_bytes` if need be.
+
+        Whole blocks without a gap where they are converted.
+        """
+        batch: list[WantedBytes] = []
+        self._batch = []
+        for position in range(self.num_verified, self._first_wanted + len(self._offered)):
+            block = self._offered[position - self._first_wanted]
+            start, end = block.bytes_checked, block.bytes_offered
+            if self._conversion is not None and end < self._block_bytes:
+                break
+            if start == end:
+                continue
+            max_bytes -= end - start
+            if batch and max_bytes < 0:
+                break
+            # Where blocks are converted, each pull has its own places to land; see `staging.Converter`.
+            local_block = self.row.block_ids[position] if self._conversion is None else 0
+            read = BlockRead(block.block_id, block.generation, local_block, start, end - start)
+            batch.append(WantedBytes(read, tuple(block.parts[block.num_checked :])))
+            self._batch.append((block, len(block.parts)))
+        return batch
+
+    def on_pulled(self, num_right: int) -> tuple[int, int]:
+        """So many leading entries of the latest batch are here. Returns how many blocks that completes, and bytes."""
+        num_bytes, before = 0, self.num_verified
+        for block, num_checked in self._batch[:num_right]:
+            num_bytes -= block.bytes_checked
+            block.num_checked = num_checked
+            num_bytes += block.bytes_checked
+        end = self._first_wanted + len(self._offered)
+        while self.num_verified < end:
+            if self._offered[self.num_verified - self._first_wanted].bytes_checked < self._block_bytes:
+                break
+            self.num_verified += 1
+        return self.num_verified - before, num_bytes
 
     def answer(self) -> Answer | None:
         if not self.names:

@@ -15,7 +15,7 @@ from baton.v1 import handover_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 MAX_FRAME_BYTES: Final = 1 << 20
 MAX_OFFER_BLOCKS: Final = 1024  # in one message: about 30 KB
 MAX_WANT_NAMES: Final = 4096  # in one message: about 70 KB

@@ -7,7 +7,8 @@ Life of a hand-over on the offering side:
    into them: each step says how far they are written, and the last word is that nothing writes there any more.
    What comes too late or does not fit is counted, and goes on as follows. Otherwise what the tiers or the prefix cache
    of another worker have of the prompt is brought here first, where that is sooner than computing it.
-2. Each step that finishes blocks offers them: the decode worker pulls chunk i while chunk i+1 is computed.
+2. Each step that finishes blocks offers them, group of layers by group of layers: the decode worker pulls the first
+   while the next are computed, and the last while the last layer goes on.
 3. The last chunk also samples the first token. It leaves straight to the coordinator, and closes the offer.
 4. The engine request is over; its blocks belong to the lease. They go back to the pool when the decode worker
    releases them, or after its death or the end of the lease, when nobody can read them any more.
@@ -113,7 +114,11 @@ class PrefillRole(RoleHandler):
     def on_computed(self, attempt: Attempt, computed: Computed) -> None:
         lease = self._leases[attempt.key]
         if not lease.placed:
-            self.offers.offer(attempt.key, computed.first_block, computed.block_ids, computed.generations)
+            if computed.block_ids:
+                blocks = computed.first_block, computed.block_ids, computed.generations
+                self.offers.offer(attempt.key, *blocks, computed.num_layers)
+            if not computed.is_whole:
+                return
         elif not computed.last:
             self.offers.written(attempt.key, computed.first_block + len(computed.block_ids), stopped=False)
         lease.num_blocks = computed.first_block + len(computed.block_ids)

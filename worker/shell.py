@@ -255,6 +255,8 @@ class WorkerShell(LinkHandler):
         for computed in output.computed:
             if attempt := self._attempts.get(computed.request_id):
                 attempt.role.on_computed(attempt, computed)
+                if not computed.is_whole:
+                    continue
                 progress = wire.Progress(id=attempt.id, computed_tokens=computed.num_tokens)
                 self._send(wire.WorkerMessage(progress=progress))
         if output.tokens:

@@ -26,7 +26,7 @@ class StepLoopFull(BatonError):
 
 
 class StepLoop:
-    """Runs `engine` until `stop`. `on_output` is called on the asyncio loop, once a step, in order.
+    """Runs `engine` until `stop`. `on_output` is called on the asyncio loop, in order, at least once a step.
 
     A crash of the engine is not survivable (its books may be torn), so it is reported once through `on_crash`, and
     the process is expected to end.
@@ -109,12 +109,15 @@ class StepLoop:
                 self._wake.wait(timeout=1.0)
             return not self._stopping
 
+    def _report(self, output: StepOutput) -> None:
+        self._loop.call_soon_threadsafe(self._on_output, output)
+
     def _once(self) -> None:
         with self._wake:
             commands, self._commands = self._commands, deque()
         for command in commands:
             command(self._engine)
-        output = self._engine.step() if self._engine.has_work() else None
+        output = self._engine.step(self._report) if self._engine.has_work() else None
         self._load = self._engine.load()
         if output is not None:
-            self._loop.call_soon_threadsafe(self._on_output, output)
+            self._report(output)

@@ -370,7 +370,7 @@ class OfferedBlock(_message.Message):
     generation: _builtins.int
     """of that block: bumped whenever its content may change"""
     checksum: _builtins.int
-    """xxh3_64 of the block's bytes"""
+    """xxh3_64 of its bytes in the layers that the Offer adds"""
     def __init__(
         self,
         *,
@@ -388,16 +388,21 @@ Global___OfferedBlock: _TypeAlias = OfferedBlock  # noqa: Y015
 
 @_typing.final
 class Offer(_message.Message):
-    """Blocks whose content is final, in order, as each chunk of the prompt is computed."""
+    """Blocks whose content is final, in order, as each chunk of the prompt is computed. While it is computed, its leading
+    layers may be offered first: the same blocks then come again, each time with more layers.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     HANDOVER_ID_FIELD_NUMBER: _builtins.int
     FIRST_BLOCK_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_LAYERS_FIELD_NUMBER: _builtins.int
     handover_id: _builtins.str
     first_block: _builtins.int
     """position of blocks[0] in the hand-over"""
+    num_layers: _builtins.int
+    """leading layers that are final; 0: all"""
     @_builtins.property
     def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___OfferedBlock]: ...
     def __init__(
@@ -406,10 +411,11 @@ class Offer(_message.Message):
         handover_id: _builtins.str = ...,
         first_block: _builtins.int = ...,
         blocks: _abc.Iterable[Global___OfferedBlock] | None = ...,
+        num_layers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "first_block", b"first_block", "handover_id", b"handover_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "first_block", b"first_block", "handover_id", b"handover_id", "num_layers", b"num_layers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

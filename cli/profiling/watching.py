@@ -18,14 +18,14 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 
 from engine.costs import StepShape
-from engine.engine import Engine
+from engine.engine import Engine, OnOutput
 from engine.loading import LoadedModel
-from engine.plan import Runner, StepPlan, StepResult
+from engine.plan import OnLayer, Runner, StepPlan, StepResult
 from engine.requests import EngineRequest, StepOutput
 from engine.weights import Weights
 from kernels.ops import Matrix, Ops
 from kvtransfer import pulls
-from kvtransfer.lanes.base import BlockRead, LaneClient, LaneEndpoint
+from kvtransfer.lanes.base import TO_END, BlockRead, LaneClient, LaneEndpoint
 from kvtransfer.lanes.registry import LANES, Lane
 from kvtransfer.memory import PoolMemory
 from kvtransfer.offers import OfferServer
@@ -149,9 +149,9 @@ class WatchedRunner:
         self._runner = runner
         self.latest: tuple[StepPlan, int, int] | None = None
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult:
         start = now()
-        result = self._runner.run(plan)
+        result = self._runner.run(plan, on_layer)
         self.latest = (plan, start, now())
         return result
 
@@ -183,21 +183,30 @@ class WatchedEngine(Engine):
             self._notes.received[request_id] = (now(), num_tokens)
         return received
 
-    def step(self) -> StepOutput:
+    def step(self, on_output: OnOutput | None = None) -> StepOutput:
+        def early(output: StepOutput) -> None:
+            self._note(output, now())
+            if on_output is not None:
+                on_output(output)
+
+        notes = self._notes
         self._watched.latest = None
         self._ops.take()
         start = now()
-        output = super().step()
+        output = super().step(early if on_output is not None else None)
         end = now()
-        notes = self._notes
         if self._watched.latest is not None:
             plan, run_start, run_end = self._watched.latest
             shape = StepShape.of(plan)
             notes.steps.append(Step(shape, start, run_start, run_end, end, self._ops.take(), output))
-        for reserved in output.reserved:
-            notes.reserved[reserved.request_id] = (end, reserved.num_cached_blocks)
-        notes.computed += [(end, each.request_id, len(each.block_ids)) for each in output.computed]
+        self._note(output, end)
         return output
+
+    def _note(self, output: StepOutput, at_ns: int) -> None:
+        for reserved in output.reserved:
+            self._notes.reserved[reserved.request_id] = (at_ns, reserved.num_cached_blocks)
+        whole = [each for each in output.computed if each.is_whole and each.block_ids]
+        self._notes.computed += [(at_ns, each.request_id, len(each.block_ids)) for each in whole]
 
 
 @dataclass(frozen=True)
@@ -260,8 +269,10 @@ class WatchedLaneClient(LaneClient):
     def pull(self, reads: Sequence[BlockRead], deadline: float, cancelled: threading.Event | None = None) -> None:
         start = now()
         self._client.pull(reads, deadline, cancelled)
-        count = len(reads)
-        self._spans.append(TransferSpan("pull", _thread(), start, now(), self.name, count, count * self._block_bytes))
+        num_bytes = sum(
+            self._block_bytes - each.offset if each.num_bytes == TO_END else each.num_bytes for each in reads
+        )
+        self._spans.append(TransferSpan("pull", _thread(), start, now(), self.name, len(reads), num_bytes))
 
     def close(self) -> None:
         self._client.close()

@@ -17,7 +17,7 @@ from engine.gpu.decode_graphs import Capture, DecodeGraphs
 from engine.gpu.sampler import DeviceSampler, DeviceSamples
 from engine.loading import LoadedModel
 from engine.model import Batch, Model
-from engine.plan import PlannedSequence, SampleSpec, StepPlan, StepResult
+from engine.plan import OnLayer, PlannedSequence, SampleSpec, StepPlan, StepResult
 from engine.pool import KVPool
 from engine.requests import SamplingParams
 from engine.rotary import Rotary
@@ -52,7 +52,7 @@ class DeviceRunner:
         counters.update(self.counters)
         self.counters = counters
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult:
         return self.launch(plan).result()
 
     @torch.inference_mode()

@@ -14,12 +14,13 @@ from baton.block_names import root_name
 from engine.block_tables import fence_id
 from engine.blocks import BlockAllocator, BlockState, Owner, OwnerKind
 from engine.engine import Engine
-from engine.plan import PENDING, DraftRequest, PlannedSequence, Sampled, StepPlan, StepResult
+from engine.plan import PENDING, DraftRequest, OnLayer, PlannedSequence, Sampled, StepPlan, StepResult
 from engine.requests import EndReason, EngineRequest, Handover, Named, Placement, SamplingParams, StepOutput
 from engine.scheduler import Scheduler
 from engine.sequence import Phase, Sequence
 
 PAGE = 4
+LAYERS, GROUPS = 5, (2, 4, 5)
 VOCABULARY = 40
 ROOT = root_name("stand-in")
 LONG_PROMPT = 26
@@ -124,8 +125,12 @@ class StandInRunner:
     def read(self, block_ids: list[int], position: int) -> int | None:
         return self.kv.get((block_ids[position // PAGE], position % PAGE))
 
-    def run(self, plan: StepPlan) -> StepResult:
-        return self.launch(plan).result()
+    def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult:
+        result = self.launch(plan).result()
+        for num_layers in range(1, LAYERS + 1):
+            if on_layer is not None:
+                on_layer(num_layers)
+        return result
 
     def launch(self, plan: StepPlan) -> Flight:
         self.plans.append(plan)
@@ -317,8 +322,9 @@ class World:
         max_waiting: int = 64,
         look_ahead: bool = False,
         keeps: float = 0.0,
+        early: bool = False,
     ) -> None:
-        """`keeps`: share of the named blocks that the store keeps."""
+        """`keeps`: share of the named blocks that the store keeps. `early`: hear what a step says while it runs."""
         self.max_model_tokens = max_model_tokens
         self.runner = StandInRunner(max_model_tokens)
         self.drafter = StandInDrafter(self.runner)
@@ -335,7 +341,9 @@ class World:
             drafter=self.drafter,
             look_ahead=look_ahead,
             store=self.store,
+            layer_groups=GROUPS,
         )
+        self.early = early
         self.allocator: BlockAllocator = self.engine._scheduler._allocator
         self.runner.scheduler = self.engine._scheduler
         self.outputs: dict[str, list[int]] = {}
@@ -349,6 +357,8 @@ class World:
         self.num_stored = 0
         """Blocks that were to be loaded."""
         self.announced: dict[str, Announced] = {}
+        self.announced_layers: list[tuple[str, int, int]] = []
+        """(request id, number of leading blocks, of how many layers), as they come."""
         self.leases: set[str] = set()
         self.quarantined: set[str] = set()
         self.aborting: set[str] = set()
@@ -364,7 +374,13 @@ class World:
         return stream
 
     def step(self) -> StepOutput:
-        output = self.engine.step()
+        """What the engine returned."""
+        output = self.engine.step(self._note if self.early else None)
+        self._note(output)
+        self.check()
+        return output
+
+    def _note(self, output: StepOutput) -> None:
         self.started += [started.request_id for started in output.started]
         assert len(set(self.started)) == len(self.started)
         for reserved in output.reserved:
@@ -385,6 +401,10 @@ class World:
             if self.allocator.generations[named.block_id] == named.generation:  # else it was handed out again
                 self.store.save(named, self.runner)
         for computed in output.computed:
+            num_blocks = computed.first_block + len(computed.block_ids)
+            self.announced_layers.append((computed.request_id, num_blocks, computed.num_layers or LAYERS))
+            if not computed.is_whole:
+                continue
             announced = self.announced.setdefault(computed.request_id, Announced())
             assert computed.first_block == len(announced.block_ids)
             assert not announced.last
@@ -400,8 +420,6 @@ class World:
         for ended in output.ended:
             self._note_end(ended.request_id, ended.reason, ended.num_output_tokens)
             assert ended.request_id not in self.drafter.known, "the drafter was told"
-        self.check()
-        return output
 
     def _note_end(self, request_id: str, reason: EndReason, num_output_tokens: int) -> None:
         assert request_id not in self.ended

@@ -32,7 +32,7 @@ from engine.measuring import (
     plan_of,
     prefill_shapes,
 )
-from engine.plan import StepPlan, StepResult
+from engine.plan import OnLayer, StepPlan, StepResult
 
 LAW = Fit(step=2e-3, token=1e-4, row=1e-5, position=1e-8, pair=1e-9, errors=Errors(0.0, 0.0, 0.0))
 """The machine of these tests: what a step of any shape takes there."""
@@ -203,7 +203,7 @@ class _Clockwork:
     def __init__(self) -> None:
         self.plans: list[StepPlan] = []
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult:
         self.plans.append(plan)
         return StepResult({})
 

@@ -8,13 +8,13 @@ import pytest
 from baton.metrics import WORKER_COUNTERS
 from engine.blocks import BlockAccountingError
 from engine.engine import Engine
-from engine.plan import StepPlan
+from engine.plan import OnLayer, StepPlan
 from engine.requests import EngineLoad, Handover, StepOutput
 from tests.engine.stand_in import PAGE, ROOT, World, make_request, shareable_tokens
 
 
 class BrokenRunner:
-    def run(self, plan: StepPlan) -> NoReturn:
+    def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> NoReturn:
         raise RuntimeError("device lost")
 
 

@@ -37,8 +37,9 @@ class EngineMachine(RuleBasedStateMachine):
         max_running=st.sampled_from([1, 3, 5]),
         max_batch_tokens=st.sampled_from([5, 13]),
         keeps=st.sampled_from([0.0, 0.7, 1.0]),
+        early=st.booleans(),
     )
-    def start(self, num_blocks: int, max_running: int, max_batch_tokens: int, keeps: float) -> None:
+    def start(self, num_blocks: int, max_running: int, max_batch_tokens: int, keeps: float, early: bool) -> None:
         self.num_added = 0
         self.world = World(
             num_blocks=num_blocks,
@@ -48,6 +49,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_waiting=8,
             look_ahead=self.look_ahead,
             keeps=keeps,
+            early=early,
         )
 
     def any_id(self, data: st.DataObject) -> str:

@@ -44,13 +44,41 @@ def test_a_giver_announces_blocks_chunk_by_chunk_and_hands_over_with_the_first_t
     world.assert_idle()
 
 
-def test_a_givers_cached_blocks_are_announced_with_the_first_event() -> None:
+def test_blocks_are_announced_group_of_layers_by_group_while_the_step_runs() -> None:
+    world = World(max_batch_tokens=12, early=True)
+    # 1. Something that a second prompt shares.
+    world.add(make_request("a", list(range(1, 9)), max_tokens=1))
+    world.run_to_the_end()
+    # 2. What is cached is announced in full before the step, the rest while it is computed.
+    world.add(make_request("b", list(range(1, 26)), Handover.GIVE))
+    output = world.step()
+    assert world.announced_layers == [("b", 2, 5), ("b", 5, 2), ("b", 5, 4), ("b", 5, 5)]
+    assert output.computed == []
+    # 3. The partial block comes with the last chunk; that it was the last is known with the token.
+    (computed,) = world.step().computed
+    assert world.announced_layers[4:] == [("b", 7, 2), ("b", 7, 4), ("b", 7, 5), ("b", 7, 5)]
+    assert (computed.first_block, computed.block_ids, computed.num_tokens, computed.last) == (7, (), 25, True)
+    world.run_to_the_end()
+
+
+def test_what_was_announced_while_a_step_ran_is_leased_however_it_ends() -> None:
+    world = World(early=True)
+    world.add(make_request("a", [1, 2, 3, 4, 5], Handover.GIVE, max_tokens=1))
+    world.step()
+    assert world.ended["a"] is EndReason.LENGTH
+    assert world.leases == {"a"}
+    assert world.allocator.counts().leased == 2
+    world.run_to_the_end()
+
+
+def test_a_givers_cached_blocks_are_announced_first() -> None:
     world = World(max_batch_tokens=8)
     world.add(make_request("before", list(range(12))))
     world.run_to_the_end()
     world.add(make_request("given", list(range(23)), GIVE))
-    (computed,) = world.step().computed
-    assert (computed.first_block, len(computed.block_ids), computed.num_tokens) == (0, 5, 20)
+    cached, computed = world.step().computed
+    assert (cached.first_block, len(cached.block_ids), cached.num_tokens) == (0, 3, 12)
+    assert (computed.first_block, len(computed.block_ids), computed.num_tokens) == (3, 2, 20)
     (computed,) = world.step().computed
     assert (computed.first_block, len(computed.block_ids), computed.num_tokens, computed.last) == (5, 1, 23, True)
     world.run_to_the_end()
@@ -61,10 +89,11 @@ def test_a_giver_whose_prompt_is_cached_whole_announces_its_own_copy() -> None:
     world.add(make_request("before", list(range(8))))
     world.run_to_the_end()
     world.add(make_request("given", list(range(8)), GIVE))
-    (computed,) = world.step().computed
+    cached, computed = world.step().computed
     ((source, target),) = world.runner.plans[-1].copies
     assert computed.last
-    assert computed.block_ids[-1] == target != source
+    assert (cached.num_tokens, computed.block_ids) == (4, (target,))
+    assert source not in (target, *cached.block_ids)
     world.run_to_the_end()
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from baton.errors import ConfigurationError
 from engine.engine import Engine
-from engine.plan import PENDING, Sampled, StepPlan, StepResult
+from engine.plan import PENDING, OnLayer, Sampled, StepPlan, StepResult
 from engine.requests import EndReason, EngineRequest, Handover, SamplingParams
 from tests.engine.stand_in import PAGE, ROOT, World, make_request, shareable_tokens, undisturbed
 
@@ -239,7 +239,7 @@ def test_seconds_in_which_two_steps_overlap_are_counted_once(monkeypatch: pytest
 
 
 class WaitingRunner:
-    def run(self, plan: StepPlan) -> StepResult:
+    def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult:
         return StepResult({})
 
 

@@ -13,7 +13,7 @@ from baton.config import EngineOptions, validate
 from baton.errors import ConfigurationError
 from cli.assembly import assemble
 from engine.loading import load_model
-from engine.plan import DraftRequest, Sampled, SampleSpec, StepPlan, StepResult
+from engine.plan import DraftRequest, OnLayer, Sampled, SampleSpec, StepPlan, StepResult
 from engine.requests import SamplingParams
 from engine.speculation.draft_model import MIN_CHUNK, DraftModel, check_same_vocabulary
 from tests.engine.tiny_models import write_tiny_model
@@ -43,7 +43,7 @@ class NumberRunner:
     kv: dict[tuple[int, int], int] = field(default_factory=dict)
     plans: list[StepPlan] = field(default_factory=list)
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult:
         self.plans.append(plan)
         blocks = [block for sequence in plan.sequences for block in sequence.block_ids]
         assert len(set(blocks)) == len(blocks), "a block has one owner"

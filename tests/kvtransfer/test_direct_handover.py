@@ -57,6 +57,7 @@ SETTINGS = replace(OPTIONS, lanes="fake", direct_wait_s=1.0)
 class World:
     """A prefill worker that writes, and a decode worker that lends its pool."""
 
+    owner: Owner
     offers: OfferServer
     intake: Intake
     direct: DirectServer
@@ -92,19 +93,20 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def world() -> AsyncIterator[World]:
+async def world(**options: float) -> AsyncIterator[World]:
+    settings = replace(SETTINGS, **options)
     source, target = PoolMemory.create(NUM_BLOCKS, BLOCK_BYTES, num_peer_blocks=4 * NUM_BLOCKS), new_memory()
     fill(source)
     direct, owner, counters = DirectServer(source), Owner(), dict[str, float]()
-    lanes = [lane.serve("127.0.0.1") for lane in parse_lanes(SETTINGS.lanes)]
+    lanes = [lane.serve("127.0.0.1") for lane in parse_lanes(settings.lanes)]
     callbacks = owner.on_released, owner.on_quarantined, owner.on_resolved
     wants: dict[str, Placed | None] = {}
-    offers = OfferServer(PREFILL, LAYOUT, source, lanes, SETTINGS, {}, *callbacks, direct, wants.__setitem__)
+    offers = OfferServer(PREFILL, LAYOUT, source, lanes, settings, {}, *callbacks, direct, wants.__setitem__)
     address = await offers.start("127.0.0.1")
-    intake = Intake(DECODE, LAYOUT, target, parse_lanes(SETTINGS.lanes), SETTINGS, counters)
+    intake = Intake(DECODE, LAYOUT, target, parse_lanes(settings.lanes), settings, counters)
     peer = PeerRef(PREFILL.worker_id, PREFILL.incarnation, address)
     try:
-        yield World(offers, intake, direct, source, target, peer, counters, wants)
+        yield World(owner, offers, intake, direct, source, target, peer, counters, wants)
     finally:
         await intake.stop()
         await offers.stop()
@@ -175,6 +177,26 @@ async def test_a_lost_connection_keeps_the_fence_until_the_writer_has_given_the_
         assert not result.fence.done()
         pair.write(placed, 0, 8, value=9)  # what a step in flight does; it still may
         pair.offers.written("h", 8, stopped=True)
+        await asyncio.wait_for(result.fence, 5)
+
+
+@in_loop
+async def test_a_lease_that_ends_while_the_row_is_written_leaves_the_fence_up() -> None:
+    async with world(lease_s=0.3) as pair:
+        taking = pair.take(scattered(8))
+        pair.offers.open("h", DECODE_REF)
+        placed = await pair.placed()
+        (link,) = pair.intake._users
+        link._tasks[-1].cancel()  # it renews nothing any more
+        pair.offers.written("h", 3, stopped=False)
+        result = await taking
+        assert (result.num_blocks, result.failure) == (3, "the lease ended")
+        await pair.owner.has_seen("h", "quarantined")
+        await pair.owner.has_seen("h", "resolved")
+        assert result.fence is not None
+        assert not result.fence.done()
+        pair.write(placed, 3, 8, value=9)  # what a step in flight does; it still may
+        pair.offers.written("h", 3, stopped=True)
         await asyncio.wait_for(result.fence, 5)
 
 

@@ -580,7 +580,7 @@ def test_a_block_whose_bytes_change_after_the_offer_is_counted_and_never_verifie
     async def scenario(world: Pair) -> None:
         world.offers.open("h", DECODE_REF)
         world.offer("h", 0, [5, 6])
-        await until(lambda: len(world.offers._outgoing["h"].ready) == 2)
+        await until(lambda: len(world.offers._outgoing["h"].ready) == 1)
         world.source.blocks[6, 100] ^= 1  # without a new generation: memory gone bad
         result = await world.take("h", [0, 1])
         assert (result.num_blocks, world.intake_counters["handover_checksum_failures"]) == (1, 1)

@@ -23,7 +23,7 @@ from kvtransfer.lanes import streams, tcp
 from kvtransfer.lanes.base import BlockRead, LaneClient, LaneEndpoint
 from kvtransfer.lanes.registry import LANES
 from kvtransfer.memory import PoolMemory
-from kvtransfer.pulls import WantedBlock, pull_and_verify
+from kvtransfer.pulls import Part, WantedBytes, pull_and_verify
 from tests.kvtransfer.world import BLOCK_BYTES, NUM_BLOCKS, ROOT, new_memory
 
 LANES_HERE = ("shm", "cma", "tcp")
@@ -300,7 +300,8 @@ def test_corrupt_bytes_of_a_network_are_no_blocks():
         return data[:-1] + bytes([data[-1] ^ 1]) if len(data) > BLOCK_BYTES else data
 
     with through_proxy(flip) as (proxy, client, source, target):
-        wanted = [WantedBlock(read, xxhash.xxh3_64_intdigest(source.blocks[read.remote_block])) for read in SMALL]
+        sums = [xxhash.xxh3_64_intdigest(source.blocks[read.remote_block]) for read in SMALL]
+        wanted = [WantedBytes(read, [Part(BLOCK_BYTES, sum_)]) for read, sum_ in zip(SMALL, sums, strict=True)]
         proxy.begin.set()
         outcome = pull_and_verify(client, target, wanted, soon(2), threading.Event())
         assert outcome.failure is not None

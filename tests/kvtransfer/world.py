@@ -23,7 +23,7 @@ from kvtransfer.lanes.registry import parse_lanes
 from kvtransfer.layout import BlockLayout
 from kvtransfer.memory import PoolMemory
 from kvtransfer.offers import OfferServer
-from kvtransfer.wire import Numbering, PeerIdentity, PeerRef
+from kvtransfer.wire import PROTOCOL_VERSION, Numbering, PeerIdentity, PeerRef
 
 ROOT = Path(__file__).parents[2]
 LAYOUT = BlockLayout("tiny", "float32", 2, 2, 16, 16)
@@ -175,7 +175,7 @@ class RawPuller:
         await self._socket.send(self.numbering.stamp(pb.HandoverMessage(**body)))
 
     async def hello(
-        self, expected: int = PREFILL.incarnation, version: int = 1, layout: BlockLayout = LAYOUT
+        self, expected: int = PREFILL.incarnation, version: int = PROTOCOL_VERSION, layout: BlockLayout = LAYOUT
     ) -> pb.HelloReply:
         hello = pb.Hello(
             protocol_version=version,

@@ -16,7 +16,7 @@ from baton.v1 import worker_link_pb2 as wire
 from engine.blocks import Owner, OwnerKind
 from engine.engine import Engine
 from engine.loading import LoadedModel
-from engine.plan import StepPlan, StepResult
+from engine.plan import OnLayer, StepPlan, StepResult
 from tests.engine.tiny_models import VOCAB_SIZE, reference_generate, write_tiny_model
 from tests.relay.pair import Pair, Worker, load, relay
 
@@ -65,24 +65,25 @@ async def forget_cached(worker: Worker) -> None:
 
 
 @asynccontextmanager
-async def writing(pair: Pair) -> AsyncIterator[threading.Event]:
-    """The prefill worker stops in the second step of the next prompt, until the event is set."""
+async def writing(pair: Pair) -> AsyncIterator[tuple[threading.Event, threading.Event]]:
+    """The prefill worker stops in the second step of the next prompt: sets the first event, waits for the second."""
     assert pair.prefill is not None
-    go_on, steps = threading.Event(), itertools.count(1)
+    is_held, go_on, steps = threading.Event(), threading.Event(), itertools.count(1)
 
     def hold(engine: Engine) -> None:
         run = engine._runner.run
 
-        def held(plan: StepPlan) -> StepResult:
+        def held(plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult:
             if next(steps) == 2:
+                is_held.set()
                 go_on.wait(30)
-            return run(plan)
+            return run(plan, on_layer)
 
         engine._runner.run = held  # type: ignore[method-assign]
 
     await pair.prefill.shell.shell.steps.call(hold)
     try:
-        yield go_on
+        yield is_held, go_on
     finally:
         go_on.set()
 
@@ -194,10 +195,10 @@ def test_an_abort_at_any_moment_leaves_both_pools_whole(model: tuple[LoadedModel
 
 def test_aborted_blocks_stay_in_quarantine_until_the_writer_has_stopped(model: tuple[LoadedModel, Path]) -> None:
     async def run() -> None:
-        async with introduced(model[0]) as pair, writing(pair) as go_on:
+        async with introduced(model[0]) as pair, writing(pair) as (is_held, go_on):
             assert pair.prefill is not None
             request_id, _ = pair.start(PROMPT, 200, remote=True)
-            await until(lambda: pair.decode.counters()["handover_blocks_direct"] > 0)
+            await until(lambda: pair.decode.counters()["handover_blocks_direct"] > 0 and is_held.is_set())
             for worker in (pair.decode, pair.prefill):
                 worker.shell.shell.on_abort(wire.AttemptId(request_id=request_id, attempt=1))
             await asyncio.sleep(0.1)
@@ -213,10 +214,10 @@ def test_a_request_goes_on_in_other_blocks_while_the_writer_does_not_stop(
     model: tuple[LoadedModel, Path], sign: str
 ) -> None:
     async def run() -> None:
-        async with introduced(model[0]) as pair, writing(pair) as go_on:
+        async with introduced(model[0]) as pair, writing(pair) as (is_held, go_on):
             assert pair.prefill is not None
             request_id, stream = pair.start(PROMPT, NEW_TOKENS, remote=True)
-            await until(lambda: pair.decode.counters()["handover_blocks_direct"] > 0)
+            await until(lambda: pair.decode.counters()["handover_blocks_direct"] > 0 and is_held.is_set())
             if sign == "gives up":
                 pair.prefill.shell.shell._roles[wire.ROLE_PREFILL].offers.fail(f"{request_id}/1", "test")
             else:

@@ -13,6 +13,7 @@ from baton.config import EngineOptions, HandoverOptions
 from baton.v1 import worker_link_pb2 as wire
 from cli import assembly
 from engine.loading import LoadedModel, load_model
+from kvtransfer import outgoing
 from kvtransfer.intake import Intake
 from tests.engine.tiny_models import VOCAB_SIZE, reference_generate, write_tiny_model
 from tests.relay.pair import Pair, load, relay
@@ -30,20 +31,26 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, list[i
     return load(folder), reference_generate(folder, [PROMPT], NEW_TOKENS)[0].tokens
 
 
+@pytest.mark.parametrize("smallest_group", [outgoing.MIN_GROUP_BYTES, 1], ids=["whole blocks", "layer by layer"])
 @pytest.mark.parametrize(
     "faults",
-    ["corrupt=1", "corrupt=1-", "drop=1-", "misplace=1-", "duplicate=1-", "reorder=1-", "raise=1", "stale=1", "stall=1",
-     "delay=1-", "flip=1"],
+    ["", "corrupt=1", "corrupt=1-", "drop=1-", "misplace=1-", "duplicate=1-", "reorder=1-", "raise=1", "stale=1",
+     "stall=1", "delay=1-", "flip=1"],
 )  # fmt: skip
-def test_whatever_a_lane_does_the_tokens_are_right(model: tuple[LoadedModel, list[int]], faults: str) -> None:
+def test_whatever_a_lane_does_the_tokens_are_right(
+    model: tuple[LoadedModel, list[int]], faults: str, smallest_group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outgoing, "MIN_GROUP_BYTES", smallest_group)
+
     async def run() -> None:
-        handover = replace(HANDOVER, lanes=f"faulty:shm?{faults}", pull_timeout_s=0.5)
+        lanes = f"faulty:shm?{faults}" if faults else "shm"
+        handover = replace(HANDOVER, lanes=lanes, pull_timeout_s=0.5)
         async with relay(model[0], prefill=OPTIONS, decode=OPTIONS, handover=handover) as pair:
             stream = await pair.generate(PROMPT, NEW_TOKENS, remote=True)
             assert stream.output == model[1]
             await pair.whole()
             counters = pair.decode.counters()
-            harmless = faults.startswith(("duplicate", "reorder", "delay", "flip"))
+            harmless = not faults or faults.startswith(("duplicate", "reorder", "delay", "flip"))
             assert (counters["local_prefill_fallbacks"] == 0) == harmless, "the fault happened, and was counted"
 
     asyncio.run(run())
