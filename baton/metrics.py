@@ -33,6 +33,7 @@ WORKER_COUNTERS: dict[str, str] = {
     "prefix_fetches": "Times that another worker was asked for the beginning of a prompt",
     "prefix_fetches_empty": "Of these, the ones to which it had nothing",
     "prefix_fetches_failed": "Of these, the ones that ended early; what had not come was computed instead",
+    "prefix_fetch_seconds": "Seconds that requests waited for these fetches",
     "prefix_blocks_lent": "Blocks of the prefix cache that were offered to a worker that asked for them",
     "kv_blocks_loaded": "Blocks that came from host memory, disk or the shared store",
     "kv_loads_missed": "Blocks that were expected there and did not come; computed instead",

@@ -116,7 +116,9 @@ class PrefixFetcher:
             del self._fetches[key]
         self._count("prefix_fetches", 1)
         self._count("prefix_fetches_empty", result.num_blocks == 0 and result.failure is None)
-        self._judge(peer, result, time.monotonic() - start, limit_s)
+        took_s = time.monotonic() - start
+        self._count("prefix_fetch_seconds", took_s)
+        self._judge(peer, result, took_s, limit_s)
         return Fetched(result.num_blocks, result.same_bits)
 
     def _judge(self, peer: PeerRef, result: IntakeResult, took_s: float, limit_s: float) -> None:

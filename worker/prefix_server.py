@@ -7,6 +7,7 @@
 """
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from functools import partial
 
@@ -16,6 +17,7 @@ from kvtransfer.offers import OfferServer
 from kvtransfer.wire import PeerIdentity, PeerRef
 from worker.step_loop import StepLoop
 
+log = logging.getLogger(__name__)
 MAX_READERS = 64
 """Fetches from here at one time; to those that come on top this worker has nothing."""
 OFFER_BLOCKS = 32
@@ -57,7 +59,12 @@ class PrefixServer:
         num_blocks = len(leased.block_ids)
         self._leases[key] = num_blocks > 0
         is_awaited = self.offers.is_awaited(key)
-        self.offers.open(key, PeerRef(peer.worker_id, peer.incarnation, ""))
+        try:
+            self.offers.open(key, PeerRef(peer.worker_id, peer.incarnation, ""))
+        except ValueError as error:
+            log.warning("a fetch is not served: %s", error)
+            self.on_lease_released(key, False)
+            return
         if not is_awaited:
             self.offers.fail(key, "nobody waits for it any more")
             return
