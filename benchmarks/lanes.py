@@ -219,9 +219,7 @@ def measure_peers(report: Report, root: Path, sizes: Sequence[int], figures: dic
         except Unavailable as reason:
             report.note(f"NIXL or ucx_perftest, {block_bytes >> 10} KiB: not measured: {reason}")
     report.note("ucx_perftest reads one buffer over and over: what it moves stays in cache.")
-    report.note(
-        "NIXL's pools are private memory in huge pages here, those of the lanes shared memory in pages of 4 KiB."
-    )
+    report.note("NIXL's pools are private memory, those of the lanes shared; both, and memcpy's, ask for huge pages.")
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 NAME = "shm"
 MAX_PEERS = 1024
-_TOUCH_S = 0.1  # at connecting, for about 2 GiB of page tables; the rest comes with the first copies
+_TOUCH_S = 0.1  # at connecting, for 2 GiB in small pages, 15 in huge ones; the rest comes with the first copies
 _TOUCH_BYTES = 64 << 10  # what the kernel maps at a time around a page that is missing (fault_around_bytes)
 _GREETING_TIMEOUT_S = 1.0  # a peer sends its token as soon as it is connected
 _TOKEN = struct.Struct("<Q")
@@ -127,7 +127,7 @@ class ShmLaneClient(LaneClient):
             if not fds or len(shape) != _SHAPE.size:
                 raise TransferError("lane shm: the peer refused")
             num_blocks, block_bytes = _SHAPE.unpack(shape)
-            remote = PoolMemory.attach(fds[0], num_blocks, block_bytes, readonly=True)
+            remote = PoolMemory.attach(fds[0], num_blocks, block_bytes)
             if block_bytes != local.block_bytes:
                 remote.close()
                 raise TransferError(f"a block has {block_bytes} bytes at the peer and {local.block_bytes} here")

@@ -1,13 +1,15 @@
 import fcntl
 import mmap
 import os
+import re
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from baton.errors import ConfigurationError, TransferError
-from kvtransfer.memory import PAGE_BYTES, PoolMemory, header_bytes
+from kvtransfer.memory import HUGE_PAGE_BYTES, PAGE_BYTES, PoolMemory, header_bytes
 
 
 def test_a_view_sees_the_owners_blocks_and_generations_but_cannot_write():
@@ -23,14 +25,67 @@ def test_a_view_sees_the_owners_blocks_and_generations_but_cannot_write():
         mmap.mmap(view.fd, PAGE_BYTES, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
-def test_blocks_lie_behind_the_generations_on_a_page_boundary():
-    memory = PoolMemory.create(513, 64)
-    assert header_bytes(513) == 2 * PAGE_BYTES
-    assert memory.blocks.ctypes.data % PAGE_BYTES == 0
-    assert memory.blocks.ctypes.data - memory.generations.ctypes.data == 2 * PAGE_BYTES
-    assert len(memory.buffer) == 513 * 64
-    np.frombuffer(memory.buffer, np.uint8)[64] = 9
-    assert memory.blocks[1, 0] == 9
+def test_blocks_lie_behind_the_generations_where_a_huge_page_can_begin():
+    num_blocks = HUGE_PAGE_BYTES // 8 + 1
+    owner = PoolMemory.create(num_blocks, 64)
+    assert header_bytes(num_blocks) == 2 * HUGE_PAGE_BYTES
+    assert header_bytes(num_blocks - 1) == HUGE_PAGE_BYTES
+    for memory in (owner, PoolMemory.attach(owner.open_readonly(), num_blocks, 64)):
+        assert memory.blocks.ctypes.data % HUGE_PAGE_BYTES == 0
+        assert memory.blocks.ctypes.data - memory.generations.ctypes.data == 2 * HUGE_PAGE_BYTES
+        assert len(memory.buffer) == num_blocks * 64
+    np.frombuffer(owner.buffer, np.uint8)[64] = 9
+    assert owner.blocks[1, 0] == 9
+
+
+def huge_bytes(array: np.ndarray) -> int:
+    """How much of the mapping around an array is in huge pages, by the kernel's account."""
+    for mapping in Path("/proc/self/smaps").read_text().split("VmFlags")[:-1]:
+        first, last = (int(end, 16) for end in re.search(r"^([0-9a-f]+)-([0-9a-f]+) ", mapping, re.M).groups())
+        if first <= array.ctypes.data < last:
+            return int(re.search(r"ShmemPmdMapped: +(\d+) kB", mapping)[1]) << 10
+    raise AssertionError("the array is in no mapping")
+
+
+def can_collapse() -> bool:
+    """Whether the kernel makes a huge page when asked to, in ordinary memory."""
+    scratch = mmap.mmap(-1, 2 * HUGE_PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = -np.frombuffer(scratch, np.uint8).ctypes.data % HUGE_PAGE_BYTES
+    scratch[start] = 1
+    try:
+        scratch.madvise(25, start, HUGE_PAGE_BYTES)  # MADV_COLLAPSE
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not can_collapse(), reason="this kernel has no huge pages at hand")
+def test_a_pool_and_the_views_of_its_peers_are_in_huge_pages():
+    owner = PoolMemory.create(40, 256 << 10)
+    assert huge_bytes(owner.blocks) == 12 << 20
+    assert not owner.blocks.any()
+    owner.blocks[39] = 7
+    view = PoolMemory.attach(owner.open_readonly(), 40, 256 << 10)
+    assert (view.blocks[39] == 7).all()
+    assert huge_bytes(view.blocks) > 0
+    writer = PoolMemory.create(3, 256 << 10, num_peer_blocks=100)
+    mapped = writer.map_peer(owner.fd, 40)
+    writer.touch_peer(mapped)
+    blocks = np.frombuffer(writer.buffer, np.uint8).reshape(103, 256 << 10)
+    assert huge_bytes(blocks[mapped.first_block]) == 40 * (256 << 10)
+    assert (blocks[mapped.first_block + 39] == 7).all()
+
+
+@pytest.mark.parametrize(("name", "value"), [("_MADV_COLLAPSE", 9999), ("_MAX_COLLAPSE_S", 0.0)])
+def test_where_huge_pages_are_refused_or_slow_a_pool_has_small_ones(name, value, monkeypatch, caplog):
+    monkeypatch.setattr("kvtransfer.memory." + name, value)
+    monkeypatch.setattr("kvtransfer.memory._COLLAPSED_BYTES", HUGE_PAGE_BYTES)
+    with caplog.at_level("INFO"):
+        memory = PoolMemory.create(40, 256 << 10)
+    assert re.search("huge pages for [02] of 12 MiB only", caplog.text)
+    assert os.fstat(memory.fd).st_blocks * 512 == 12 << 20, "not every page was taken at the start"
+    assert not memory.blocks.any()
+    assert huge_bytes(memory.blocks) <= HUGE_PAGE_BYTES
 
 
 def test_a_pool_has_no_name_that_a_killed_process_could_leave_behind():
