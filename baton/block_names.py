@@ -23,6 +23,11 @@ def root_name(model_fingerprint: str, adapter: str = "", cache_salt: str = "") -
     return digest.digest()
 
 
+def tenant_name(cache_salt: str) -> bytes:
+    """What tiers know the tenant of a salt by; empty for requests without one."""
+    return blake2b(cache_salt.encode(), digest_size=NAME_BYTES, person=b"baton-tenant").digest() if cache_salt else b""
+
+
 def block_name(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """Name of a full block that holds `token_ids` and follows the block named `parent`."""
     return blake2b(parent + array("I", token_ids).tobytes(), digest_size=NAME_BYTES).digest()

@@ -130,6 +130,18 @@ class TierOptions:
     disk_kv_memory: str = setting("16GiB", "what --disk-kv-folder may take of the disk")
     shared_kv_folder: str = setting("", "folder on a file system that workers share, for KV blocks; empty: none")
     shared_kv_memory: str = setting("256GiB", "what --shared-kv-folder may take, all workers together")
+    kv_write_policy: str = setting(
+        "through",
+        "when blocks are written there: through as soon as they are computed, eviction only when the pool is about to "
+        "need their room: tiers then hold less of what the pool has, and nothing of it when a worker ends",
+        ("through", "eviction"),
+    )
+    kv_ttl_s: float = setting(
+        0.0, "seconds after which blocks there that nobody used are given up; 0: none, in a shared folder a week"
+    )
+    kv_tenant_share: float = setting(
+        1.0, "of each of these, what the requests of one cache_salt may have at most; those without one are not limited"
+    )
 
 
 @dataclass(frozen=True)
@@ -206,6 +218,12 @@ def validate(options: object) -> None:
     if isinstance(options, TierOptions):
         for text in (options.host_kv_memory, options.disk_kv_memory, options.shared_kv_memory):
             parse_bytes(text)
+        if not options.kv_ttl_s >= 0:
+            raise ConfigurationError(f"--kv-ttl-s is {options.kv_ttl_s}; it must be 0 or more")
+        if not 0 < options.kv_tenant_share <= 1:
+            raise ConfigurationError(
+                f"--kv-tenant-share is {options.kv_tenant_share}; it must be above 0 and at most 1"
+            )
     if isinstance(options, EngineOptions):
         if options.kv_memory != "auto":
             parse_bytes(options.kv_memory)

@@ -25,8 +25,7 @@ import torch
 
 from baton.v1 import inference_pb2, inference_pb2_grpc
 from benchmarks import random_model
-from benchmarks.lanes import measure as measure_lane
-from benchmarks.lanes import seconds
+from benchmarks.lanes import measure_lanes, seconds
 from benchmarks.report import Report, add_common_arguments
 from benchmarks.serving import Serving
 from cli.model import DEMO_FOLDER
@@ -248,8 +247,7 @@ def main() -> None:
         report_model(report, "random 246 M", random_model.write(arguments.folder), size, limits)
     if arguments.model in ("demo", "both"):
         report_model(report, "demo", DEMO_FOLDER, size, limits)
-    for lane in ("shm", "tcp"):
-        measure_lane(report, lane, 256 << 10, repeat=5 if arguments.quick else 15)
+    measure_lanes(report, "shm,tcp", 256 << 10, repeat=5 if arguments.quick else 15)
     report.finish(arguments.json)
 
 

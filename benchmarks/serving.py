@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,12 +22,13 @@ STOP_TIMEOUT_S = 60.0
 class Serving:
     """Runs while the context is open. `url` and `grpc` are where it listens; its log is kept for when it fails."""
 
-    def __init__(self, *words: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, *words: str, env: dict[str, str] | None = None, command: Sequence[str] = ("cli.main",)) -> None:
+        """`words` are those of `baton serve`; `command`: the module that is the `baton` command, and what it takes."""
         self._log = tempfile.NamedTemporaryFile("w+", prefix="baton-serve-", suffix=".log")  # noqa: SIM115
         ports = ["--port", "0", "--grpc-port", "0", "--link-port", "0"]
         started_at = time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "cli.main", "serve", *ports, *words],
+            [sys.executable, "-P", "-m", *command, "serve", *ports, *words],
             stdout=subprocess.PIPE, stderr=self._log, text=True, env={**os.environ, **(env or {})},
         )  # fmt: skip
         self.url, self.grpc = self._addresses()

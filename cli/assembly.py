@@ -9,6 +9,7 @@ PoolMemory (shared) ──buffer──▶ KVPool ──▶ ModelRunner ──▶
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ from kvtransfer.prefix_fetch import PrefixFetcher
 from kvtransfer.tiers.base import Tier
 from kvtransfer.tiers.disk import DiskTier
 from kvtransfer.tiers.host import HostTier
-from kvtransfer.tiers.shared import SharedStore
+from kvtransfer.tiers.shared import DEFAULT_TTL_S, SharedStore
 from kvtransfer.tiers.store import BlockStore
 from kvtransfer.wire import PeerIdentity
 from prefill.role import PrefillRole
@@ -79,6 +80,7 @@ class Parts:
             total_blocks=self.memory.num_blocks,
             max_model_tokens=self.max_model_tokens,
             block_bytes=self.memory.block_bytes,
+            pinnable_blocks=self.store.max_pinned if self.store is not None else 0,
         )
 
 
@@ -136,6 +138,7 @@ def assemble(
         look_ahead=model.ops.launches,
         mirror=mirror,
         store=store,
+        save_at_eviction=tiers.kv_write_policy == "eviction",
         layer_groups=layer_groups(layout.num_layers, memory.block_bytes),
     )
     for part in (runner, mirror):
@@ -148,14 +151,26 @@ def _store(memory: PoolMemory, layout: BlockLayout, options: TierOptions) -> Blo
     """The tiers that were asked for, fastest first. Raises ConfigurationError when one cannot be had."""
     tiers: list[Tier] = []
     fingerprint = json.dumps(dataclasses.asdict(layout), sort_keys=True)
+    share, ttl_s = options.kv_tenant_share, options.kv_ttl_s or math.inf
     if host_bytes := parse_bytes(options.host_kv_memory):
-        tiers.append(HostTier(host_bytes, memory.block_bytes))
+        tiers.append(HostTier(host_bytes, memory.block_bytes, ttl_s=ttl_s, tenant_share=share))
     if options.disk_kv_folder:
         disk_bytes = parse_bytes(options.disk_kv_memory)
-        tiers.append(DiskTier(Path(options.disk_kv_folder), disk_bytes, memory.block_bytes, fingerprint))
+        folder = Path(options.disk_kv_folder)
+        tiers.append(DiskTier(folder, disk_bytes, memory.block_bytes, fingerprint, ttl_s=ttl_s, tenant_share=share))
     if options.shared_kv_folder:
         shared_bytes = parse_bytes(options.shared_kv_memory)
-        tiers.append(SharedStore(Path(options.shared_kv_folder), shared_bytes, memory.block_bytes, fingerprint))
+        folder = Path(options.shared_kv_folder)
+        tiers.append(
+            SharedStore(
+                folder,
+                shared_bytes,
+                memory.block_bytes,
+                fingerprint,
+                ttl_s=options.kv_ttl_s or DEFAULT_TTL_S,
+                tenant_share=share,
+            )
+        )
     return BlockStore(memory, tiers) if tiers else None
 
 

@@ -72,13 +72,15 @@ class ChatTemplate:
             raise ModelError(f"{origin}: the chat template has an error in line {error.lineno}: {error}") from error
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Mapping[str, str]], extra: Mapping[str, Any]) -> str:
-        """The prompt for these messages, ready for the assistant's answer. Raises InvalidRequestError.
+    def render(
+        self, messages: Sequence[Mapping[str, str]], extra: Mapping[str, Any], add_generation_prompt: bool = True
+    ) -> str:
+        """The prompt for these messages, ready for the assistant's answer or not. Raises InvalidRequestError.
 
         `extra` are further variables that the client sets, such as enable_thinking.
         """
         variables: dict[str, Any] = {"tools": None, "documents": None, **self._special_tokens, **extra}
-        variables.update(messages=[dict(message) for message in messages], add_generation_prompt=True)
+        variables.update(messages=[dict(message) for message in messages], add_generation_prompt=add_generation_prompt)
         try:
             return self._template.render(variables)
         except jinja2.TemplateError as error:

@@ -147,8 +147,9 @@ class UsageCounts:
 class Request:
     """All choices of one client's call. The dispatcher ends it; the front end reads it."""
 
-    def __init__(self, id: str) -> None:
+    def __init__(self, id: str, cache_salt: str = "") -> None:
         self.id = id
+        self.cache_salt = cache_salt
         self.created_unix_s = int(time.time())
         self.started_s = time.monotonic()
         self.first_token_s: float | None = None

@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Sequence
 
+from baton.block_names import root_name
 from baton.config import CoordinatorOptions
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import ABORTED, LENGTH, STOP, Choice, Request
@@ -125,7 +126,7 @@ class Dispatcher:
         workers = self._registry.workers
         decode = workers[route.decode]
         prefill = workers[route.prefill] if route.prefill is not None else None
-        prefix = strides(choice.fingerprint, tokens)
+        prefix = strides(_root(choice), tokens)
         parts = [(decode, wire.ROLE_DECODE)]
         if prefill is not None:
             parts.insert(0, (prefill, wire.ROLE_PREFILL))
@@ -142,6 +143,7 @@ class Dispatcher:
             assignment.token_ids.extend(tokens)
             assignment.num_prompt_tokens = len(choice.prompt)
             assignment.sampling.CopyFrom(choice.sampling)
+            assignment.cache_salt = choice.request.cache_salt
             assignment.deadline_s = max(0.001, self._remaining_s(choice.request))
             if prefill is not None:
                 peer = assignment.decode if worker is prefill else assignment.prefill
@@ -164,7 +166,7 @@ class Dispatcher:
 
     def _remember(self, leg: Leg, tokens: "Sequence[int]") -> None:
         """The leg's worker has these tokens in its KV cache, of which the first are those of its prefix."""
-        leg.prefix = strides(leg.choice.fingerprint, tokens, leg.prefix)
+        leg.prefix = strides(_root(leg.choice), tokens, leg.prefix)
         leg.remembered = True
         self._prefixes.record(leg.prefix, _life(leg.worker))
 
@@ -300,6 +302,10 @@ class Dispatcher:
 
 
 _REASONS = {Outcome.STOP: STOP, Outcome.LENGTH: LENGTH}
+
+
+def _root(choice: Choice) -> bytes:
+    return root_name(choice.fingerprint, cache_salt=choice.request.cache_salt)
 
 
 def _life(worker: Worker) -> Life:

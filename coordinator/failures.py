@@ -10,6 +10,8 @@ class FailureKind(Enum):
 
     UNKNOWN_MODEL = "unknown_model"
     OVERLOADED = "overloaded"
+    UNKNOWN_PIN = "unknown_pin"
+    CANNOT_PIN = "cannot_pin"
     UNAVAILABLE = "unavailable"
     TIMEOUT = "timeout"
     INTERNAL = "internal"

@@ -18,7 +18,8 @@ from baton.v1 import inference_pb2 as api
 from baton.v1 import inference_pb2_grpc as rpc
 from coordinator.delivery import ABORTED, LENGTH, STOP, Delta, Request
 from coordinator.failures import FailureKind, RequestFailed
-from coordinator.requests import ChatPrompt, GenerateSpec, Intake, Prompt, new_request_id
+from coordinator.pins import CachePin
+from coordinator.requests import ChatPrompt, GenerateSpec, Intake, PinSpec, Prompt, new_request_id
 from coordinator.sampling import SamplingRequest
 
 access = logging.getLogger("baton.access")
@@ -26,6 +27,8 @@ access = logging.getLogger("baton.access")
 _SERVICE = api.DESCRIPTOR.services_by_name["Inference"].full_name
 _CODES = {
     FailureKind.UNKNOWN_MODEL: grpc.StatusCode.NOT_FOUND,
+    FailureKind.UNKNOWN_PIN: grpc.StatusCode.NOT_FOUND,
+    FailureKind.CANNOT_PIN: grpc.StatusCode.FAILED_PRECONDITION,
     FailureKind.OVERLOADED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     FailureKind.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     FailureKind.TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -99,6 +102,28 @@ class InferenceServicer(rpc.InferenceServicer):
             self._intake.dispatcher.abort(running)
         return api.AbortResponse()
 
+    async def CreatePin(self, request: api.CreatePinRequest, context: _Context) -> api.CachePin:
+        async def answer() -> api.CachePin:
+            salt = request.cache_salt if request.HasField("cache_salt") else None
+            ttl_s = request.ttl_s if request.HasField("ttl_s") else None
+            prompt = _prompt(request, add_generation_prompt=False)
+            return _pin(await self._intake.pin(PinSpec(request.model, prompt, salt, ttl_s)))
+
+        return await _unary(context, answer)
+
+    async def GetPin(self, request: api.PinId, context: _Context) -> api.CachePin:
+        async def answer() -> api.CachePin:
+            return _pin(self._intake.pins.get(request.id))
+
+        return await _unary(context, answer)
+
+    async def DeletePin(self, request: api.PinId, context: _Context) -> api.DeletePinResponse:
+        async def answer() -> api.DeletePinResponse:
+            self._intake.pins.delete(request.id)
+            return api.DeletePinResponse()
+
+        return await _unary(context, answer)
+
 
 class GrpcApi:
     """The server and its health. `host:port` is opened by `start`."""
@@ -121,17 +146,17 @@ class GrpcApi:
         await asyncio.gather(*(self._health.set(name, serving) for name in ("", _SERVICE)))
 
 
-def _spec(request: api.GenerateRequest) -> GenerateSpec:
+def _prompt(request: api.GenerateRequest | api.CreatePinRequest, add_generation_prompt: bool = True) -> Prompt:
     kind = request.WhichOneof("prompt")
     if kind is None:
         raise InvalidRequestError("prompt is missing: give text, token_ids or chat", "prompt")
-    prompt: Prompt
     if kind == "text":
-        prompt = request.text
-    elif kind == "token_ids":
-        prompt = request.token_ids.ids
-    else:
-        prompt = _chat(request.chat)
+        return request.text
+    return request.token_ids.ids if kind == "token_ids" else _chat(request.chat, add_generation_prompt)
+
+
+def _spec(request: api.GenerateRequest) -> GenerateSpec:
+    prompt = _prompt(request)
     sampling = request.sampling
 
     def said(name: Any) -> Any:
@@ -155,11 +180,18 @@ def _spec(request: api.GenerateRequest) -> GenerateSpec:
         n=request.n or 1,
         stop=request.stop,
     )
-    return GenerateSpec(request.model, [prompt], asked, keep_special_tokens=request.keep_special_tokens)
+    salt = request.cache_salt if request.HasField("cache_salt") else None
+    keep_special_tokens = request.keep_special_tokens
+    return GenerateSpec(request.model, [prompt], asked, keep_special_tokens=keep_special_tokens, cache_salt=salt)
 
 
-def _chat(chat: api.Chat) -> ChatPrompt:
-    return ChatPrompt([{"role": message.role, "content": message.content} for message in chat.messages])
+def _chat(chat: api.Chat, add_generation_prompt: bool = True) -> ChatPrompt:
+    messages = [{"role": message.role, "content": message.content} for message in chat.messages]
+    return ChatPrompt(messages, add_generation_prompt=add_generation_prompt)
+
+
+def _pin(pin: CachePin) -> api.CachePin:
+    return api.CachePin(id=pin.id, tokens=len(pin.token_ids), blocks=pin.blocks, expires_at_unix_s=pin.expires_at)
 
 
 def _response(request: Request, delta: Delta, last: bool) -> api.GenerateResponse:

@@ -20,12 +20,15 @@ from coordinator import openai_api, status
 from coordinator.delivery import Delta, Request
 from coordinator.failures import FailureKind, RequestFailed
 from coordinator.openai_answers import AnswerWriter, ErrorBody, ErrorDetail, json_body, sse
+from coordinator.pins import CachePin
 from coordinator.requests import GenerateSpec, Intake, new_request_id
 
 access = logging.getLogger("baton.access")
 
 _HTTP_STATUS = {
     FailureKind.UNKNOWN_MODEL: (404, "invalid_request_error", "model_not_found"),
+    FailureKind.UNKNOWN_PIN: (404, "invalid_request_error", "pin_not_found"),
+    FailureKind.CANNOT_PIN: (422, "invalid_request_error", "cannot_pin"),
     FailureKind.OVERLOADED: (429, "rate_limit_error", "overloaded"),
     FailureKind.UNAVAILABLE: (503, "service_unavailable_error", "unavailable"),
     FailureKind.TIMEOUT: (504, "timeout_error", "timeout"),
@@ -63,6 +66,10 @@ class HttpApi:
         app.router.add_get("/v1/models/{name:.+}", self._model)
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_post("/detokenize", self._detokenize)
+        app.router.add_post("/v1/cache/pins", self._create_pin)
+        app.router.add_get("/v1/cache/pins", self._pins)
+        app.router.add_get("/v1/cache/pins/{id}", self._pin)
+        app.router.add_delete("/v1/cache/pins/{id}", self._delete_pin)
         app.router.add_get("/health", self._health)
         app.router.add_get("/ready", self._ready)
         app.router.add_get("/version", self._version)
@@ -127,6 +134,26 @@ class HttpApi:
         body = openai_api.parse(await _json_bytes(http), openai_api.DetokenizeRequest)
         self._intake.check_model(body.model or "")
         return _json(json_body({"prompt": self._intake.text(body.tokens)}))
+
+    # Pinned prefixes
+
+    async def _create_pin(self, http: web.Request) -> web.Response:
+        body = openai_api.parse(await _json_bytes(http), openai_api.PinRequest)
+        return _json(json_body(_pin_card(await self._intake.pin(body.spec()))))
+
+    async def _pins(self, http: web.Request) -> web.Response:
+        _operators_only(http)  # whoever knows the id of a pin may delete it
+        return _json(json_body({"object": "list", "data": [_pin_card(pin) for pin in self._intake.pins.all()]}))
+
+    async def _pin(self, http: web.Request) -> web.Response:
+        return _json(json_body(_pin_card(self._intake.pins.get(http.match_info["id"]))))
+
+    async def _delete_pin(self, http: web.Request) -> web.Response:
+        id = http.match_info["id"]
+        self._intake.pins.delete(id)
+        return _json(json_body({"id": id, "object": "cache.pin", "deleted": True}))
+
+    # About this process
 
     async def _health(self, http: web.Request) -> web.Response:
         return _json(b'{"status":"alive"}')
@@ -239,6 +266,16 @@ def _failure_body(failure: RequestFailed) -> ErrorBody:
     _, type, name = _HTTP_STATUS[failure.kind]
     param = "model" if failure.kind is FailureKind.UNKNOWN_MODEL else None
     return ErrorBody(ErrorDetail(str(failure), type, param, name))
+
+
+def _pin_card(pin: CachePin) -> dict[str, Any]:
+    return {
+        "id": pin.id,
+        "object": "cache.pin",
+        "tokens": len(pin.token_ids),
+        "blocks": pin.blocks,
+        "expires_at": pin.expires_at,
+    }
 
 
 def _json(body: bytes, code: int = 200) -> web.Response:

@@ -68,6 +68,7 @@ class LinkServicer(rpc.WorkerLinkServicer):
             heartbeat_timeout_s=self._options.heartbeat_timeout_s,
         )
         worker.send(wire.CoordinatorMessage(welcome=welcome))
+        self._registry.on_joined(worker)
         return worker
 
     async def _read(self, worker: Worker, context: _Context) -> None:

@@ -50,6 +50,7 @@ class Metrics:
         self.attempts = Counter("baton_attempts", "Attempts begun", ["kind"], registry=registry)
         self.attempts_failed = Counter("baton_attempts_failed", "Attempts abandoned", ["cause"], registry=registry)
         self.prefill_choice = Counter("baton_prefill_choice", "Who prefills, and why", ["choice"], registry=registry)
+        self.pins = Counter("baton_cache_pins", "Pins of prefixes", ["event"], registry=registry)
         self._ttft = _Histogram("baton_ttft_seconds", "Arrival to first token", _SECONDS, registry)
         self._itl = _Histogram("baton_itl_seconds", "Token to next token of a stream", _SECONDS, registry)
         self._e2e = _Histogram("baton_request_seconds", "Arrival to end of completed requests", _SECONDS, registry)
@@ -125,7 +126,8 @@ def _gauges(workers: "list[Worker]") -> Iterator[Metric]:
     lanes = GaugeMetricFamily("baton_lane_in_use", "Always 1: who hands over how", labels=["worker", "peer", "lane"])
     size = GaugeMetricFamily("baton_worker_kv_tier_bytes", "What its blocks take", labels=["worker", "tier"])
     on = GaugeMetricFamily("baton_worker_kv_tier_on", "1 on, 0.5 read-only, 0 off", labels=["worker", "tier"])
-    for family, name in ((size, "bytes"), (on, "on")):
+    pinned = GaugeMetricFamily("baton_worker_kv_tier_pinned", "Blocks that pins keep", labels=["worker", "tier"])
+    for family, name in ((size, "bytes"), (on, "on"), (pinned, "pinned")):
         for id, tier, value in _of_tiers(workers, name):
             family.add_metric([id, tier], value)
     for worker in workers:
@@ -141,4 +143,4 @@ def _gauges(workers: "list[Worker]") -> Iterator[Metric]:
                 up.add_metric([worker.id, role], float(worker.accepts))
         for peer, lane in beat.lanes_in_use.items():
             lanes.add_metric([worker.id, peer, lane], 1)
-    yield from (blocks, total, running, waiting, tokens, up, lanes, size, on)
+    yield from (blocks, total, running, waiting, tokens, up, lanes, size, on, pinned)

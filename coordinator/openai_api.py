@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from baton.errors import InvalidRequestError
-from coordinator.requests import ChatPrompt, GenerateSpec, Prompt
+from coordinator.requests import ChatPrompt, GenerateSpec, PinSpec, Prompt
 from coordinator.sampling import MAX_LOGIT_BIAS, SamplingRequest
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -51,6 +51,7 @@ class _Sampled(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
+    cache_salt: str | None = None
     # Accepted, and without effect here.
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -99,7 +100,9 @@ class CompletionRequest(_Sampled, forbid_unknown_fields=True, kw_only=True):
         if self.best_of not in (None, self.n or 1):
             raise InvalidRequestError("best_of is not supported; ask for n choices and choose", "best_of")
         sampling = self.sampling(self.max_tokens, self.logprobs)
-        return GenerateSpec(self.model or "", _prompts(self.prompt), sampling, COMPLETION_DEFAULT_TOKENS)
+        return GenerateSpec(
+            self.model or "", _prompts(self.prompt), sampling, COMPLETION_DEFAULT_TOKENS, cache_salt=self.cache_salt
+        )
 
 
 class TextPart(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="text"):
@@ -139,20 +142,16 @@ class ChatRequest(_Sampled, forbid_unknown_fields=True, kw_only=True):
             raise InvalidRequestError("top_logprobs needs logprobs to be true", "top_logprobs")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise InvalidRequestError("give max_completion_tokens or max_tokens, not both", "max_tokens")
-        variables = self.chat_template_kwargs or {}
-        if not _RESERVED_VARIABLES.isdisjoint(variables):
-            raise InvalidRequestError(
-                f"chat_template_kwargs must not set {', '.join(sorted(_RESERVED_VARIABLES))}", "chat_template_kwargs"
-            )
         completion = self.max_completion_tokens
         return GenerateSpec(
             model=self.model or "",
-            prompts=[ChatPrompt(as_messages(self.messages), variables)],
+            prompts=[ChatPrompt(as_messages(self.messages), _variables(self.chat_template_kwargs))],
             sampling=self.sampling(
                 self.max_tokens if completion is None else completion,
                 (self.top_logprobs or 0) if self.logprobs else None,
             ),
             max_tokens_name="max_tokens" if completion is None else "max_completion_tokens",
+            cache_salt=self.cache_salt,
         )
 
 
@@ -166,6 +165,31 @@ class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True):
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequestError("give either prompt or messages", "prompt")
         return self.prompt if self.prompt is not None else ChatPrompt(as_messages(self.messages or []))
+
+
+class PinRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Of `POST /v1/cache/pins`, which OpenAI does not have; fields are named as those of the other requests."""
+
+    model: str | None = None
+    prompt: str | list[int] | None = None
+    messages: list[Message] | None = None
+    tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    cache_salt: str | None = None
+    ttl_s: float | None = None
+
+    def spec(self) -> PinSpec:
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequestError("give either prompt or messages", "prompt")
+        if self.tools:
+            raise InvalidRequestError("tools are not supported", "tools")
+        prompt: Prompt
+        if self.prompt is not None:
+            prompt = self.prompt
+        else:
+            variables = _variables(self.chat_template_kwargs)
+            prompt = ChatPrompt(as_messages(self.messages or []), variables, add_generation_prompt=False)
+        return PinSpec(self.model or "", prompt, self.cache_salt, self.ttl_s)
 
 
 class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -208,6 +232,16 @@ def parse(body: bytes, type: type[T]) -> T:
         else:
             detail = re.sub(r"^JSON is malformed: ", "", str(error))[:_MAX_DETAIL]
         raise InvalidRequestError(f"the body is not valid JSON: {detail}") from None
+
+
+def _variables(asked: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """What a client may set in the chat template."""
+    variables = asked or {}
+    if not _RESERVED_VARIABLES.isdisjoint(variables):
+        raise InvalidRequestError(
+            f"chat_template_kwargs must not set {', '.join(sorted(_RESERVED_VARIABLES))}", "chat_template_kwargs"
+        )
+    return variables
 
 
 def _logit_bias(biases: Mapping[str, float]) -> dict[int, float]:

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from baton.block_names import block_name, root_name
+from baton.block_names import block_name
 
 STRIDE_TOKENS = 64
 MAX_STRIDES = 32768
@@ -30,11 +30,11 @@ class Held(NamedTuple):
     """Leading tokens that it should hold."""
 
 
-def strides(fingerprint: str, tokens: Sequence[int], known: Sequence[bytes] = ()) -> list[bytes]:
-    """Names of the full strides of `tokens`; `known` are those of its beginning."""
+def strides(root: bytes, tokens: Sequence[int], known: Sequence[bytes] = ()) -> list[bytes]:
+    """Names of the full strides of `tokens` below `root`, a tenant's own; `known` are those of its beginning."""
     names = list(known)
     for start in range(len(names) * STRIDE_TOKENS, len(tokens) - STRIDE_TOKENS + 1, STRIDE_TOKENS):
-        parent = names[-1] if names else root_name(fingerprint)
+        parent = names[-1] if names else root
         names.append(block_name(parent, tokens[start : start + STRIDE_TOKENS]))
     return names
 

@@ -16,11 +16,13 @@ from coordinator.detokenizer import TextStream
 from coordinator.dispatch import Dispatcher
 from coordinator.failures import FailureKind, RequestFailed, unavailable
 from coordinator.metrics import Metrics
+from coordinator.pins import CachePin, Pins
 from coordinator.sampling import SamplingRequest, check, for_choice, resolve
 from coordinator.tokenizer import ModelTokenizer
 from coordinator.workers import WorkerRegistry
 
 MAX_PROMPTS = 64
+MAX_SALT_CHARACTERS = 256
 _ROLES = ("system", "user", "assistant")
 
 
@@ -31,6 +33,9 @@ class ChatPrompt:
     messages: Sequence[Mapping[str, str]]
     """Each with `role` and `content`."""
     template_variables: Mapping[str, Any] = field(default_factory=dict)
+
+    add_generation_prompt: bool = True
+    """False: only what further messages may follow."""
 
 
 Prompt = str | Sequence[int] | ChatPrompt
@@ -48,6 +53,18 @@ class GenerateSpec:
     keep_special_tokens: bool = False
     max_tokens_name: str = "max_tokens"
     """The field that the client would change."""
+    cache_salt: str | None = None
+    """Requests of different salts share no KV."""
+
+
+@dataclass(frozen=True, slots=True)
+class PinSpec:
+    """A prefix whose KV a client wants kept."""
+
+    model: str
+    prompt: Prompt
+    cache_salt: str | None = None
+    ttl_s: float | None = None
 
 
 class Intake:
@@ -66,6 +83,7 @@ class Intake:
         self.registry = registry
         self.dispatcher = dispatcher
         self.metrics = metrics
+        self.pins = Pins(registry, metrics)
         self.created_unix_s = int(time.time())
 
     @property
@@ -104,9 +122,10 @@ class Intake:
         for prompt in spec.prompts:
             if isinstance(prompt, ChatPrompt):
                 _check_messages(prompt)
+        salt = check_salt(spec.cache_salt)
         # Refused before the work of tokenising, and again by `start`, because others may have come meanwhile.
         self.dispatcher.check_capacity(num_streams)
-        request = Request(request_id)
+        request = Request(request_id, salt)
         for index, prompt in enumerate(spec.prompts):
             token_ids = await self.token_ids(prompt)
             request.prompt_tokens += len(token_ids)
@@ -118,7 +137,7 @@ class Intake:
         """Tokens of any kind of prompt, checked against the vocabulary. Raises InvalidRequestError."""
         if isinstance(prompt, ChatPrompt):
             _check_messages(prompt)
-            text = self.tokenizer.render_chat(prompt.messages, prompt.template_variables)
+            text = self.tokenizer.render_chat(prompt.messages, prompt.template_variables, prompt.add_generation_prompt)
             token_ids, param = await self.tokenizer.encode(text, add_special_tokens=False), "messages"
         elif isinstance(prompt, str):
             token_ids = await self.tokenizer.encode(prompt, add_special_tokens) if prompt else []
@@ -129,6 +148,18 @@ class Intake:
             raise InvalidRequestError(f"{param} is empty", param)
         self._check_token_ids(token_ids, param)
         return token_ids
+
+    async def pin(self, spec: PinSpec) -> CachePin:
+        """Keep the KV of a prefix. Raises InvalidRequestError, or RequestFailed when it cannot be kept."""
+        self.check_model(spec.model)
+        salt = check_salt(spec.cache_salt)
+        token_ids = await self.token_ids(spec.prompt)
+        context = self.registry.context_tokens
+        if context and len(token_ids) >= context:
+            raise InvalidRequestError(
+                f"the prefix has {len(token_ids)} tokens and the context length is {context}; shorten it"
+            )
+        return self.pins.create(token_ids, salt, spec.ttl_s)
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Of tokens, special ones included. Raises InvalidRequestError for one outside the vocabulary."""
@@ -176,6 +207,18 @@ class Intake:
                 f"min_tokens is greater than the {max_tokens} tokens that the answer may have", "min_tokens"
             )
         return max_tokens
+
+
+def check_salt(salt: str | None) -> str:
+    """The salt in a request's KV, empty for none. Raises InvalidRequestError, without the salt, which is a secret."""
+    if salt is None:
+        return ""
+    if not 1 <= len(salt) <= MAX_SALT_CHARACTERS:
+        raise InvalidRequestError(
+            f"cache_salt must have 1 to {MAX_SALT_CHARACTERS} characters; leave it out to share KV with everybody",
+            "cache_salt",
+        )
+    return salt
 
 
 def _check_messages(prompt: ChatPrompt) -> None:

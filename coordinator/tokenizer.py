@@ -60,11 +60,13 @@ class ModelTokenizer:
             return IncrementalDetokenizer(lambda ids: tokenizer.decode(ids, skip_special_tokens=False), prompt)
         return IncrementalDetokenizer(tokenizer.decode, prompt, self.special_ids)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]], extra: Mapping[str, Any]) -> str:
+    def render_chat(
+        self, messages: Sequence[Mapping[str, str]], extra: Mapping[str, Any], add_generation_prompt: bool = True
+    ) -> str:
         """Raises InvalidRequestError if the model has no template or its template refuses the messages."""
         if self._template is None:
             raise InvalidRequestError("this model has no chat template; use /v1/completions", "messages")
-        return self._template.render(messages, extra)
+        return self._template.render(messages, extra, add_generation_prompt)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for, which need not be whole characters."""

@@ -157,6 +157,8 @@ class WorkerRegistry:
         self.workers: dict[str, Worker] = {}
         self.on_lost: Callable[[Worker], None] = lambda worker: None
         """Set by the dispatcher: fail the worker's attempts over."""
+        self.on_joined: Callable[[Worker], None] = lambda worker: None
+        """Called once the worker has been welcomed; set by the pins, which it is to be told."""
         self.on_change: Callable[[], None] = lambda: None
         """Called when readiness may have changed."""
 

@@ -104,7 +104,12 @@ class BlockTables:
         filled = range(sequence.num_final_blocks, min(num_full, len(names)))
         sequence.num_final_blocks = num_full
         pairs = [(names[index], sequence.block_ids[index]) for index in filled]
-        return [(name, block) for name, block in pairs if self.cache.insert(name, block)]
+        return [(name, block) for name, block in pairs if self.cache.insert(name, block, sequence.request.tenant)]
+
+    def final_blocks(self, sequence: Sequence) -> list[tuple[bytes, int]]:
+        """Names and blocks of what others may read of it."""
+        names = sequence.names.extend(sequence.token_ids)
+        return list(zip(names, sequence.block_ids[: sequence.num_final_blocks], strict=False))
 
     def names_behind_cached(self, sequence: Sequence) -> list[bytes]:
         """Names of the full blocks of what it has that the pool does not hold."""

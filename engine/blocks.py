@@ -12,6 +12,7 @@ It can be handed out again in the first two only: a cached block without an owne
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -76,6 +77,10 @@ class BlockAllocator:
     def num_available(self) -> int:
         """Blocks that `allocate` could hand out now."""
         return len(self._free) + len(self._evictable)
+
+    def next_evicted(self, count: int) -> list[int]:
+        """The cached blocks that would be evicted if `count` blocks were allocated now, first one first."""
+        return list(islice(self._evictable, max(0, count - len(self._free))))
 
     def counts(self) -> BlockCounts:
         free, cached, leased, held, quarantined = self._tally

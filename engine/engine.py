@@ -65,6 +65,7 @@ class Engine:
         look_ahead: bool = False,
         mirror: Mirror | None = None,
         store: BlockStore | None = None,
+        save_at_eviction: bool = False,
         layer_groups: Sequence[int] = (),
     ) -> None:
         """`shareable_tokens` maps a prompt's length to the number of leading tokens whose KV other requests may share.
@@ -72,9 +73,9 @@ class Engine:
         `step_stretch`: see `engine.pace.Pace`. `generations`, uint64 `[num_blocks]`, is written in place and may lie in
         shared memory. `drafter` makes the guesses of speculative decoding. `look_ahead`: plan and launch a step while
         the one before runs, on a runner that can. `mirror`: where the runner's blocks are not those that peers read and
-        write. `store`: where blocks live on that the pool has no room for. `layer_groups`: after how many layers
-        blocks of GIVE requests are announced while a step runs; the last of these is all layers. Raises
-        ConfigurationError when these contradict each other.
+        write. `store`: where blocks live on that the pool has no room for; `save_at_eviction`: see `Scheduler`.
+        `layer_groups`: after how many layers blocks of GIVE requests are announced while a step runs; the last of these
+        is all layers. Raises ConfigurationError when these contradict each other.
         """
         limits = SchedulerLimits(page_size, max_batch_tokens, max_running, max_model_tokens, max_waiting)
         if look_ahead and not isinstance(runner, LaunchingRunner):
@@ -87,7 +88,8 @@ class Engine:
         self._flight: _Flight | None = None
         self._landed_at = 0.0
         self._pace = Pace(step_stretch)
-        self._scheduler = Scheduler(BlockAllocator(num_blocks, generations), limits, shareable_tokens, store)
+        allocator = BlockAllocator(num_blocks, generations)
+        self._scheduler = Scheduler(allocator, limits, shareable_tokens, store, save_at_eviction)
         self._page_size = page_size
         self.counters = self._scheduler.counters
         """The engine's share of `baton.metrics.WORKER_COUNTERS`."""
@@ -166,6 +168,10 @@ class Engine:
             self._flight = self._launch({}) if self._can_look_ahead(flight.plan) else None
             output = self._land(flight)
         return self._checked_out(output)
+
+    def save_cached(self, names: Sequence[bytes], tenant: bytes) -> None:
+        """Have the store keep those of these leading blocks that the pool holds."""
+        self._scheduler.save_cached(names, tenant)
 
     def has_work(self) -> bool:
         """Whether `step` would compute or report something. False also while every request waits for somebody else."""

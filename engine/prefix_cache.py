@@ -4,6 +4,7 @@ The allocator owns the blocks and the order of eviction; this knows the names.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from baton.block_names import block_name
 from engine.blocks import BlockAccountingError, BlockAllocator
@@ -28,6 +29,12 @@ class NameChain:
         return self.names
 
 
+class CachedBlock(NamedTuple):
+    name: bytes
+    block: int
+    tenant: bytes
+
+
 class PrefixCache:
     """Names of blocks whose content is final. The first block of a name keeps it."""
 
@@ -35,6 +42,11 @@ class PrefixCache:
         self._allocator = allocator
         self._block_of: dict[bytes, int] = {}
         self._name_of: dict[int, bytes] = {}
+        self._tenant_of: dict[int, bytes] = {}
+        """Of blocks that have one."""
+        self._said: set[int] = set()
+        self.num_evicted_unsaid = 0
+        """Blocks that were evicted and that `newly_at_risk` had not said."""
         allocator.on_evict = self._forget
 
     def __len__(self) -> int:
@@ -50,7 +62,7 @@ class PrefixCache:
             blocks.append(block)
         return blocks
 
-    def insert(self, name: bytes, block: int) -> bool:
+    def insert(self, name: bytes, block: int, tenant: bytes = b"") -> bool:
         """Name a block that is full and computed. False: another block has that name already and keeps it."""
         if name in self._block_of:
             return False
@@ -58,8 +70,22 @@ class PrefixCache:
             raise BlockAccountingError(f"block {block} already has another name")
         self._block_of[name] = block
         self._name_of[block] = name
+        if tenant:
+            self._tenant_of[block] = tenant
         self._allocator.mark_cached(block)
         return True
+
+    def newly_at_risk(self, count: int) -> list[CachedBlock]:
+        """Blocks that would be evicted if `count` were allocated now, each once until it is used again.
+
+        The first one to go comes last.
+        """
+        at_risk = self._allocator.next_evicted(count)
+        self._said -= {block for block in self._said.difference(at_risk) if not self._allocator.is_evictable(block)}
+        fresh = set(at_risk) - self._said
+        self._said |= fresh
+        last_first = [block for block in reversed(at_risk) if block in fresh] if fresh else []
+        return [CachedBlock(self._name_of[block], block, self._tenant_of.get(block, b"")) for block in last_first]
 
     def check(self) -> None:
         """Raises BlockAccountingError when names and the allocator's flags differ."""
@@ -69,3 +95,6 @@ class PrefixCache:
 
     def _forget(self, block: int) -> None:
         del self._block_of[self._name_of.pop(block)]
+        self._tenant_of.pop(block, None)
+        self.num_evicted_unsaid += block not in self._said
+        self._said.discard(block)

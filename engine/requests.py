@@ -78,6 +78,8 @@ class EngineRequest:
     placement: Placement | None = None
     elsewhere: Elsewhere | None = None
     """Not of a TAKE request: its giver fetches what it would have to compute."""
+    tenant: bytes = b""
+    """`baton.block_names.tenant_name`: whose its blocks are in the store."""
 
 
 class EndReason(Enum):
@@ -132,6 +134,8 @@ class Reserved:
     num_cached_blocks: int
     stored: tuple[bytes, ...]
     """Names of the blocks after the cached ones that are to be loaded from the store."""
+    tenant: bytes
+    """Whose those blocks are."""
     from_peer: bool
     """What follows comes from another worker, once in the life of a TAKE request. Otherwise it is computed here."""
     elsewhere: tuple[bytes, ...] = ()
@@ -150,11 +154,12 @@ class LeasedBlocks:
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A block got its name: its content is final as long as it has this generation."""
+    """A block that the store is to keep: its content is final as long as it has this generation."""
 
     name: bytes
     block_id: int
     generation: int
+    tenant: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

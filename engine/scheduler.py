@@ -4,7 +4,8 @@
 2. `plan` gives running requests that need one token their token, oldest first, then continues prompts in chunks, then
    admits from the head of the line: blocks for all its tokens at once, those in the prefix cache first.
 3. When a running request needs a block and none is left, the latest arrival gives back all of its blocks and returns
-   to the line, to be computed again. The oldest is never interrupted by a younger one, so something always ends.
+   to the line, to be computed again, or loaded where a store has kept them. The oldest is never interrupted by a
+   younger one, so something always ends.
 4. A TAKE request waits, with its blocks, until `receive` says what arrived; then it is one of the running. So does
    any request with blocks in the store, or in another worker, that come sooner than they are computed.
 5. `apply` turns the runner's result into tokens and endings. A GIVE request ends with its first token. Once it has
@@ -25,7 +26,7 @@ vain: what the step says about it is dropped, and the step keeps the blocks that
 
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import replace
 from typing import NamedTuple
@@ -82,7 +83,9 @@ class Scheduler:
         limits: SchedulerLimits,
         shareable_tokens: Callable[[int], int],
         store: BlockStore | None = None,
+        save_at_eviction: bool = False,
     ) -> None:
+        """`save_at_eviction`: have the store keep blocks when they come near to eviction, not when they get a name."""
         self.tables = BlockTables(allocator, limits.page_size, shareable_tokens)
         self.block_compute_s: float | None = None
         """Seconds that computing a block of a prompt takes, as measured; None while unknown."""
@@ -91,11 +94,14 @@ class Scheduler:
                 "prompt_tokens_computed", "prompt_tokens_cached", "prompt_tokens_received",
                 "prompt_tokens_loaded", "prompt_tokens_fetched", "generated_tokens",
                 "preemptions", "blocks_copied_on_write", "draft_tokens", "draft_tokens_accepted",
+                "kv_saves_too_late",
             ), 0.0,
         )  # fmt: skip
         self._allocator = allocator
         self._limits = limits
         self._store = store
+        self._save_ahead = _most_taken(limits, allocator.num_blocks) if store is not None and save_at_eviction else 0
+        """Blocks next to be evicted that are to be saved by then; 0: each is saved when it gets its name."""
         self._num_added = 0
         self._sequences: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []
@@ -193,6 +199,11 @@ class Scheduler:
         blocks = [] if self._is_in_use(lease_id) else self.tables.lease_cached(lease_id, names[: max(0, room)])
         return LeasedBlocks(tuple(blocks), tuple(self._allocator.generations[blocks].tolist()))
 
+    def save_cached(self, names: Many[bytes], tenant: bytes) -> None:
+        """Have the store keep those of these leading blocks that the pool holds."""
+        blocks = self.tables.cache.lookup(names)
+        self._report(zip(names, blocks, strict=False), tenant)
+
     def release_lease(self, request_id: str) -> bool:
         """The reader is done. False when there is no such lease (any more)."""
         self._stuck = False
@@ -272,6 +283,10 @@ class Scheduler:
             if sequence.phase is not Phase.ENDED:
                 sampled = result.sampled[sequence.id] if planned.sample is not None else []
                 self._apply(sequence, planned, sampled)
+        if self._save_ahead:
+            for name, block, tenant in self.tables.cache.newly_at_risk(self._save_ahead):
+                self._report([(name, block)], tenant)
+            self.counters["kv_saves_too_late"] = self.tables.cache.num_evicted_unsaid
         return self.take_events()
 
     def take_events(self) -> StepOutput:
@@ -281,7 +296,7 @@ class Scheduler:
 
     def has_work(self) -> bool:
         """Whether a step would compute or report something. False while only others can make it go on."""
-        reportable = self._events.tokens or self._events.ended
+        reportable = self._events.tokens or self._events.ended or self._events.named
         return bool(self._running or self._in_flight or reportable or (self._waiting and not self._stuck))
 
     # -- Watching ------------------------------------------------------------------------------------------------
@@ -345,6 +360,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         assert not sequence.in_flight, "see can_look_ahead"
         self._running.remove(sequence)
+        self._report(self.tables.final_blocks(sequence), sequence.request.tenant)
         self.tables.release(sequence)
         sequence.phase = Phase.WAITING
         insort(self._waiting, sequence, key=_arrival)
@@ -376,10 +392,16 @@ class Scheduler:
                 self._num_receiving += 1
                 self._events.reserved.append(
                     Reserved(
-                        sequence.id, tuple(sequence.block_ids), sequence.num_final_blocks, tuple(outside.stored),
-                        from_peer, tuple(outside.elsewhere), outside.compute_s,
+                        sequence.id,
+                        tuple(sequence.block_ids),
+                        sequence.num_final_blocks,
+                        tuple(outside.stored),
+                        sequence.request.tenant,
+                        from_peer,
+                        tuple(outside.elsewhere),
+                        outside.compute_s,
                     )
-                )  # fmt: skip
+                )
             else:
                 sequence.phase = Phase.RUNNING
                 insort(self._running, sequence, key=_arrival)
@@ -408,9 +430,14 @@ class Scheduler:
 
     def _publish(self, sequence: Sequence) -> None:
         published = self.tables.publish(sequence)
+        if not self._save_ahead:
+            self._report(published, sequence.request.tenant)
+
+    def _report(self, named: Iterable[tuple[bytes, int]], tenant: bytes) -> None:
+        """Tell the store of blocks that are to be saved."""
         if self._store is not None:
             generations = self._allocator.generations
-            self._events.named.extend(Named(name, block, int(generations[block])) for name, block in published)
+            self._events.named.extend(Named(name, block, int(generations[block]), tenant) for name, block in named)
 
     def _apply(self, sequence: Sequence, planned: PlannedSequence, sampled: list[Sampled]) -> None:
         reason, num_tokens = None, 0
@@ -476,6 +503,12 @@ class Scheduler:
     def _count(self, counter: str, start: int, end: int, sequence: Sequence) -> None:
         """Add the positions from `start` to `end` that belong to the prompt."""
         self.counters[counter] += max(0, min(end, sequence.request.num_prompt_tokens) - start)
+
+
+def _most_taken(limits: SchedulerLimits, num_blocks: int) -> int:
+    """Blocks that a step may take at once: for the longest prompt, a batch and a token of everybody; at most half."""
+    num_tokens = limits.max_model_tokens + limits.max_batch_tokens
+    return min(num_tokens // limits.page_size + limits.max_running, num_blocks // 2)
 
 
 def _arrival(sequence: Sequence) -> int:

@@ -1,8 +1,8 @@
 """Where blocks live on that the pool has no room for, as the scheduler sees it.
 
-Blocks that got a name are reported (`StepOutput.named`), and whoever keeps them copies them while their generation
-stands. Stored blocks of a prompt are brought back as those of another worker are: the request reserves its blocks, and
-waits for `Engine.receive`.
+Blocks are reported (`StepOutput.named`) when they get their name or, where asked for, when they come near to eviction;
+those of a preempted request at once. Whoever keeps them copies them while their generation stands. Stored blocks of a
+prompt are brought back as those of another worker are: the request reserves its blocks, and waits for `Engine.receive`.
 """
 
 from collections.abc import Sequence

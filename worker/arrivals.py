@@ -76,7 +76,7 @@ class Arrivals:
             if self._store is not None and reserved.stored:
                 places = reserved.block_ids[first : first + len(reserved.stored)]
                 deadline = time.monotonic() + LOAD_TIMEOUT_S
-                num_loaded = await self._store.load(reserved.stored, places, deadline, cancelled)
+                num_loaded = await self._store.load(reserved.stored, places, deadline, cancelled, reserved.tenant)
             here = first + num_loaded
             arrived = Arrived(min(here * self._page_size, num_tokens))
             if fetch is not None and not cancelled.is_set():

@@ -32,6 +32,12 @@ class LinkHandler(ABC):
     def on_abort(self, id: wire.AttemptId) -> None: ...
 
     @abstractmethod
+    def on_pin(self, pin: wire.Pin) -> None: ...
+
+    @abstractmethod
+    def on_unpin(self, id: str) -> None: ...
+
+    @abstractmethod
     def on_drain(self) -> None: ...
 
     @abstractmethod
@@ -150,6 +156,10 @@ class CoordinatorLink:
                 self._handler.on_assignment(message.assignment)
             case "abort":
                 self._handler.on_abort(message.abort.id)
+            case "pin":
+                self._handler.on_pin(message.pin)
+            case "unpin":
+                self._handler.on_unpin(message.unpin.id)
             case "drain":
                 self._handler.on_drain()
             case _:

@@ -8,7 +8,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from baton.block_names import root_name
+from baton.block_names import root_name, tenant_name
 from baton.v1 import worker_link_pb2 as wire
 from engine.requests import Computed, Ended, EngineRequest, Handover, Placement, Reserved, SamplingParams, TokenOutput
 from kvtransfer.wire import PeerRef
@@ -95,4 +95,5 @@ def engine_request(
         cache_root=root_name(model_fingerprint, assignment.adapter, assignment.cache_salt),
         handover=handover,
         placement=placement,
+        tenant=tenant_name(assignment.cache_salt),
     )

@@ -18,16 +18,18 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from baton.block_names import root_name
 from baton.errors import BatonError
 from baton.metrics import WORKER_COUNTERS
 from baton.v1 import worker_link_pb2 as wire
 from engine.engine import Engine
 from engine.requests import Elsewhere, Ended, EndReason, EngineRequest, Reserved, StepOutput, TokenOutput
 from kvtransfer.prefix_fetch import Holder, PrefixFetcher
-from kvtransfer.tiers.store import BlockStore
+from kvtransfer.tiers.store import BlockStore, Unsaved
 from kvtransfer.wire import PeerRef, spawn
 from worker.arrivals import Arrivals, Arrived, Fetch
 from worker.link import LinkHandler
+from worker.pins import Pins
 from worker.roles import Attempt, RoleHandler
 from worker.step_loop import Command, StepLoop
 
@@ -82,6 +84,9 @@ class WorkerShell(LinkHandler):
         self._page_size = page_size
         self._look_ups: set[asyncio.Task[None]] = set()
         self._store = store
+        self._pins: Pins | None = None
+        if store is not None:
+            self._pins = Pins(engine, self.steps, store, lambda salt: root_name(model_fingerprint, cache_salt=salt))
         self._roles: dict[int, RoleHandler] = {}
         self._attempts: dict[str, Attempt] = {}
         self._changed = asyncio.Event()
@@ -112,6 +117,14 @@ class WorkerShell(LinkHandler):
     def on_abort(self, id: wire.AttemptId) -> None:
         self._abort(attempt_key(id), wire.END_REASON_ABORTED)
 
+    def on_pin(self, pin: wire.Pin) -> None:
+        if self._pins is not None:  # else the coordinator knows that there is nothing to pin in
+            self._pins.pin(pin)
+
+    def on_unpin(self, id: str) -> None:
+        if self._pins is not None:
+            self._pins.unpin(id)
+
     def on_drain(self) -> None:
         if not self.draining:
             log.info("draining: %d attempts run on", len(self._attempts))
@@ -123,6 +136,8 @@ class WorkerShell(LinkHandler):
             log.warning("link lost: aborting %d attempts", len(self._attempts))
         for key in list(self._attempts):
             self._abort(key, wire.END_REASON_ABORTED)
+        if self._pins is not None:
+            self._pins.unpin_all()
 
     def heartbeat(self) -> wire.WorkerHeartbeat:
         load, counters = self.steps.load, self.steps.counters
@@ -247,11 +262,13 @@ class WorkerShell(LinkHandler):
             if attempt := self._attempts.get(started.request_id):
                 admission = wire.Admission(id=attempt.id, accepted=True, cached_tokens=started.num_cached_tokens)
                 self._send(wire.WorkerMessage(admission=admission))
+        if output.tokens:  # before what nobody waits for: each message is a write of its own
+            self._send_tokens(output.tokens)
         for reserved in output.reserved:
             if attempt := self._attempts.get(reserved.request_id):
                 attempt.role.on_reserved(attempt, reserved)
         if output.named and self._store is not None:
-            self._store.save([(named.name, named.block_id, named.generation) for named in output.named])
+            self._store.save([Unsaved(each.name, each.block_id, each.generation, each.tenant) for each in output.named])
         for computed in output.computed:
             if attempt := self._attempts.get(computed.request_id):
                 attempt.role.on_computed(attempt, computed)
@@ -259,8 +276,6 @@ class WorkerShell(LinkHandler):
                     continue
                 progress = wire.Progress(id=attempt.id, computed_tokens=computed.num_tokens)
                 self._send(wire.WorkerMessage(progress=progress))
-        if output.tokens:
-            self._send_tokens(output.tokens)
         for ended in output.ended:
             if attempt := self._attempts.get(ended.request_id):
                 self._on_ended(attempt, ended)

@@ -61,6 +61,21 @@ class InferenceStub:
                 request_serializer=baton_dot_v1_dot_inference__pb2.AbortRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_inference__pb2.AbortResponse.FromString,
                 _registered_method=True)
+        self.CreatePin = channel.unary_unary(
+                '/baton.v1.Inference/CreatePin',
+                request_serializer=baton_dot_v1_dot_inference__pb2.CreatePinRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_inference__pb2.CachePin.FromString,
+                _registered_method=True)
+        self.GetPin = channel.unary_unary(
+                '/baton.v1.Inference/GetPin',
+                request_serializer=baton_dot_v1_dot_inference__pb2.PinId.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_inference__pb2.CachePin.FromString,
+                _registered_method=True)
+        self.DeletePin = channel.unary_unary(
+                '/baton.v1.Inference/DeletePin',
+                request_serializer=baton_dot_v1_dot_inference__pb2.PinId.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_inference__pb2.DeletePinResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -100,6 +115,26 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreatePin(self, request, context):
+        """Keeps the KV of a prefix in the tiers of every worker that has any, for a time. FAILED_PRECONDITION: nowhere to.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPin(self, request, context):
+        """Errors of both: NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeletePin(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -127,6 +162,21 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=baton_dot_v1_dot_inference__pb2.AbortRequest.FromString,
                     response_serializer=baton_dot_v1_dot_inference__pb2.AbortResponse.SerializeToString,
+            ),
+            'CreatePin': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreatePin,
+                    request_deserializer=baton_dot_v1_dot_inference__pb2.CreatePinRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_inference__pb2.CachePin.SerializeToString,
+            ),
+            'GetPin': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPin,
+                    request_deserializer=baton_dot_v1_dot_inference__pb2.PinId.FromString,
+                    response_serializer=baton_dot_v1_dot_inference__pb2.CachePin.SerializeToString,
+            ),
+            'DeletePin': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeletePin,
+                    request_deserializer=baton_dot_v1_dot_inference__pb2.PinId.FromString,
+                    response_serializer=baton_dot_v1_dot_inference__pb2.DeletePinResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -266,6 +316,87 @@ class Inference:
             '/baton.v1.Inference/Abort',
             baton_dot_v1_dot_inference__pb2.AbortRequest.SerializeToString,
             baton_dot_v1_dot_inference__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreatePin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Inference/CreatePin',
+            baton_dot_v1_dot_inference__pb2.CreatePinRequest.SerializeToString,
+            baton_dot_v1_dot_inference__pb2.CachePin.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Inference/GetPin',
+            baton_dot_v1_dot_inference__pb2.PinId.SerializeToString,
+            baton_dot_v1_dot_inference__pb2.CachePin.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeletePin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Inference/DeletePin',
+            baton_dot_v1_dot_inference__pb2.PinId.SerializeToString,
+            baton_dot_v1_dot_inference__pb2.DeletePinResponse.FromString,
             options,
             channel_credentials,
             insecure,

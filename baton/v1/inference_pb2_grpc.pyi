@@ -42,6 +42,11 @@ class InferenceStub:
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
     Abort: _grpc.UnaryUnaryMultiCallable[_inference_pb2.AbortRequest, _inference_pb2.AbortResponse]
     """Ends a request by the id its responses carry. Idempotent: an unknown or ended id is not an error."""
+    CreatePin: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CreatePinRequest, _inference_pb2.CachePin]
+    """Keeps the KV of a prefix in the tiers of every worker that has any, for a time. FAILED_PRECONDITION: nowhere to."""
+    GetPin: _grpc.UnaryUnaryMultiCallable[_inference_pb2.PinId, _inference_pb2.CachePin]
+    """Errors of both: NOT_FOUND."""
+    DeletePin: _grpc.UnaryUnaryMultiCallable[_inference_pb2.PinId, _inference_pb2.DeletePinResponse]
 
 @_typing.type_check_only
 class InferenceAsyncStub(InferenceStub):
@@ -57,6 +62,11 @@ class InferenceAsyncStub(InferenceStub):
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
     Abort: _aio.UnaryUnaryMultiCallable[_inference_pb2.AbortRequest, _inference_pb2.AbortResponse]  # type: ignore[assignment]
     """Ends a request by the id its responses carry. Idempotent: an unknown or ended id is not an error."""
+    CreatePin: _aio.UnaryUnaryMultiCallable[_inference_pb2.CreatePinRequest, _inference_pb2.CachePin]  # type: ignore[assignment]
+    """Keeps the KV of a prefix in the tiers of every worker that has any, for a time. FAILED_PRECONDITION: nowhere to."""
+    GetPin: _aio.UnaryUnaryMultiCallable[_inference_pb2.PinId, _inference_pb2.CachePin]  # type: ignore[assignment]
+    """Errors of both: NOT_FOUND."""
+    DeletePin: _aio.UnaryUnaryMultiCallable[_inference_pb2.PinId, _inference_pb2.DeletePinResponse]  # type: ignore[assignment]
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
     """Generates tokens. Errors: INVALID_ARGUMENT (the request cannot be served as written; the message says what to
@@ -99,5 +109,28 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.AbortResponse, _abc.Awaitable[_inference_pb2.AbortResponse]]:
         """Ends a request by the id its responses carry. Idempotent: an unknown or ended id is not an error."""
+
+    @_abc_1.abstractmethod
+    def CreatePin(
+        self,
+        request: _inference_pb2.CreatePinRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.CachePin, _abc.Awaitable[_inference_pb2.CachePin]]:
+        """Keeps the KV of a prefix in the tiers of every worker that has any, for a time. FAILED_PRECONDITION: nowhere to."""
+
+    @_abc_1.abstractmethod
+    def GetPin(
+        self,
+        request: _inference_pb2.PinId,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.CachePin, _abc.Awaitable[_inference_pb2.CachePin]]:
+        """Errors of both: NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def DeletePin(
+        self,
+        request: _inference_pb2.PinId,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.DeletePinResponse, _abc.Awaitable[_inference_pb2.DeletePinResponse]]: ...
 
 def add_InferenceServicer_to_server(servicer: InferenceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

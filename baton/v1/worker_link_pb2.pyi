@@ -130,6 +130,8 @@ class CoordinatorMessage(_message.Message):
     ASSIGNMENT_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
+    PIN_FIELD_NUMBER: _builtins.int
+    UNPIN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -140,6 +142,10 @@ class CoordinatorMessage(_message.Message):
     def abort(self) -> Global___AbortAttempt: ...
     @_builtins.property
     def drain(self) -> Global___Drain: ...
+    @_builtins.property
+    def pin(self) -> Global___Pin: ...
+    @_builtins.property
+    def unpin(self) -> Global___Unpin: ...
     def __init__(
         self,
         *,
@@ -148,12 +154,14 @@ class CoordinatorMessage(_message.Message):
         assignment: Global___Assignment | None = ...,
         abort: Global___AbortAttempt | None = ...,
         drain: Global___Drain | None = ...,
+        pin: Global___Pin | None = ...,
+        unpin: Global___Unpin | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "assignment", b"assignment", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "assignment", b"assignment", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "pin", b"pin", "unpin", b"unpin", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "assignment", b"assignment", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "assignment", b"assignment", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "pin", b"pin", "unpin", b"unpin", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "heartbeat", "assignment", "abort", "drain"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "heartbeat", "assignment", "abort", "drain", "pin", "unpin"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -203,6 +211,7 @@ class Registration(_message.Message):
     BLOCK_BYTES_FIELD_NUMBER: _builtins.int
     LANES_FIELD_NUMBER: _builtins.int
     STANDBY_ROLES_FIELD_NUMBER: _builtins.int
+    PINNABLE_BLOCKS_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     worker_id: _builtins.str
     """stable name, unique in the cluster"""
@@ -220,6 +229,8 @@ class Registration(_message.Message):
     total_blocks: _builtins.int
     max_model_tokens: _builtins.int
     block_bytes: _builtins.int
+    pinnable_blocks: _builtins.int
+    """what pins may keep in its tiers; 0 without tiers"""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[Global___Role.ValueType]: ...
     @_builtins.property
@@ -248,10 +259,11 @@ class Registration(_message.Message):
         block_bytes: _builtins.int = ...,
         lanes: _abc.Iterable[_builtins.str] | None = ...,
         standby_roles: _abc.Iterable[Global___Role.ValueType] | None = ...,
+        pinnable_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "handover_address", b"handover_address", "host", b"host", "incarnation", b"incarnation", "lanes", b"lanes", "max_model_tokens", b"max_model_tokens", "model", b"model", "model_fingerprint", b"model_fingerprint", "page_size_tokens", b"page_size_tokens", "pid", b"pid", "protocol_version", b"protocol_version", "roles", b"roles", "standby_roles", b"standby_roles", "total_blocks", b"total_blocks", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "handover_address", b"handover_address", "host", b"host", "incarnation", b"incarnation", "lanes", b"lanes", "max_model_tokens", b"max_model_tokens", "model", b"model", "model_fingerprint", b"model_fingerprint", "page_size_tokens", b"page_size_tokens", "pid", b"pid", "pinnable_blocks", b"pinnable_blocks", "protocol_version", b"protocol_version", "roles", b"roles", "standby_roles", b"standby_roles", "total_blocks", b"total_blocks", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -649,6 +661,59 @@ class AbortAttempt(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AbortAttempt: _TypeAlias = AbortAttempt  # noqa: Y015
+
+@_typing.final
+class Pin(_message.Message):
+    """Keep the whole blocks of a prefix in the tiers: those that are there, and others when they are saved. A pin lasts until
+    it is unpinned, its time is over, or the link ends; a worker that registers is sent all pins again.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
+    TTL_S_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    cache_salt: _builtins.str
+    ttl_s: _builtins.float
+    """seconds from receipt"""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        cache_salt: _builtins.str = ...,
+        ttl_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "id", b"id", "token_ids", b"token_ids", "ttl_s", b"ttl_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pin: _TypeAlias = Pin  # noqa: Y015
+
+@_typing.final
+class Unpin(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Unpin: _TypeAlias = Unpin  # noqa: Y015
 
 @_typing.final
 class Drain(_message.Message):

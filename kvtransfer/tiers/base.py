@@ -3,9 +3,10 @@
 A name is `baton.block_names.NAME_BYTES` bytes and stands for one content, so a block that is held already need not be
 stored again. All blocks of a tier have `block_bytes` bytes.
 
-    put(name, block)            -> True: taken; held at once, or soon where writes are queued; False: refused
+    put(name, block, tenant)    -> True: taken; held at once, or soon where writes are queued; False: refused
     holds([name, ...])          -> which of them a get would find now
     pin([name, ...]), unpin     -> no eviction in between
+    pin_prefix(key, [name, ...], ttl_s), unpin_prefix -> the same for what may still have to come, for a time
     get(name, into, deadline)   -> True: `into` is the block; False: a miss, and `into` may hold anything
     get_many                    -> the same for several at once
 
@@ -23,6 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from baton.block_names import NAME_BYTES
+from kvtransfer.tiers.pins import PrefixPins
+from kvtransfer.tiers.tenants import NOBODY
 
 Block = npt.NDArray[np.uint8] | memoryview
 """The bytes of one block: contiguous, `block_bytes` long."""
@@ -42,7 +45,19 @@ class TierStatus:
     reason: str = ""
 
 
-COUNTED = ("stored", "loaded", "misses", "checksum_failures", "evicted", "refused", "io_errors", "timeouts", "bytes")
+COUNTED = (
+    "stored",
+    "loaded",
+    "misses",
+    "checksum_failures",
+    "evicted",
+    "over_share",
+    "expired",
+    "refused",
+    "io_errors",
+    "timeouts",
+    "bytes",
+)
 """What every tier counts, in blocks and since it was opened. `bytes` is what its blocks take at the moment."""
 
 
@@ -72,6 +87,8 @@ class Tier(ABC):
 
     name: str
     block_bytes: int
+    pins: PrefixPins
+    """What pinned prefixes keep, for others to look at."""
 
     @abstractmethod
     def holds(self, names: Sequence[bytes]) -> list[bool]:
@@ -83,8 +100,10 @@ class Tier(ABC):
         return held.index(False) if False in held else len(held)
 
     @abstractmethod
-    def put(self, name: bytes, block: Block) -> bool:
+    def put(self, name: bytes, block: Block, tenant: bytes = NOBODY) -> bool:
         """Take a copy of a block; the caller may change its memory afterwards. Never waits for a device.
+
+        It counts against the share of `tenant`, whose own blocks go when that is used up.
 
         False when it is refused: no room, too much to write already, or the tier is not on. Raises ValueError when
         name or block do not have their size.
@@ -109,6 +128,17 @@ class Tier(ABC):
     @abstractmethod
     def unpin(self, names: Iterable[bytes]) -> None:
         """Give pins back. Raises KeyError for a name that is not pinned."""
+
+    @abstractmethod
+    def pin_prefix(self, key: str, names: Sequence[bytes], ttl_s: float) -> bool:
+        """Keep the blocks of a prefix for `ttl_s`, those here and those still to come; the same key renews it.
+
+        False, and nothing changes, when pinned prefixes would keep more than `pins.max_names` blocks.
+        """
+
+    @abstractmethod
+    def unpin_prefix(self, key: str) -> None:
+        """Let a pinned prefix go the way of all others. Nothing happens for an unknown key."""
 
     @property
     @abstractmethod

@@ -18,6 +18,7 @@ tier off, failing writes make it read-only. A full disk keeps it at the size tha
 
 import errno
 import logging
+import math
 import queue
 import threading
 import time
@@ -42,8 +43,10 @@ from kvtransfer.tiers.opening import (
     slots_of_a_segment,
     take_seat,
 )
+from kvtransfer.tiers.pins import PINNED_SHARE, PrefixPins
 from kvtransfer.tiers.records import RecordFormat, layout_hash
 from kvtransfer.tiers.segments import Record, Segment, SegmentBook
+from kvtransfer.tiers.tenants import NOBODY, Tenants
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +59,7 @@ STALL_S: Final = 1.0
 @dataclass(slots=True, eq=False)
 class _Store:
     name: bytes
+    tenant: bytes
     buffer: memoryview
 
 
@@ -97,23 +101,32 @@ class DiskTier(Tier):
         num_writers: int = 4,
         write_buffer_bytes: int = 32 << 20,
         segment_bytes: int | None = None,
+        ttl_s: float = math.inf,
+        tenant_share: float = 1.0,
         open_files: Callable[[Path], Files] = Files,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """Open the tier and index what it holds: one read of 4 KiB a block.
 
         capacity_bytes: what its files may take on the disk. layout_fingerprint: everything that two blocks of the same
         name must have in common to be interchangeable: model and weights, dtype, layout, page size, TP rank and size.
+        ttl_s: blocks unused for so long are misses; at the start a block was last used when it was stored, as nobody
+        wrote down more. tenant_share: of its slots, what one tenant may have.
         Raises ConfigurationError when the folder cannot be used at all, or the capacity is below one segment.
         """
         self.block_bytes = block_bytes
         self._format = RecordFormat(layout_hash(layout_fingerprint, block_bytes), block_bytes)
         self._usable_bytes = capacity_bytes - SMALL_FILES_BYTES
         self._num_slots = slots_of_a_segment(self._usable_bytes, self._format.slot_bytes, segment_bytes)
-        self._clock = clock
+        num_segments = self._usable_bytes // charge(self._num_slots * self._format.slot_bytes)
+        self.pins = PrefixPins(int(PINNED_SHARE * num_segments * self._num_slots))
+        self._clock, self._wall_clock = clock, wall_clock
+        self._ttl_s = ttl_s
         self._counters = Counters("disk", ("duplicates", "load_seconds", "store_seconds"))
         self._lock = threading.Lock()  # of everything below; held for microseconds, never during I/O
-        self._book = SegmentBook()
+        self._tenants = Tenants(num_segments * self._num_slots, tenant_share)
+        self._book = SegmentBook(self._tenants)
         self._pinned: dict[bytes, list[Segment]] = {}
         self._pending: set[bytes] = set()
         self._reads, self._writes = Breaker(clock), Breaker(clock)
@@ -154,15 +167,17 @@ class DiskTier(Tier):
     def holds(self, names: Sequence[bytes]) -> list[bool]:
         if self._is_off:
             return [False] * len(names)
-        records = self._book.records
-        return [name in records for name in names]
+        with self._lock:
+            self._drop_expired()
+            return [name in self._book.records for name in names]
 
-    def put(self, name: bytes, block: Block) -> bool:
+    def put(self, name: bytes, block: Block, tenant: bytes = NOBODY) -> bool:
         view = self.block_view(name, block)
         with self._lock:
+            self._drop_expired()
             record = self._book.records.get(name)
             if record is not None:
-                self._book.use(record)
+                self._book.use(name, self._wall_clock())
             if record is not None or name in self._pending:
                 self._counters.add("duplicates")
                 return True
@@ -172,7 +187,7 @@ class DiskTier(Tier):
             buffer = self._idle_buffers.pop()
             self._pending.add(name)
         np.copyto(np.frombuffer(self._format.block(buffer), np.uint8), view)  # numpy lets other threads run meanwhile
-        self._stores.put(_Store(name, buffer))
+        self._stores.put(_Store(name, tenant, buffer))
         return True
 
     def get(self, name: bytes, into: npt.NDArray[np.uint8], deadline: float) -> bool:
@@ -196,10 +211,11 @@ class DiskTier(Tier):
 
     def _begin(self, name: bytes, into: npt.NDArray[np.uint8]) -> _Load | None:
         with self._lock:
+            self._drop_expired()
             record = self._book.records.get(name)
             if record is None:
                 return None
-            self._book.use(record)
+            self._book.use(name, self._wall_clock())
             record.segment.num_pins += 1
         load = _Load(name, record, into)
         self._loads.put(load)
@@ -222,6 +238,16 @@ class DiskTier(Tier):
                 if not segments:
                     del self._pinned[name]
             self._release(segment)
+
+    def pin_prefix(self, key: str, names: Sequence[bytes], ttl_s: float) -> bool:
+        with self._lock:
+            now = self._clock()
+            self.pins.expire(now)
+            return self.pins.pin(key, names, now + ttl_s) is not None
+
+    def unpin_prefix(self, key: str) -> None:
+        with self._lock:
+            self.pins.unpin(key)
 
     @property
     def counters(self) -> dict[str, float]:
@@ -276,7 +302,7 @@ class DiskTier(Tier):
         segment, slot = place
         with self._lock:
             sequence = self._book.next_time()
-        self._format.seal(store.buffer, store.name, sequence)
+        self._format.seal(store.buffer, store.name, sequence, store.tenant, int(self._wall_clock()))
         started = time.monotonic()
         try:
             written = self._files.pwritev(segment.fd, [store.buffer], slot * self._format.slot_bytes)
@@ -291,7 +317,9 @@ class DiskTier(Tier):
         self._counters.add("store_seconds", time.monotonic() - started)
         with self._lock:
             self._writes.succeed()
-            self._book.commit(store.name, segment, slot, sequence)
+            self._book.commit(store.name, segment, slot, sequence, self._wall_clock(), store.tenant)
+            num_over = self._book.drop_excess(store.tenant, self.pins, self._pinned)
+        self._counters.add("over_share", num_over)
         self._release(segment)
         return True
 
@@ -315,7 +343,8 @@ class DiskTier(Tier):
         if self._clock() >= self._grow_from and self._grow():
             return True
         with self._lock:
-            num_evicted = self._book.recycle()
+            self.pins.expire(self._clock())
+            num_evicted = self._book.recycle(self._wall_clock(), self.pins)
         self._counters.add("evicted", num_evicted or 0)
         return num_evicted is not None
 
@@ -407,6 +436,10 @@ class DiskTier(Tier):
         for segment, claims in found.segments:
             self._book.add(segment, claims)
         self._counters.add("bytes", self._book.num_bytes)
+        self._book.sort()
+        self._drop_expired()
+        for tenant in self._tenants.tenants():
+            self._counters.add("over_share", self._book.drop_excess(tenant))
         while self._book.num_bytes > self._usable_bytes and not self._files.is_read_only:
             least_useful = self._book.least_useful()
             if least_useful is None or not self._unlink(least_useful.file):
@@ -418,6 +451,13 @@ class DiskTier(Tier):
     @property
     def _is_off(self) -> bool:
         return bool(self._off_reason) or self._reads.is_open
+
+    def _drop_expired(self) -> None:
+        """Called with the lock held."""
+        now = self._wall_clock()
+        num_expired = self._book.drop_expired(now - self._ttl_s, now, self.pins, self._pinned)
+        if num_expired:
+            self._counters.add("expired", num_expired)
 
     def _release(self, segment: Segment) -> None:
         with self._lock:

@@ -13,7 +13,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,9 @@ import xxhash
 from baton.errors import ConfigurationError
 from kvtransfer.tiers.admission import Admission
 from kvtransfer.tiers.base import Block, Counters, Tier, TierState, TierStatus
+from kvtransfer.tiers.pins import PINNED_SHARE
 from kvtransfer.tiers.retention import DEFAULT_POLICY, Retention
+from kvtransfer.tiers.tenants import NOBODY
 
 
 @dataclass(slots=True)
@@ -37,8 +39,8 @@ class _Entry:
 class HostTier(Tier):
     """Bounded by `capacity_bytes`, all of it taken at the start. A prompt's blocks are best put tail first.
 
-    Counters besides those of every tier: `not_admitted`, blocks that the admission filter kept out, which also count
-    as refused; `expired`, blocks that nobody used for `ttl_s`.
+    One counter besides those of every tier: `not_admitted`, blocks that the admission filter kept out, which also count
+    as refused.
     """
 
     name = "host"
@@ -51,8 +53,8 @@ class HostTier(Tier):
         policy: str = DEFAULT_POLICY,
         admission: bool = False,
         ttl_s: float = math.inf,
-        pinned_share: float = 0.25,
-        tenant_shares: Mapping[str, float] | None = None,
+        pinned_share: float = PINNED_SHARE,
+        tenant_share: float = 1.0,
         buffer: memoryview | mmap.mmap | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -65,11 +67,12 @@ class HostTier(Tier):
             raise ConfigurationError(f"a host tier of {capacity_bytes} bytes has no room for blocks of {block_bytes}")
         self.block_bytes = block_bytes
         self._retention = Retention(
-            num_slots, policy, ttl_s=ttl_s, pinned_share=pinned_share, tenant_shares=tenant_shares
+            num_slots, policy, ttl_s=ttl_s, pinned_share=pinned_share, tenant_share=tenant_share
         )
+        self.pins = self._retention.pins
         self._admission = Admission(num_slots) if admission else None
         self._clock = clock
-        self._counters = Counters("host", ("not_admitted", "expired"))
+        self._counters = Counters("host", ("not_admitted",))
         self._slab = _slab(num_slots, block_bytes, buffer)
         self._lock = threading.Lock()
         self._entries: dict[bytes, _Entry] = {}
@@ -82,8 +85,7 @@ class HostTier(Tier):
             self._drop_expired()
             return [self._find(name) is not None for name in names]
 
-    def put(self, name: bytes, block: Block, tenant: str = "") -> bool:
-        """As every tier's. The block counts against the share of `tenant`, where it has one."""
+    def put(self, name: bytes, block: Block, tenant: bytes = NOBODY) -> bool:
         source = self.block_view(name, block)
         with self._lock:
             self._drop_expired()
@@ -102,6 +104,7 @@ class HostTier(Tier):
             self._filling.remove(name)
             self._entries[name] = _Entry(slot, checksum)
             self._retention.insert([name], self._clock(), tenant)
+            self._drop_excess(tenant)
         self._counters.add("stored")
         self._counters.add("bytes", self.block_bytes)
         return True
@@ -151,11 +154,8 @@ class HostTier(Tier):
                 self._unpin(name)
 
     def pin_prefix(self, key: str, names: Sequence[bytes], ttl_s: float) -> bool:
-        """Keep the blocks of a prefix for `ttl_s`, those here and those still to come; the same key renews it.
-
-        False, and nothing changes, when pinned prefixes would take more than `pinned_share` of the tier.
-        """
         with self._lock:
+            self._drop_expired()
             now = self._clock()
             return self._retention.pin_prefix(key, names, now + ttl_s, now)
 
@@ -183,9 +183,10 @@ class HostTier(Tier):
         if self._admission:
             self._admission.record(name)
 
-    def _make_room(self, name: bytes, tenant: str) -> int | None:
+    def _make_room(self, name: bytes, tenant: bytes) -> int | None:
         """A slot for new content, where there is one or a victim worth less."""
-        if self._free:
+        is_over = self._retention.num_over(tenant, 1) > 0
+        if self._free and not is_over:
             return self._free.pop()
         victim = self._retention.victim(tenant, self._pins)
         if victim is None:
@@ -194,9 +195,16 @@ class HostTier(Tier):
             self._counters.add("not_admitted")
             return None
         self._retention.evict(victim)
-        self._counters.add("evicted")
+        self._counters.add("over_share" if is_over else "evicted")
         self._give_back(victim)
         return self._free.pop()
+
+    def _drop_excess(self, tenant: bytes) -> None:
+        """Of a tenant that brought several blocks at the same moment."""
+        while self._retention.num_over(tenant) and (name := self._retention.victim(tenant, self._pins)):
+            self._retention.evict(name)
+            self._counters.add("over_share")
+            self._give_back(name)
 
     def _drop_expired(self) -> None:
         for name in self._retention.expired(self._clock(), self._pins):

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 from baton.errors import ConfigurationError
 from baton.files import replace_file, writable_folder
 from kvtransfer.tiers.files import Files, aligned_buffers
-from kvtransfer.tiers.records import PAGE_BYTES, RecordFormat
+from kvtransfer.tiers.records import PAGE_BYTES, Claim, RecordFormat
 from kvtransfer.tiers.segments import Segment
 
 SMALL_FILES_BYTES: Final = 64 << 10
@@ -29,8 +29,8 @@ OnError = Callable[[str, OSError], None]
 
 class FoundSegment(NamedTuple):
     segment: Segment
-    claims: list[tuple[int, bytes, int]]
-    """(slot, name, sequence) of every whole record page of the tier's layout."""
+    claims: list[tuple[int, Claim]]
+    """(slot, claim) of every whole record page of the tier's layout."""
 
 
 class Found(NamedTuple):
@@ -125,7 +125,7 @@ def _open_segment(files: Files, record_format: RecordFormat, file: str, on_error
         return num_bytes
 
 
-def _claims(files: Files, record_format: RecordFormat, segment: Segment) -> list[tuple[int, bytes, int]]:
+def _claims(files: Files, record_format: RecordFormat, segment: Segment) -> list[tuple[int, Claim]]:
     (page,), claims = aligned_buffers(1, PAGE_BYTES), []
     for slot in range(segment.num_slots):
         offset = slot * record_format.slot_bytes + record_format.page_offset
@@ -133,7 +133,7 @@ def _claims(files: Files, record_format: RecordFormat, segment: Segment) -> list
             continue
         claim = record_format.read_page(page)
         if claim is not None:
-            claims.append((slot, claim.name, claim.sequence))
+            claims.append((slot, claim))
     return claims
 
 

@@ -18,7 +18,9 @@ A segment file is a row of slots of one size, each aligned to 4 KiB, and nothing
       48   8  block_bytes
       56   8  sequence: higher is later, over all files of a folder
       64  16  xxh3_128 of the block
-      80      zeros
+      80  16  tenant, zeros for none
+      96   8  when it was stored, in Unix seconds
+     104      zeros
     4088   8  xxh3_64 of the 4088 bytes before it
 
 The page stands behind its block, so that one write brings both and, in the order of the file, the page last: a block
@@ -34,10 +36,12 @@ from typing import Final, NamedTuple
 
 import xxhash
 
+from kvtransfer.tiers.tenants import NOBODY
+
 PAGE_BYTES: Final = 4096
 FORMAT_VERSION: Final = 1
 _MAGIC: Final = b"BATON-KV"
-_CLAIM: Final = struct.Struct("<8sI4x16s16sQQ16s")
+_CLAIM: Final = struct.Struct("<8sI4x16s16sQQ16s16sQ")
 _PAGE_CHECKSUM: Final = struct.Struct("<Q")
 _CHECKED_BYTES: Final = PAGE_BYTES - _PAGE_CHECKSUM.size
 _MAX_SEQUENCE: Final = 1 << 63
@@ -50,6 +54,9 @@ class Claim(NamedTuple):
     name: bytes
     sequence: int
     checksum: bytes
+    tenant: bytes
+    stored_at: int
+    """Unix seconds."""
 
 
 def layout_hash(fingerprint: str, block_bytes: int) -> bytes:
@@ -76,22 +83,26 @@ class RecordFormat:
     def slot_bytes(self) -> int:
         return self.page_offset + PAGE_BYTES
 
-    def seal(self, slot: memoryview, name: bytes, sequence: int) -> None:
+    def seal(self, slot: memoryview, name: bytes, sequence: int, tenant: bytes, stored_at: int) -> None:
         """Complete a slot whose first `block_bytes` are the block; slot: [slot_bytes]."""
         checksum = xxhash.xxh3_128_digest(slot[: self.block_bytes])
         slot[self.block_bytes :] = bytes(self.slot_bytes - self.block_bytes)
         page = slot[self.page_offset :]
-        _CLAIM.pack_into(page, 0, _MAGIC, FORMAT_VERSION, name, self.layout, self.block_bytes, sequence, checksum)
+        _CLAIM.pack_into(
+            page, 0, _MAGIC, FORMAT_VERSION, name, self.layout, self.block_bytes, sequence, checksum, tenant, stored_at
+        )
         _PAGE_CHECKSUM.pack_into(page, _CHECKED_BYTES, xxhash.xxh3_64_intdigest(page[:_CHECKED_BYTES]))
 
     def read_page(self, page: memoryview) -> Claim | None:
         """The claim of a record page, [4096]; None when it is no whole page of this format and layout."""
-        magic, version, name, layout, block_bytes, sequence, checksum = _CLAIM.unpack_from(page)
+        magic, version, name, layout, block_bytes, sequence, checksum, tenant, stored_at = _CLAIM.unpack_from(page)
         if (magic, version, layout, block_bytes) != (_MAGIC, FORMAT_VERSION, self.layout, self.block_bytes):
             return None
         if _PAGE_CHECKSUM.unpack_from(page, _CHECKED_BYTES)[0] != xxhash.xxh3_64_intdigest(page[:_CHECKED_BYTES]):
             return None
-        return Claim(name, sequence, checksum) if sequence < _MAX_SEQUENCE else None
+        if sequence >= _MAX_SEQUENCE:
+            return None
+        return Claim(name, sequence, checksum, tenant if any(tenant) else NOBODY, stored_at)
 
     def is_block(self, slot: memoryview, name: bytes) -> bool:
         """Whether a slot, [slot_bytes], holds the block of that name, every byte of it as it was stored."""

@@ -13,12 +13,13 @@ than LFU; at 10 M it is up to 2.3 points above LRU and within a point of LFU; in
 
 import math
 from abc import ABC, abstractmethod
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from baton.errors import ConfigurationError
+from kvtransfer.tiers.pins import PINNED_SHARE, PrefixPins
+from kvtransfer.tiers.tenants import NOBODY, Tenants
 
 
 class Policy(ABC):
@@ -186,20 +187,13 @@ POLICIES: Final[Mapping[str, type[Policy]]] = {"lru": Lru, "lfu": Lfu, "s3fifo":
 DEFAULT_POLICY: Final = "s3fifo"
 
 
-@dataclass(frozen=True, slots=True)
-class _PrefixPin:
-    names: tuple[bytes, ...]
-    until: float
-
-
 class Retention:
     """Which entries a tier keeps. Times are seconds of one clock, passed in, and never go back.
 
     - An entry that nobody used for `ttl_s` is due to go, room or no room (`expired`).
     - A pinned prefix stays until it is unpinned or its time is over; together they take `pinned_share` at most.
-    - A tenant in `tenant_shares` (parts of the capacity, together at most 1) never loses an entry to others while it
-      has no more than its share; all other tenants have the rest together. Room that is not used may be borrowed.
-      An entry that tenants share belongs to the one that brought it.
+    - A tenant that has `tenant_share` of the capacity makes room for its next entry itself, with what it used longest
+      ago. An entry that tenants share belongs to the one that brought it.
     """
 
     def __init__(
@@ -208,84 +202,80 @@ class Retention:
         policy: str = DEFAULT_POLICY,
         *,
         ttl_s: float = math.inf,
-        pinned_share: float = 0.25,
-        tenant_shares: Mapping[str, float] | None = None,
+        pinned_share: float = PINNED_SHARE,
+        tenant_share: float = 1.0,
     ) -> None:
         """`capacity` in entries. Raises ConfigurationError."""
-        shares = dict(tenant_shares or {})
         if policy not in POLICIES:
             raise ConfigurationError(f"no retention policy is called '{policy}'; there are {', '.join(POLICIES)}")
-        if capacity <= 0 or ttl_s <= 0 or not 0 <= pinned_share <= 1:
-            raise ConfigurationError("a tier needs room for a block, a time to live above 0 and a pinned share in 0..1")
-        if "" in shares or min(shares.values(), default=0) < 0 or sum(shares.values()) > 1 + 1e-9:
-            raise ConfigurationError("the shares of tenants must have names, be positive and be at most 1 together")
+        if capacity <= 0 or ttl_s <= 0 or not 0 <= pinned_share <= 1 or not 0 < tenant_share <= 1:
+            raise ConfigurationError(
+                "a tier needs room for a block, a time to live above 0, a pinned share in 0..1 and a share of tenants "
+                "above 0 and at most 1"
+            )
         self.capacity = capacity
         self._ttl_s = ttl_s
-        self._max_pinned = int(pinned_share * capacity)
-        self._quotas = {tenant: int(share * capacity) for tenant, share in shares.items()}
-        self._quotas[""] = capacity - sum(self._quotas.values())
-        self._orders = {tenant: POLICIES[policy]() for tenant in self._quotas}
-        self._counts = dict.fromkeys(self._quotas, 0)
-        self._tenant_of: dict[bytes, str] = {}
-        self._used_at: OrderedDict[bytes, float] = OrderedDict()  # of what is not pinned, oldest first
-        self._pins: dict[str, _PrefixPin] = {}
-        self._pinned: Counter[bytes] = Counter()
+        self.pins = PrefixPins(int(pinned_share * capacity))
+        self._tenants = Tenants(capacity, tenant_share)
+        self._order = POLICIES[policy]()
+        """Of what is not pinned."""
+        self._used_at: OrderedDict[bytes, float] = OrderedDict()
+        """Of the same, oldest first."""
+        self._entries: set[bytes] = set()
 
     def __len__(self) -> int:
-        return len(self._tenant_of)
+        return len(self._entries)
 
     def __contains__(self, name: bytes) -> bool:
-        return name in self._tenant_of
+        return name in self._entries
 
-    def insert(self, names: Sequence[bytes], now: float, tenant: str = "") -> None:
+    def insert(self, names: Sequence[bytes], now: float, tenant: bytes = NOBODY) -> None:
         """Entries come in; those that are here already count as used. Raises ValueError beyond the capacity."""
-        account = tenant if tenant in self._quotas else ""
         for name in reversed(names):
-            if name in self._tenant_of:
+            if name in self._entries:
                 self._touch(name, now)
                 continue
             if len(self) >= self.capacity:
                 raise ValueError("an entry more than the capacity; evict one first")
-            self._tenant_of[name] = account
-            self._counts[account] += 1
-            if name not in self._pinned:
+            self._entries.add(name)
+            self._tenants.add(name, tenant)
+            if name not in self.pins:
                 self._enter(name, now)
 
     def touch(self, names: Sequence[bytes], now: float) -> None:
         """Entries were used; names that are not here are passed over."""
         for name in reversed(names):
-            if name in self._tenant_of:
+            if name in self._entries:
                 self._touch(name, now)
 
     def remove(self, name: bytes) -> None:
         """An entry goes for another reason than lack of room. Raises KeyError for a stranger."""
-        if name not in self._pinned:
-            self._orders[self._tenant_of[name]].remove(name)
+        self._entries.remove(name)
+        self._tenants.remove(name)
+        if name not in self.pins:
+            self._order.remove(name)
             del self._used_at[name]
-        self._forget(name)
 
     def evict(self, name: bytes) -> None:
         """A victim goes; the policy may remember it."""
-        self._orders[self._tenant_of[name]].evict(name)
+        self._entries.remove(name)
+        self._tenants.remove(name)
+        self._order.evict(name)
         del self._used_at[name]
-        self._forget(name)
 
-    def victim(self, tenant: str = "", spared: Container[bytes] = ()) -> bytes | None:
+    def num_over(self, tenant: bytes, num_more: int = 0) -> int:
+        """Entries that the tenant would have beyond its share if it brought so many more."""
+        return self._tenants.num_over(tenant, num_more)
+
+    def victim(self, tenant: bytes = NOBODY, spared: Container[bytes] = ()) -> bytes | None:
         """What should go so that `tenant` can bring an entry; None when nothing may. It is left in place."""
-        own = tenant if tenant in self._quotas else ""
-        excess = {account: self._counts[account] - quota for account, quota in self._quotas.items()}
-        # Who is at its share pays itself; else whoever is furthest over; and oneself when nobody is.
-        for account in sorted(excess, key=lambda account: (account != own or excess[own] < 0, -excess[account])):
-            if account == own or excess[account] > 0:
-                name = self._orders[account].victim(spared)
-                if name is not None:
-                    return name
-        return None
+        if self._tenants.num_over(tenant, 1):
+            return self._tenants.oldest(tenant, spared, self.pins)
+        return self._order.victim(spared)
 
     def expired(self, now: float, spared: Container[bytes] = ()) -> list[bytes]:
         """Entries unused for too long, to be removed. Prefix pins whose time is over are dropped."""
-        for key in [key for key, pin in self._pins.items() if pin.until <= now]:
-            self.unpin_prefix(key, now)
+        self._release(self.pins.expire(now), now)
         names = []
         for name, used_at in self._used_at.items():
             if now - used_at < self._ttl_s:
@@ -299,46 +289,32 @@ class Retention:
 
         False, and nothing changes, when pinned prefixes would take more than their part of the tier.
         """
-        before = self._pins.pop(key, _PrefixPin((), 0))
-        self._pinned.subtract(before.names)
-        wanted = set(names)
-        num_others = sum(count > 0 and name not in wanted for name, count in self._pinned.items())
-        fits = num_others + len(wanted) <= self._max_pinned
-        self._pinned.update(wanted if fits else before.names)
-        if fits:
-            self._pins[key] = _PrefixPin(tuple(dict.fromkeys(names)), until)
-        elif before.names:
-            self._pins[key] = before
-        for name in wanted if fits else ():
+        released = self.pins.pin(key, names, until)
+        if released is None:
+            return False
+        for name in names:
             if name in self._used_at:
-                self._orders[self._tenant_of[name]].remove(name)
+                self._order.remove(name)
                 del self._used_at[name]
-        self._release(before.names, now)
-        return fits
+        self._release(released, now)
+        return True
 
     def unpin_prefix(self, key: str, now: float) -> None:
         """Let the names of a pin go the way of all others, as just used. Nothing happens for an unknown key."""
-        pin = self._pins.pop(key, None)
-        if pin:
-            self._pinned.subtract(pin.names)
-            self._release(pin.names, now)
+        self._release(self.pins.unpin(key), now)
 
     def _release(self, names: Sequence[bytes], now: float) -> None:
         for name in reversed(names):
-            if self._pinned[name] <= 0:
-                del self._pinned[name]
-                if name in self._tenant_of and name not in self._used_at:
-                    self._enter(name, now)
+            if name in self._entries:
+                self._enter(name, now)
 
     def _enter(self, name: bytes, now: float) -> None:
-        self._orders[self._tenant_of[name]].insert(name)
+        self._order.insert(name)
         self._used_at[name] = now
 
     def _touch(self, name: bytes, now: float) -> None:
+        self._tenants.use(name)
         if name in self._used_at:
-            self._orders[self._tenant_of[name]].touch(name)
+            self._order.touch(name)
             self._used_at[name] = now
             self._used_at.move_to_end(name)
-
-    def _forget(self, name: bytes) -> None:
-        self._counts[self._tenant_of.pop(name)] -= 1

@@ -40,8 +40,10 @@ import numpy.typing as npt
 from baton.errors import ConfigurationError
 from kvtransfer.tiers.base import Block, Counters, Tier, TierState, TierStatus
 from kvtransfer.tiers.breaker import RETRY_S, Breaker
+from kvtransfer.tiers.pins import PINNED_SHARE, PrefixPins
 from kvtransfer.tiers.records import RecordFormat, layout_hash
 from kvtransfer.tiers.sweeping import BLOCK_SUFFIX, FOLDER_DIGITS, SPARE_S, Sweeper, Swept
+from kvtransfer.tiers.tenants import NOBODY
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ SLOW_S: Final = 0.5
 """A load that its caller gave up after this long was slow; one given up earlier was merely called too late."""
 SWEEP_EVERY_S: Final = 60.0
 KNOWN_S: Final = SPARE_S / 2
+DEFAULT_TTL_S: Final = 7 * 24 * 3600.0
 """What was seen in the store so long ago is taken to be there still; every use renews what no sweep deletes."""
 _MAX_KNOWN: Final = 1 << 16
 _MAX_QUEUED_READS: Final = 256
@@ -102,8 +105,8 @@ class _Asked(Generic[T]):
 class SharedStore(Tier):
     """`holds` knows what this worker has written or seen lately; `find` asks the store.
 
-    Counters besides those of every tier: `switched_off`, how often; `expired`, blocks deleted for their age. `bytes`
-    and `evicted` come from this worker's own sweeps.
+    One counter besides those of every tier: `switched_off`, how often. `bytes`, `evicted`, `over_share` and `expired`
+    come from this worker's own sweeps.
     """
 
     name = "shared"
@@ -115,7 +118,8 @@ class SharedStore(Tier):
         block_bytes: int,
         layout_fingerprint: str,
         *,
-        ttl_s: float = 7 * 24 * 3600.0,
+        ttl_s: float = DEFAULT_TTL_S,
+        tenant_share: float = 1.0,
         num_threads: int = 4,
         write_buffer_bytes: int = 64 << 20,
         sweep_every_s: float = SWEEP_EVERY_S,
@@ -123,9 +127,9 @@ class SharedStore(Tier):
     ) -> None:
         """`root` must be there: a folder made in place of a mount that is missing would fill the wrong disk.
 
-        capacity_bytes: what all blocks of this layout may take, for all workers together; exceeded for a sweep's
-        interval at most. layout_fingerprint: as the disk tier's. The folder is made for the user of the first worker
-        alone. Raises ConfigurationError.
+        capacity_bytes: what all blocks of this layout may take, for all workers together, and tenant_share what one
+        tenant may have of that; exceeded for a sweep's interval at most. layout_fingerprint: as the disk tier's. The
+        folder is made for the user of the first worker alone. Raises ConfigurationError.
         """
         if capacity_bytes < block_bytes or block_bytes <= 0 or ttl_s <= 0:
             raise ConfigurationError(
@@ -140,8 +144,11 @@ class SharedStore(Tier):
             (self._folder / "layout.txt").write_text(layout_fingerprint)
         except OSError as error:
             raise ConfigurationError(f"the shared store {root} cannot be used: {error.strerror}") from error
-        self._counters = Counters("shared", ("switched_off", "expired"))
+        self.pins = PrefixPins(int(PINNED_SHARE * capacity_bytes / self._format.slot_bytes))
+        self._counters = Counters("shared", ("switched_off",))
         self._clock = clock
+        self._ttl_s = ttl_s
+        self._known_s = min(KNOWN_S, ttl_s / 2)
         self._lock = threading.Lock()  # of what follows; never held during I/O
         self._reads, self._writes = Breaker(clock), Breaker(clock)
         self._known: OrderedDict[bytes, float] = OrderedDict()  # name -> when it was last seen there
@@ -152,8 +159,9 @@ class SharedStore(Tier):
         self._max_ahead = 2 * num_threads
         self._readers = _Threads(num_threads, _MAX_QUEUED_READS)
         self._writers = _Threads(num_threads, self._max_writing)
-        self._sweeper = Sweeper(self._folder, capacity_bytes, ttl_s)
-        self._sweeping = threading.Thread(target=self._sweep_for_ever, args=(sweep_every_s,), name="sweep", daemon=True)
+        self._sweeper = Sweeper(self._folder, self._format, capacity_bytes, ttl_s, tenant_share)
+        every_s = min(sweep_every_s, max(1.0, ttl_s / 2))
+        self._sweeping = threading.Thread(target=self._sweep_for_ever, args=(every_s,), name="sweep", daemon=True)
         self._sweeping.start()
 
     def holds(self, names: Sequence[bytes]) -> list[bool]:
@@ -168,14 +176,14 @@ class SharedStore(Tier):
         """
 
         def ask() -> int:
-            return bisect_left(names, True, key=lambda name: not _is_there(self._path(name)))
+            return bisect_left(names, True, key=lambda name: not self._is_there(name))
 
         found = self._answer(self._ask(ask, deadline), deadline) or 0
         for name in names[:found]:
             self._remember(name)
         return found
 
-    def put(self, name: bytes, block: Block) -> bool:
+    def put(self, name: bytes, block: Block, tenant: bytes = NOBODY) -> bool:
         source = self.block_view(name, block)
         with self._lock:
             is_on = not self._reads.is_open and not self._writes.is_open
@@ -189,7 +197,7 @@ class SharedStore(Tier):
             return False
         slot = memoryview(bytearray(self._format.slot_bytes))
         slot[: self.block_bytes] = source.data
-        self._writers.submit(lambda: self._store(name, slot))
+        self._writers.submit(lambda: self._store(name, slot, tenant))
         return True
 
     def get(self, name: bytes, into: npt.NDArray[np.uint8], deadline: float) -> bool:
@@ -226,6 +234,20 @@ class SharedStore(Tier):
                 if self._pins[name] == 0:
                     del self._pins[name]
 
+    def pin_prefix(self, key: str, names: Sequence[bytes], ttl_s: float) -> bool:
+        """As every tier's. This worker renews what it has pinned at each of its sweeps, so no other's deletes it."""
+        with self._lock:
+            now = self._clock()
+            self.pins.expire(now)
+            is_pinned = self.pins.pin(key, names, now + ttl_s) is not None
+        if is_pinned:
+            self._readers.submit(partial(self._refresh, names))
+        return is_pinned
+
+    def unpin_prefix(self, key: str) -> None:
+        with self._lock:
+            self.pins.unpin(key)
+
     @property
     def counters(self) -> dict[str, float]:
         return self._counters.snapshot()
@@ -248,11 +270,15 @@ class SharedStore(Tier):
     def sweep(self) -> Swept | None:
         """Delete what is too old or too much; None when another worker does. Raises OSError."""
         with self._lock:
-            pinned = frozenset(name.hex() for name in self._pins)
+            self.pins.expire(self._clock())
+            prefixes = list(self.pins)
+            pinned = frozenset(name.hex() for name in (*self._pins, *prefixes))
+        self._refresh(prefixes)
         swept = self._sweeper.sweep(pinned)
         if swept:
             self._counters.add("expired", swept.num_expired)
             self._counters.add("evicted", swept.num_evicted)
+            self._counters.add("over_share", swept.num_over_share)
             self._counters.set("bytes", swept.num_bytes)
         return swept
 
@@ -265,7 +291,7 @@ class SharedStore(Tier):
         return self._folder / digits[:FOLDER_DIGITS] / f"{digits}{BLOCK_SUFFIX}"
 
     def _knows(self, name: bytes) -> bool:
-        return self._clock() - self._known.get(name, -math.inf) < KNOWN_S
+        return self._clock() - self._known.get(name, -math.inf) < self._known_s
 
     def _remember(self, name: bytes) -> None:
         with self._lock:
@@ -344,7 +370,7 @@ class SharedStore(Tier):
         try:
             with open(path, "rb", buffering=0) as file:
                 num_bytes = _read_all(file, slot)
-                age = abs(time.time() - os.fstat(file.fileno()).st_mtime)  # clocks may differ: then it is refreshed
+                age = _age(os.fstat(file.fileno()))
         except FileNotFoundError:
             num_bytes = -1
         except OSError as error:
@@ -352,7 +378,9 @@ class SharedStore(Tier):
                 raise
             num_bytes = -1
         if num_bytes == self._format.slot_bytes and self._format.is_block(slot[:-1], name):
-            if age > KNOWN_S:
+            if self._is_over(name, age):
+                return None  # to be swept
+            if abs(age) > self._known_s:  # clocks may differ: then it is renewed, too
                 self._refresh([name])
             return slot
         with self._lock:
@@ -372,14 +400,14 @@ class SharedStore(Tier):
 
         self._guard(self._writes, renew)
 
-    def _store(self, name: bytes, slot: memoryview) -> None:
+    def _store(self, name: bytes, slot: memoryview, tenant: bytes) -> None:
         """Write a block unless it is there. Runs in a thread of the store."""
 
         def write() -> bool:
-            if _is_there(self._path(name)):
+            if self._is_there(name):
                 self._refresh([name])
                 return False
-            self._format.seal(slot, name, 0)
+            self._format.seal(slot, name, 0, tenant, int(time.time()))
             self._write(self._path(name), slot)
             return True
 
@@ -391,6 +419,17 @@ class SharedStore(Tier):
             return
         self._counters.add("stored", is_new)
         self._remember(name)
+
+    def _is_there(self, name: bytes) -> bool:
+        """And not unused for too long. Raises OSError."""
+        try:
+            age = _age(os.stat(self._path(name)))
+        except FileNotFoundError:
+            return False
+        return not self._is_over(name, age)
+
+    def _is_over(self, name: bytes, age: float) -> bool:
+        return age >= self._ttl_s and name not in self.pins and name not in self._pins
 
     def _write(self, path: Path, slot: memoryview) -> None:
         temporary = path.with_suffix(f".{secrets.token_hex(8)}")
@@ -412,12 +451,9 @@ class SharedStore(Tier):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # prompts can be told from their KV
 
 
-def _is_there(path: Path) -> bool:
-    try:
-        os.stat(path)
-    except FileNotFoundError:
-        return False
-    return True
+def _age(status: os.stat_result) -> float:
+    """Seconds since the block was used. Below 0 where the filesystem's clock is ahead of this host's."""
+    return time.time() - status.st_mtime
 
 
 def _read_all(file: io.FileIO, into: memoryview) -> int:

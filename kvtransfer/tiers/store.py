@@ -16,12 +16,14 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from kvtransfer.memory import PoolMemory
 from kvtransfer.tiers.base import Tier, TierState
+from kvtransfer.tiers.tenants import NOBODY
 
 log = logging.getLogger(__name__)
 
@@ -34,18 +36,28 @@ _WEIGHT = 0.2
 _ON = {TierState.ON: 1.0, TierState.READ_ONLY: 0.5, TierState.OFF: 0.0}
 
 
+class Unsaved(NamedTuple):
+    """A block of the pool that is to be kept: its content is what the name says while it has this generation."""
+
+    name: bytes
+    block_id: int
+    generation: int
+    tenant: bytes = NOBODY
+
+
 class BlockStore:
     """Tiers behind one pool, fastest first.
 
-    `worth_loading` may be called on any thread, `save` and `load` on the event loop's.
+    `worth_loading` may be called on any thread, the others on the event loop's.
     """
 
     def __init__(self, memory: PoolMemory, tiers: Sequence[Tier]) -> None:
         self._memory = memory
         self._tiers = tuple(tiers)
         self._counters = {"kv_blocks_loaded": 0.0, "kv_loads_missed": 0.0, "kv_saves_dropped": 0.0}
+        self._counters |= {"kv_pins": 0.0, "kv_pins_refused": 0.0}
         self._block_s = {tier.name: memory.block_bytes / ASSUMED_BYTES_PER_S for tier in tiers}
-        self._unsaved: deque[tuple[bytes, int, int]] = deque()
+        self._unsaved: deque[Unsaved] = deque()
         self._wake = threading.Condition()
         self._stopping = False
         self._asked = [tier for tier in tiers if type(tier).find is not Tier.find]
@@ -80,8 +92,8 @@ class BlockStore:
         loop = asyncio.get_running_loop()
         await asyncio.gather(*(loop.run_in_executor(self._askers, tier.find, names, deadline) for tier in self._asked))
 
-    def save(self, blocks: Sequence[tuple[bytes, int, int]]) -> None:
-        """Keep these (name, block id, generation), soon. Never waits: what there is no room for is dropped."""
+    def save(self, blocks: Sequence[Unsaved]) -> None:
+        """Keep these, soon. Never waits: what there is no room for is dropped."""
         with self._wake:
             room = MAX_UNSAVED - len(self._unsaved)
             # The end of a prompt first: what comes later is kept for longer, and a block needs all those before it.
@@ -90,13 +102,19 @@ class BlockStore:
             self._wake.notify()
 
     async def load(
-        self, names: Sequence[bytes], block_ids: Sequence[int], deadline: float, cancelled: threading.Event
+        self,
+        names: Sequence[bytes],
+        block_ids: Sequence[int],
+        deadline: float,
+        cancelled: threading.Event,
+        tenant: bytes = NOBODY,
     ) -> int:
         """Write blocks into the pool; returns how many leading ones are right. Nothing writes any more by then.
 
-        `deadline` in `time.monotonic()` seconds; once `cancelled` is set, no further block is begun.
+        In faster tiers they are `tenant`'s from then on. `deadline` in `time.monotonic()` seconds; once `cancelled` is
+        set, no further block is begun.
         """
-        loading = _Loading(list(zip(names, block_ids, strict=True)), deadline, cancelled)
+        loading = _Loading(list(zip(names, block_ids, strict=True)), deadline, cancelled, tenant)
         loop = asyncio.get_running_loop()
         width = min(LOAD_THREADS, len(loading.blocks))
         work = [loop.run_in_executor(self._loaders, self._load_some, loading, first, width) for first in range(width)]
@@ -107,6 +125,29 @@ class BlockStore:
         self._count("kv_blocks_loaded", loading.num_right)
         self._count("kv_loads_missed", len(names) - loading.num_right)
         return loading.num_right
+
+    @property
+    def max_pinned(self) -> int:
+        """Blocks that pins may keep together: those of the tier that has the most room for them."""
+        return max(tier.pins.max_names for tier in self._tiers)
+
+    def pin(self, key: str, names: Sequence[bytes], ttl_s: float) -> bool:
+        """Keep these blocks, stored already or still to come, for `ttl_s` in every tier that has room for them.
+
+        False, counted, when none has. Never waits.
+        """
+        is_kept = [tier.pin_prefix(key, names, ttl_s) for tier in self._tiers]
+        self._count("kv_pins" if any(is_kept) else "kv_pins_refused", 1)
+        return any(is_kept)
+
+    def unpin(self, key: str) -> None:
+        """Let them go the way of all others. Nothing happens for an unknown key."""
+        for tier in self._tiers:
+            tier.unpin_prefix(key)
+
+    def unpin_all(self) -> None:
+        for key in {key for tier in self._tiers for key in tier.pins.keys}:
+            self.unpin(key)
 
     def close(self, deadline: float) -> None:
         """Save what waits as far as the deadline allows, and close the tiers. No load is running."""
@@ -121,11 +162,12 @@ class BlockStore:
 
     @property
     def counters(self) -> dict[str, float]:
-        """Its own and those of the tiers, and of each `kv_<tier>_on`: 1 on, 0.5 read-only, 0 off."""
+        """Its own and those of the tiers; of each `kv_<tier>_on` (1 on, 0.5 read-only, 0 off) and `_pinned`."""
         result = dict(self._counters)
         for tier in self._tiers:
             result |= tier.counters
             result[f"kv_{tier.name}_on"] = _ON[tier.status.state]
+            result[f"kv_{tier.name}_pinned"] = len(tier.pins)
         return result
 
     # -- Saving ------------------------------------------------------------------------------------------------------
@@ -138,24 +180,24 @@ class BlockStore:
                     self._wake.wait()
                 if not self._unsaved:
                     return
-                name, block_id, generation = self._unsaved.popleft()
+                block = self._unsaved.popleft()
             try:
-                self._save_one(name, block_id, generation, copy)
+                self._save_one(block, copy)
             except Exception:  # of one block: without its thread a tier would look alive and keep nothing any more
                 log.exception("a KV block could not be saved")
                 self._count("kv_saves_dropped", 1)
 
-    def _save_one(self, name: bytes, block_id: int, generation: int, copy: npt.NDArray[np.uint8]) -> None:
-        missing = [tier for tier in self._tiers if not tier.holds([name])[0]]
+    def _save_one(self, block: Unsaved, copy: npt.NDArray[np.uint8]) -> None:
+        missing = [tier for tier in self._tiers if not tier.holds([block.name])[0]]
         if not missing:
             return
         generations = self._memory.generations
-        np.copyto(copy, self._memory.blocks[block_id])
-        if generations[block_id] != generation:
+        np.copyto(copy, self._memory.blocks[block.block_id])
+        if generations[block.block_id] != block.generation:
             self._count("kv_saves_dropped", 1)
             return
         for tier in missing:
-            tier.put(name, copy)
+            tier.put(block.name, copy, block.tenant)
 
     # -- Loading -----------------------------------------------------------------------------------------------------
 
@@ -165,19 +207,19 @@ class BlockStore:
                 loading.missed(index)
                 return
             name, block_id = loading.blocks[index]
-            if not self._load_one(name, block_id, loading.deadline, step):
+            if not self._load_one(name, block_id, loading, step):
                 loading.missed(index)
                 return
 
-    def _load_one(self, name: bytes, block_id: int, deadline: float, num_threads: int) -> bool:
+    def _load_one(self, name: bytes, block_id: int, loading: "_Loading", num_threads: int) -> bool:
         into = self._memory.blocks[block_id]
         for position, tier in enumerate(self._tiers):
             start = time.monotonic()
-            if tier.get(name, into, deadline):
+            if tier.get(name, into, loading.deadline):
                 seconds = (time.monotonic() - start) / num_threads
                 self._block_s[tier.name] += _WEIGHT * (seconds - self._block_s[tier.name])
                 for faster in self._tiers[:position]:
-                    faster.put(name, into)
+                    faster.put(name, into, loading.tenant)
                 return True
         return False
 
@@ -189,8 +231,11 @@ class BlockStore:
 class _Loading:
     """One load, shared by its threads."""
 
-    def __init__(self, blocks: list[tuple[bytes, int]], deadline: float, cancelled: threading.Event) -> None:
+    def __init__(
+        self, blocks: list[tuple[bytes, int]], deadline: float, cancelled: threading.Event, tenant: bytes
+    ) -> None:
         self.blocks = blocks
+        self.tenant = tenant
         self.deadline = deadline
         self.cancelled = cancelled
         self.num_right = len(blocks)

@@ -66,6 +66,7 @@ class FakeWorker:
         # What it saw.
         self.assignments: list[wire.Assignment] = []
         self.aborts: list[wire.AttemptId] = []
+        self.pins: dict[str, wire.Pin] = {}
         self.welcome: wire.Welcome | None = None
         self.heard = asyncio.Condition()
         self.closed = asyncio.Event()
@@ -129,6 +130,10 @@ class FakeWorker:
                 self.assignments.append(assignment)
                 key = (assignment.id.request_id, assignment.id.attempt)
                 self._runs[key] = asyncio.create_task(self._serve(assignment))
+            elif kind == "pin":
+                self.pins[message.pin.id] = message.pin
+            elif kind == "unpin":
+                del self.pins[message.unpin.id]
             elif kind == "abort":
                 self.aborts.append(message.abort.id)
                 run = self._runs.pop((message.abort.id.request_id, message.abort.id.attempt), None)

@@ -3,6 +3,7 @@
 import asyncio
 
 import grpc
+import pytest
 from coordinator_harness import PREFILL, running
 from fake_worker import token_at
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
@@ -177,5 +178,51 @@ def test_reflection_tells_what_is_served(run) -> None:
             files = (await call.read()).file_descriptor_response.file_descriptor_proto
             assert FileDescriptorProto.FromString(files[0]).name == "baton/v1/inference.proto"
             await call.done_writing()
+
+    run(main())
+
+
+def test_a_prefix_is_pinned_looked_at_and_unpinned(run) -> None:
+    async def main() -> None:
+        async with running() as system:
+            worker = await system.worker(pinnable_blocks=20)
+            tokens = system.encode(LONG)
+            pin = await system.inference.CreatePin(api.CreatePinRequest(text=LONG, cache_salt="mine", ttl_s=60))
+            assert (pin.tokens, pin.blocks) == (len(tokens), len(tokens) // 16)
+            await worker.wait_for(lambda: bool(worker.pins))
+            assert (list(worker.pins[pin.id].token_ids), worker.pins[pin.id].cache_salt) == (tokens, "mine")
+            assert await system.inference.GetPin(api.PinId(id=pin.id)) == pin
+            await system.inference.DeletePin(api.PinId(id=pin.id))
+            await worker.wait_for(lambda: not worker.pins)
+            for call, request, code in (
+                (system.inference.GetPin, api.PinId(id=pin.id), grpc.StatusCode.NOT_FOUND),
+                (system.inference.DeletePin, api.PinId(id=pin.id), grpc.StatusCode.NOT_FOUND),
+                (system.inference.CreatePin, api.CreatePinRequest(), grpc.StatusCode.INVALID_ARGUMENT),
+                (
+                    system.inference.CreatePin,
+                    api.CreatePinRequest(text=LONG, ttl_s=float("nan")),
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                ),
+                (system.inference.CreatePin, api.CreatePinRequest(text=LONG * 5), grpc.StatusCode.FAILED_PRECONDITION),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await call(request)
+                assert refused.value.code() is code
+
+    run(main())
+
+
+def test_a_salt_goes_to_the_worker_and_an_empty_one_is_refused(run) -> None:
+    async def main() -> None:
+        async with running() as system:
+            worker = await system.worker()
+            async for _ in system.inference.Generate(generate(text="Hello", cache_salt="mine")):
+                pass
+            async for _ in system.inference.Generate(generate(text="Hello")):
+                pass
+            assert [assignment.cache_salt for assignment in worker.assignments] == ["mine", ""]
+            with pytest.raises(grpc.aio.AioRpcError, match="cache_salt") as refused:
+                await system.inference.Generate(generate(text="Hello", cache_salt="")).read()
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
     run(main())

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 
 import pytest
 from coordinator_harness import DECODE, PREFILL, System, running, until
@@ -409,3 +410,34 @@ def test_every_response_names_its_request_and_no_log_line_holds_a_prompt(run, ca
     assert "'/v1/completions' 200 cmpl-" in text
     assert "completion 2 tokens" in text
     assert "SECRETWORD" not in text
+
+
+def test_a_salt_goes_to_every_worker_and_into_no_log(run, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with running() as system:
+            workers = [await system.worker("prefill-0", PREFILL), await system.worker()]
+            extra = {"cache_salt": "tenant-secret"}
+            await system.openai.completions.create(model="demo", prompt=LONG, max_tokens=2, extra_body=extra)
+            messages = [{"role": "user", "content": LONG}]
+            await system.openai.chat.completions.create(model="demo", messages=messages, max_tokens=2, extra_body=extra)
+            await system.openai.completions.create(model="demo", prompt=LONG, max_tokens=2)
+            for worker in workers:
+                assert [each.cache_salt for each in worker.assignments] == ["tenant-secret", "tenant-secret", ""]
+
+    with caplog.at_level(logging.DEBUG):
+        run(main())
+    assert "tenant-secret" not in "".join(record.getMessage() for record in caplog.records if "baton" in record.name)
+
+
+@pytest.mark.parametrize("salt", ['""', f'"{"x" * 257}"', "5", '["a"]', '"\\ud800"'])
+def test_a_salt_that_is_no_name_of_a_tenant_is_refused(run, salt: str) -> None:
+    async def main() -> None:
+        async with running() as system:
+            await system.worker()
+            headers = {"Content-Type": "application/json"}
+            body = f'{{"prompt": "Hello", "max_tokens": 1, "cache_salt": {salt}}}'
+            async with system.http.post("/v1/completions", data=body, headers=headers) as answer:
+                assert answer.status == 400
+                assert "xxx" not in await answer.text()
+
+    run(main())

@@ -4,6 +4,7 @@ import asyncio
 
 from fake_worker import token_at
 
+from baton.block_names import root_name
 from baton.config import CoordinatorOptions
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import Choice, Request
@@ -14,21 +15,22 @@ from coordinator.prefixes import STRIDE_TOKENS, Held, Life, PrefixMemory, stride
 from coordinator.routing import LeastLoaded
 from coordinator.workers import Worker, WorkerRegistry
 
+ROOT = root_name("model")
 A, B, C = Life("a", 1), Life("b", 2), Life("c", 3)
 TOKENS = list(range(1000))
 
 
 def names(num_strides: int, tokens: list[int] = TOKENS) -> list[bytes]:
-    return strides("model", tokens[: num_strides * STRIDE_TOKENS])
+    return strides(ROOT, tokens[: num_strides * STRIDE_TOKENS])
 
 
 def test_equal_beginnings_have_equal_names_and_the_end_of_a_stride_has_none() -> None:
-    assert len(strides("model", TOKENS)) == len(TOKENS) // STRIDE_TOKENS
-    assert strides("model", TOKENS, names(3)) == strides("model", TOKENS)
+    assert len(strides(ROOT, TOKENS)) == len(TOKENS) // STRIDE_TOKENS
+    assert strides(ROOT, TOKENS, names(3)) == strides(ROOT, TOKENS)
     other = [*TOKENS[:200], 5, *TOKENS[201:]]
     assert names(3) == names(3, other)
     assert not set(names(15)[3:]) & set(names(15, other)[3:])
-    assert not set(names(15)) & set(strides("another model", TOKENS))
+    assert not set(names(15)) & set(strides(root_name("model", cache_salt="tenant"), TOKENS))
 
 
 def test_the_longest_beginning_comes_first_and_of_equals_the_latest() -> None:

@@ -331,6 +331,7 @@ class World:
         max_waiting: int = 64,
         look_ahead: bool = False,
         keeps: float = 0.0,
+        save_at_eviction: bool = False,
         early: bool = False,
     ) -> None:
         """`keeps`: share of the named blocks that the store keeps. `early`: hear what a step says while it runs."""
@@ -350,6 +351,7 @@ class World:
             drafter=self.drafter,
             look_ahead=look_ahead,
             store=self.store,
+            save_at_eviction=save_at_eviction,
             layer_groups=GROUPS,
         )
         self.early = early

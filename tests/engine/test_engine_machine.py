@@ -39,9 +39,18 @@ class EngineMachine(RuleBasedStateMachine):
         max_running=st.sampled_from([1, 3, 5]),
         max_batch_tokens=st.sampled_from([5, 13]),
         keeps=st.sampled_from([0.0, 0.7, 1.0]),
+        save_at_eviction=st.booleans(),
         early=st.booleans(),
     )
-    def start(self, num_blocks: int, max_running: int, max_batch_tokens: int, keeps: float, early: bool) -> None:
+    def start(
+        self,
+        num_blocks: int,
+        max_running: int,
+        max_batch_tokens: int,
+        keeps: float,
+        save_at_eviction: bool,
+        early: bool,
+    ) -> None:
         self.num_added = 0
         self.world = World(
             num_blocks=num_blocks,
@@ -51,6 +60,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_waiting=8,
             look_ahead=self.look_ahead,
             keeps=keeps,
+            save_at_eviction=save_at_eviction,
             early=early,
         )
 

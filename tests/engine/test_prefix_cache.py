@@ -98,3 +98,26 @@ def test_names_do_not_depend_on_how_the_sequence_grew(token_ids: list[int], boun
     grown = NameChain(ROOT, PAGE, bound)
     grown.extend(token_ids[:cut])
     assert grown.extend(token_ids) == NameChain(ROOT, PAGE, bound).extend(token_ids)
+
+
+def test_blocks_at_risk_are_said_once_until_they_are_used_again() -> None:
+    allocator = BlockAllocator(8)
+    cache = PrefixCache(allocator)
+    old, young = cached(allocator, cache, list(range(12))), cached(allocator, cache, list(range(50, 62)))
+
+    def said(count: int) -> list[int]:
+        return [each.block for each in cache.newly_at_risk(count)]
+
+    assert said(2) == [], "two are free"
+    assert said(4) == old[1:], "the end of a prompt goes first and is named last"
+    assert said(4) == []
+    assert said(6) == [young[2], old[0]]
+    allocator.share(OWNER, old)
+    assert said(4) == young[1:2]
+    allocator.release_all(OWNER)
+    assert said(8) == [*old, young[0]]
+    assert allocator.allocate(OWNER, 3)
+    assert cache.num_evicted_unsaid == 0
+    assert said(1) == []
+    cached(allocator, cache, list(range(100, 108)))
+    assert cache.num_evicted_unsaid == 0, "they were said, and not used since"

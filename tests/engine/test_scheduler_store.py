@@ -1,5 +1,7 @@
 """Requests whose blocks live on in a store: host memory, disk, or another host's."""
 
+from dataclasses import replace
+
 import pytest
 
 from engine.requests import Handover
@@ -96,3 +98,95 @@ def test_a_request_that_waits_for_room_is_not_one_that_waits_for_blocks() -> Non
     assert not world.reserved
     world.run_to_the_end()
     assert world.num_stored == 4
+
+
+def test_what_the_pool_holds_of_a_prefix_is_saved_when_asked_for() -> None:
+    world = World(keeps=1.0)
+    world.add(make_request("first", PROMPT))
+    world.run_to_the_end()
+    world.store.kv.clear()
+    names = world.engine.names(make_request("x", [*PROMPT[:12], 7, 7, 7, 7]))
+    world.engine.save_cached(names, b"")
+    assert world.engine.has_work()
+    world.step()
+    assert list(world.store.kv) == names[:3]
+    assert not world.engine.has_work()
+
+
+def world_that_saves_late(**options: int) -> World:
+    return World(max_batch_tokens=8, max_running=2, keeps=1.0, save_at_eviction=True, **options)
+
+
+def serve(world: World, number: int, num_tokens: int = 16) -> list[bytes]:
+    """A prompt like no other from its first token on; the names of its blocks."""
+    request = make_request(f"r{len(world.ended)}", [number, *range(1, num_tokens)])
+    world.add(request)
+    world.run_to_the_end()
+    return world.engine.names(request)
+
+
+def test_blocks_are_saved_only_before_they_are_evicted() -> None:
+    world = world_that_saves_late(num_blocks=40, max_model_tokens=24)
+    num_ahead = 24 // PAGE + 8 // PAGE + 2
+    names = [name for number in range(6) for name in serve(world, number)]
+    assert world.allocator.counts().free == 40 - len(names) >= num_ahead
+    assert not world.store.kv
+    names += [name for number in range(6, 20) for name in serve(world, number)]
+    kept = len(world.engine._scheduler.tables.cache)
+    assert kept + world.allocator.counts().free == 40
+    gone = names[: len(names) - kept]
+    assert len(gone) > 30
+    assert set(gone) <= set(world.store.kv)
+    assert len(world.store.kv) <= len(gone) + num_ahead
+    assert world.engine.counters["kv_saves_too_late"] == 0
+    loaded = world.num_stored
+    serve(world, 0)
+    assert world.num_stored == loaded + 4
+
+
+def test_blocks_that_are_evicted_too_soon_to_be_saved_are_counted() -> None:
+    world = world_that_saves_late(num_blocks=10, max_model_tokens=40)
+    names = serve(world, 0) + serve(world, 1)
+    serve(world, 2, 36)
+    late = world.engine.counters["kv_saves_too_late"]
+    assert late > 0
+    assert len(set(names) - set(world.store.kv)) == late
+
+
+@pytest.mark.parametrize("save_at_eviction", [False, True])
+@pytest.mark.parametrize("pays", [True, False])
+def test_a_preempted_request_is_loaded_back_where_that_is_cheaper(
+    save_at_eviction: bool, pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(num_blocks=7, keeps=1.0, save_at_eviction=save_at_eviction)
+    if not pays:
+        monkeypatch.setattr(world.store, "worth_loading", lambda names, compute_s: 0)
+    old, young = [make_request(name, [len(name)] * 12, max_tokens=14) for name in ("old", "young")]
+    world.add(old)
+    world.add(young)
+    while not world.engine.counters["preemptions"]:
+        world.store.kv.clear()
+        world.step()
+    before = dict(world.engine.counters)
+    assert set(world.engine.names(young)[:2]) <= set(world.store.kv), "saved at once, although it had been before"
+    world.run_to_the_end()
+    after = world.engine.counters
+    loaded = after["prompt_tokens_fetched"] - before["prompt_tokens_fetched"]  # by the stand-in, as from a peer
+    computed = after["prompt_tokens_computed"] - before["prompt_tokens_computed"]
+    cached = after["prompt_tokens_cached"] - before["prompt_tokens_cached"]
+    assert loaded + computed + cached == 12
+    assert (loaded > 0, computed == 0) == (pays, pays)
+
+
+def test_a_block_belongs_to_the_tenant_that_computed_it_when_it_is_saved() -> None:
+    for save_at_eviction in (False, True):
+        world = World(num_blocks=12, max_model_tokens=24, keeps=1.0, save_at_eviction=save_at_eviction)
+        owners: dict[bytes, bytes] = {}
+        for number, tenant in enumerate((b"a", b"b", b"", b"a")):
+            request = replace(make_request(f"r{number}", [number] * 16), tenant=tenant)
+            world.add(request)
+            while world.engine.has_work():
+                owners |= {each.name: each.tenant for each in world.step().named}
+            for name in world.engine.names(request)[:2]:
+                assert owners.get(name, tenant) == tenant
+        assert set(owners.values()) >= {b"a", b"b"}

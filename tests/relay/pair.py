@@ -145,8 +145,10 @@ class Pair:
                 assert self.decode.crash is None, repr(self.decode.crash)
         return stream
 
-    async def generate(self, token_ids: Sequence[int], max_tokens: int, *, remote: bool = False) -> Stream:
-        return await self.finished(self.start(token_ids, max_tokens, remote=remote)[1])
+    async def generate(
+        self, token_ids: Sequence[int], max_tokens: int, *, remote: bool = False, cache_salt: str = ""
+    ) -> Stream:
+        return await self.finished(self.start(token_ids, max_tokens, remote=remote, cache_salt=cache_salt)[1])
 
     async def whole(self) -> None:
         """Both pools have every block free or cached, soon."""

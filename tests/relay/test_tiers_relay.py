@@ -1,13 +1,17 @@
 """Prompts whose KV comes back from host memory or disk: the tokens of transformers, and nothing computed twice."""
 
 import asyncio
+import dataclasses
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from baton.config import EngineOptions, TierOptions
+from baton.config import EngineOptions, TierOptions, validate
+from baton.errors import ConfigurationError
 from baton.v1 import worker_link_pb2 as wire
 from engine.loading import LoadedModel
 from tests.engine.tiny_models import VOCAB_SIZE, reference_generate, write_tiny_model
@@ -34,13 +38,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, list[l
     return load(folder), [each.tokens for each in reference_generate(folder, PROMPTS, NEW_TOKENS)]
 
 
+def block_bytes(model: LoadedModel) -> int:
+    config = model.config
+    return config.num_layers * config.num_kv_heads * 2 * PAGE * config.head_dim * 4
+
+
 def small_pool(model: LoadedModel) -> EngineOptions:
     """Room for one prompt and a half, so that every prompt pushes the one before it out."""
-    config = model.config
-    block_bytes = config.num_layers * config.num_kv_heads * 2 * PAGE * config.head_dim * 4
     num_blocks = (PROMPT_TOKENS + NEW_TOKENS) // PAGE + 1 + LOADABLE // PAGE // 2
     return EngineOptions(
-        dtype="float32", kv_memory=str(num_blocks * block_bytes), max_batch_tokens=64, speculate="off",
+        dtype="float32", kv_memory=str(num_blocks * block_bytes(model)), max_batch_tokens=64, speculate="off",
     )  # fmt: skip
 
 
@@ -164,24 +171,149 @@ def test_a_prompt_that_another_worker_computed_is_loaded_from_the_shared_store(
     asyncio.run(find())
 
 
-def test_a_taker_that_gave_its_blocks_back_loads_them_and_asks_its_peer_for_nothing(
-    model: tuple[LoadedModel, list[list[int]]],
+@pytest.mark.parametrize("write_policy", ["through", "eviction"])
+@pytest.mark.parametrize("remote", [True, False])
+def test_a_request_that_gave_its_blocks_back_loads_them_and_asks_its_peer_for_nothing(
+    model: tuple[LoadedModel, list[list[int]]], remote: bool, write_policy: str
 ) -> None:
-    """Two streams outgrow the pool, so that the later one is preempted after its hand-over."""
+    """Two streams outgrow the pool, so that the later one is preempted, after its hand-over where there is one."""
 
     async def run() -> None:
         small = small_pool(model[0])
-        async with relay(model[0], prefill=OPTIONS, decode=small, decode_tiers=host()) as pair:
+        tiers = TierOptions(host_kv_memory="64MiB", kv_write_policy=write_policy)
+        async with relay(model[0], prefill=OPTIONS, decode=small, decode_tiers=tiers) as pair:
             prompts = [PROMPTS[0][: 9 * PAGE + 8], PROMPTS[1][: 7 * PAGE + 8]]
-            alone = [(await pair.generate(prompt, 60)).output for prompt in prompts]
+            alone = [(await pair.generate(prompt, 60, cache_salt="alone")).output for prompt in prompts]
             before = pair.decode.counters()
-            streams = [pair.start(prompt, 60, remote=True)[1] for prompt in prompts]
+            streams = [pair.start(prompt, 60, remote=remote)[1] for prompt in prompts]
             for stream, expected in zip(streams, alone, strict=True):
                 assert (await pair.finished(stream)).output == expected
             after = pair.decode.counters()
             assert after["preemptions"] > before["preemptions"]
             assert after["prompt_tokens_loaded"] > before["prompt_tokens_loaded"]
             assert after["handover_failures"] == after["local_prefill_fallbacks"] == 0
+            await pair.whole()
+
+    asyncio.run(run())
+
+
+def test_with_policy_eviction_blocks_are_written_only_when_the_pool_needs_their_room(
+    model: tuple[LoadedModel, list[list[int]]],
+) -> None:
+    """The pool has room for three prompts."""
+
+    async def run() -> None:
+        blocks = LOADABLE // PAGE
+        options = dataclasses.replace(small_pool(model[0]), kv_memory=str((3 * blocks + 4) * block_bytes(model[0])))
+        tiers = TierOptions(host_kv_memory="64MiB", kv_write_policy="eviction")
+        async with relay(model[0], decode=options, decode_tiers=tiers) as pair:
+            store = pair.decode.parts.store
+            assert store is not None
+            save, asked = store.save, []
+            store.save = lambda unsaved: (asked.extend(unsaved), save(unsaved))[1]
+            for number, prompt in enumerate(PROMPTS):
+                assert (await pair.generate(prompt, NEW_TOKENS)).output == model[1][number]
+                await saved(pair.decode, "host", len(asked))
+                assert bool(asked) == (number > 0), "one prompt and its successor have room"
+            assert len(asked) < NUM_PROMPTS * blocks
+            before = pair.decode.counters()
+            assert before["kv_saves_too_late"] == before["kv_saves_dropped"] == 0
+            assert (await pair.generate(PROMPTS[0], NEW_TOKENS)).output == model[1][0]
+            after = pair.decode.counters()
+            found = sum(after[name] - before[name] for name in ("prompt_tokens_loaded", "prompt_tokens_cached"))
+            assert found == LOADABLE
+            assert after["prompt_tokens_loaded"] > before["prompt_tokens_loaded"]
+            await pair.whole()
+
+    asyncio.run(run())
+
+
+def test_a_pinned_prefix_is_kept_when_a_flood_pushes_others_out_of_the_tier(
+    model: tuple[LoadedModel, list[list[int]]],
+) -> None:
+    """Prompts 0 and 1 are of equal age, and 0 is pinned. The tier has room for six prompts."""
+
+    async def run() -> None:
+        blocks = LOADABLE // PAGE
+        tier = host(str(6 * blocks * block_bytes(model[0])))
+        async with relay(model[0], decode=small_pool(model[0]), decode_tiers=tier) as pair:
+            shell = pair.decode.shell.shell
+            shell.on_pin(wire.Pin(id="pin", token_ids=PROMPTS[0], ttl_s=60))
+            shell.on_pin(wire.Pin(id="gone", token_ids=PROMPTS[1], ttl_s=60))
+            shell.on_unpin("gone")  # before its names are known
+            flood = [random_prompt(seed) for seed in range(100, 112)]
+            for number, prompt in enumerate([*PROMPTS[:2], *flood], 1):
+                await pair.generate(prompt, NEW_TOKENS)
+                await saved(pair.decode, "host", number * blocks)
+            assert pair.decode.counters()["kv_host_pinned"] == blocks
+            for number, loaded in ((0, LOADABLE), (1, 0)):
+                before = pair.decode.counters()["prompt_tokens_loaded"]
+                assert (await pair.generate(PROMPTS[number], NEW_TOKENS)).output == model[1][number]
+                assert pair.decode.counters()["prompt_tokens_loaded"] - before == loaded
+            shell.on_lost()
+            assert pair.decode.counters()["kv_host_pinned"] == 0
+            await pair.whole()
+
+    asyncio.run(run())
+
+
+def test_a_prompt_that_nobody_used_for_too_long_is_computed_again(
+    model: tuple[LoadedModel, list[list[int]]], tmp_path: Path
+) -> None:
+    folder, shared = tmp_path / "disk", tmp_path / "shared"
+    shared.mkdir()
+    tiers = TierOptions(
+        host_kv_memory="64MiB", disk_kv_folder=str(folder), disk_kv_memory="128MiB", shared_kv_folder=str(shared),
+        shared_kv_memory="64MiB", kv_ttl_s=100.0,
+    )  # fmt: skip
+
+    async def run() -> None:
+        async with relay(model[0], decode=small_pool(model[0]), decode_tiers=tiers) as pair:
+            for tier in ("host", "disk", "shared"):
+                await serve_all(pair, model[1], tier, [pair.decode])
+            store = pair.decode.parts.store
+            assert store is not None
+            host_tier, disk_tier, shared_store = store._tiers
+            monotonic, wall = host_tier._clock, disk_tier._wall_clock
+            host_tier._clock = shared_store._clock = lambda: monotonic() + 101
+            disk_tier._wall_clock = lambda: wall() + 101
+            for path in shared.glob("*/*/*.kv"):
+                os.utime(path, (time.time() - 101, time.time() - 101))
+            before = pair.decode.counters()["prompt_tokens_loaded"]
+            assert (await pair.generate(PROMPTS[0], NEW_TOKENS)).output == model[1][0]
+            after = pair.decode.counters()
+            assert after["prompt_tokens_loaded"] == before
+            assert after["kv_host_expired"] == after["kv_disk_expired"] == NUM_PROMPTS * LOADABLE // PAGE
+            await pair.whole()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_tenant_has_its_share_of_a_tier_and_its_answers_are_everybodys(
+    model: tuple[LoadedModel, list[list[int]]], remote: bool
+) -> None:
+    """The tier has room for five prompts, a tenant may have two. Prompt 0 is nobody's, and stays."""
+
+    async def run() -> None:
+        blocks = LOADABLE // PAGE
+        tiers = TierOptions(host_kv_memory=str(5 * blocks * block_bytes(model[0])), kv_tenant_share=0.4)
+        small = small_pool(model[0])
+        async with relay(model[0], prefill=OPTIONS if remote else None, decode=small, decode_tiers=tiers) as pair:
+            num_saved = 0
+            for salt, number in [("", 0), ("a", 0), ("b", 1), *(("a", number) for number in (1, 2, 3))]:
+                stream = await pair.generate(PROMPTS[number], NEW_TOKENS, remote=remote, cache_salt=salt)
+                assert stream.output == model[1][number]
+                num_saved += blocks
+                await saved(pair.decode, "host", num_saved)
+            counters = pair.decode.counters()
+            assert counters["kv_host_over_share"] == 2 * blocks
+            assert counters["kv_host_evicted"] == counters["prompt_tokens_loaded"] == 0
+            for salt, number, loaded in (("", 0, LOADABLE), ("b", 1, LOADABLE), ("a", 2, LOADABLE), ("a", 0, 0)):
+                before = pair.decode.counters()["prompt_tokens_loaded"]
+                stream = await pair.generate(PROMPTS[number], NEW_TOKENS, remote=remote, cache_salt=salt)
+                assert stream.output == model[1][number]
+                assert pair.decode.counters()["prompt_tokens_loaded"] - before == loaded
             await pair.whole()
 
     asyncio.run(run())
@@ -211,3 +343,12 @@ def test_an_abort_while_blocks_are_loaded_leaves_the_pool_whole(
             assert (await pair.generate(PROMPTS[0], NEW_TOKENS, remote=remote)).output == model[1][0]
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("kv_tenant_share", 0.0), ("kv_tenant_share", 1.5), ("kv_ttl_s", -1.0), ("kv_write_policy", "no")],
+)
+def test_settings_of_tiers_that_cannot_work_are_refused_by_their_flag(flag: str, value: object) -> None:
+    with pytest.raises(ConfigurationError, match="--" + flag.replace("_", "-")):
+        validate(TierOptions(**{flag: value}))

@@ -23,6 +23,7 @@ class Recorder(LinkHandler):
     def __init__(self) -> None:
         self.assigned: asyncio.Queue[str] = asyncio.Queue()
         self.aborted: asyncio.Queue[str] = asyncio.Queue()
+        self.pins: list[str] = []
         self.drains = 0
         self.lost = asyncio.Event()
 
@@ -31,6 +32,12 @@ class Recorder(LinkHandler):
 
     def on_abort(self, id: wire.AttemptId) -> None:
         self.aborted.put_nowait(id.request_id)
+
+    def on_pin(self, pin: wire.Pin) -> None:
+        self.pins.append(pin.id)
+
+    def on_unpin(self, id: str) -> None:
+        self.pins.remove(id)
 
     def on_drain(self) -> None:
         self.drains += 1
@@ -95,6 +102,9 @@ def test_assignments_aborts_and_drains_arrive_and_heartbeats_go_up() -> None:
     messages = [
         wire.CoordinatorMessage(assignment=wire.Assignment(id=id)),
         wire.CoordinatorMessage(abort=wire.AbortAttempt(id=id)),
+        wire.CoordinatorMessage(pin=wire.Pin(id="kept")),
+        wire.CoordinatorMessage(pin=wire.Pin(id="gone")),
+        wire.CoordinatorMessage(unpin=wire.Unpin(id="gone")),
         wire.CoordinatorMessage(drain=wire.Drain()),
     ]
 
@@ -105,6 +115,7 @@ def test_assignments_aborts_and_drains_arrive_and_heartbeats_go_up() -> None:
             assert await recorder.aborted.get() == "r"
             assert [await coordinator.heard.get() for _ in range(3)] == ["registration", "heartbeat", "heartbeat"]
             assert recorder.drains == 1
+            assert recorder.pins == ["kept"]
             assert not recorder.lost.is_set()
 
     asyncio.run(run())

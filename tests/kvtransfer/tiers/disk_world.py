@@ -9,6 +9,7 @@ import numpy as np
 from kvtransfer.tiers.disk import DiskTier
 from kvtransfer.tiers.opening import charge
 from kvtransfer.tiers.records import RecordFormat
+from kvtransfer.tiers.tenants import NOBODY
 
 BLOCK_BYTES = 1536
 """A multiple of 512 and not of 4096."""
@@ -51,10 +52,10 @@ def settle(tier: DiskTier) -> None:
         time.sleep(0.0005)
 
 
-def store(tier: DiskTier, numbers) -> None:
+def store(tier: DiskTier, numbers, tenant: bytes = NOBODY) -> None:
     """Put and wait, one by one, so that the order on disk is the order here."""
     for number in numbers:
-        tier.put(name_of(number), block_of(name_of(number), tier.block_bytes))
+        tier.put(name_of(number), block_of(name_of(number), tier.block_bytes), tenant)
         settle(tier)
 
 

@@ -136,6 +136,73 @@ def test_pinned_blocks_are_not_evicted_and_unpinned_ones_are(opened):
     assert tier.holds([name_of(0)]) == [False]
 
 
+def test_a_pinned_prefix_outlives_a_flood_until_its_time_is_over(opened):
+    now = [0.0]
+    tier = opened(num_segments=6, clock=lambda: now[0])
+    assert tier.pins.max_names == 6
+    assert tier.pin_prefix("system", [name_of(number) for number in range(3)], ttl_s=100)
+    assert tier.pin_prefix("short", [name_of(number) for number in range(3, 5)], ttl_s=50)
+    assert not tier.pin_prefix("too much", [name_of(number) for number in range(50, 52)], ttl_s=100)
+    store(tier, range(60))
+    assert loaded(tier, range(8)) == list(range(5))
+    now[0] = 60
+    store(tier, range(60, 150))
+    assert loaded(tier, range(8)) == list(range(3))
+    tier.unpin_prefix("system")
+    store(tier, range(150, 240))
+    assert loaded(tier, range(8)) == []
+
+
+def test_a_tenant_has_its_share_of_the_disk_also_after_a_restart(opened):
+    tenant = bytes(range(16))
+    tier = opened(num_segments=6, tenant_share=0.25)
+    store(tier, range(8))
+    store(tier, range(100, 150), tenant)
+    assert loaded(tier, range(100, 150)) == list(range(144, 150))
+    assert load(tier, 144)
+    store(tier, [150], tenant)
+    assert loaded(tier, range(144, 151)) == [144, *range(146, 151)], "its own that was unused for longest"
+    assert loaded(tier, range(8)) == list(range(8)), "of nobody"
+    assert (count(tier, "over_share"), count(tier, "evicted")) == (45, 0)
+    tier = reopen(opened, tier, num_segments=6, tenant_share=0.25)
+    assert len(loaded(tier, range(100, 151))) == 6, "as many as it may have"
+    store(tier, [151], tenant)
+    assert len(loaded(tier, range(100, 152))) == 6
+    assert loaded(tier, range(8)) == list(range(8))
+
+
+def test_blocks_that_nobody_used_for_too_long_are_misses_and_their_room_is_used_again(opened):
+    now = [1e9]
+    options = {"num_segments": 2, "ttl_s": 100.0, "wall_clock": lambda: now[0]}
+    tier = opened(**options)
+    store(tier, range(8))
+    assert tier.pin_prefix("system", [name_of(0)], ttl_s=1e6)
+    assert tier.pin([name_of(1)]) == [True]
+    now[0] += 60
+    assert load(tier, 2)
+    now[0] += 60
+    assert loaded(tier, range(8)) == [0, 1, 2]
+    assert (count(tier, "expired"), count(tier, "evicted")) == (5, 0)
+    store(tier, range(10, 15))
+    assert loaded(tier, range(8)) == [0, 1, 2]
+    assert loaded(tier, range(10, 15)) == list(range(10, 15)), "in the room of those that expired"
+    assert count(tier, "evicted") == count(tier, "refused") == 0
+    tier.unpin([name_of(1)])
+    now[0] += 90
+    tier = reopen(opened, tier, **options)
+    assert tier.holds([name_of(number) for number in range(20)]).count(True) == 5, "stored 90 s ago; the others before"
+    now[0] += 10
+    assert loaded(tier, range(20)) == []
+
+
+def test_a_segment_full_of_pinned_blocks_is_passed_over(opened):
+    tier = opened(num_segments=5)
+    assert tier.pin_prefix("system", [name_of(number) for number in range(SLOTS)], ttl_s=100)
+    store(tier, range(200))
+    assert loaded(tier, range(SLOTS + 1)) == list(range(SLOTS))
+    assert count(tier, "refused") == 0
+
+
 def test_blocks_are_refused_while_everything_is_pinned(opened):
     tier = opened(num_segments=2)
     store(tier, range(8))

@@ -157,13 +157,33 @@ def test_a_pinned_prefix_outlives_a_flood_until_its_time_is_over():
     host.put(name(999), content(name(999)))
 
 
-def test_a_tenant_cannot_push_out_what_another_has_in_its_share():
-    host = tier(8, tenant_shares={"small": 0.25})
-    for entry in row(0, 2):
-        host.put(entry, content(entry), tenant="small")
+def test_a_tenant_has_its_share_and_others_blocks_stay():
+    host = tier(8, tenant_share=0.25)
+    for entry in row(0, 4):
+        host.put(entry, content(entry))
     for entry in row(100, 50):
-        assert host.put(entry, content(entry), tenant="big")
-    assert host.holds(row(0, 2)) == [True, True]
+        assert host.put(entry, content(entry), b"loud")
+    assert host.holds(row(0, 4)) == [True] * 4
+    assert host.holds(row(100, 50)) == [False] * 48 + [True] * 2
+    assert (counter(host, "over_share"), counter(host, "evicted")) == (48, 0)
+    assert counter(host, "bytes") == 6 * BLOCK
+
+
+def test_blocks_that_a_tenant_brings_at_the_same_moment_stay_within_its_share():
+    host = tier(64, tenant_share=0.125)
+    start = threading.Barrier(4)
+
+    def put(first: int) -> None:
+        start.wait()
+        for entry in row(first, 100):
+            host.put(entry, content(entry), b"loud")
+
+    threads = [threading.Thread(target=put, args=(1000 * number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(sum(host.holds(row(1000 * number, 100))) for number in range(4)) == 8
 
 
 def test_the_filter_keeps_blocks_seen_once_from_pushing_out_hot_ones():

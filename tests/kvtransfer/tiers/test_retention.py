@@ -3,7 +3,6 @@
 import math
 import random
 import time
-from typing import ClassVar
 
 import pytest
 from hypothesis import settings
@@ -12,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from baton.errors import ConfigurationError
 from kvtransfer.tiers.retention import POLICIES, Lfu, Lru, Retention, S3Fifo
+from kvtransfer.tiers.tenants import NOBODY
 
 
 def name(number: int) -> bytes:
@@ -308,11 +308,11 @@ def test_a_prefix_can_be_pinned_before_it_comes():
     assert len(kept) == 1
 
 
-def fill(kept: Retention, tenant: str, names: list[bytes]) -> list[bytes]:
+def fill(kept: Retention, tenant: bytes, names: list[bytes]) -> list[bytes]:
     """Insert one by one; what had to go."""
     gone = []
     for entry in names:
-        if len(kept) >= kept.capacity:
+        if len(kept) >= kept.capacity or kept.num_over(tenant, 1):
             victim = kept.victim(tenant)
             kept.evict(victim)
             gone.append(victim)
@@ -320,24 +320,32 @@ def fill(kept: Retention, tenant: str, names: list[bytes]) -> list[bytes]:
     return gone
 
 
-def test_a_tenant_over_its_share_gives_up_its_own_entries_first():
-    kept = Retention(10, "lru", tenant_shares={"a": 0.5, "b": 0.3})
-    assert fill(kept, "a", row(0, 10)) == [], "room that nobody needs may be borrowed"
-    assert fill(kept, "a", row(100, 3)) == row(0, 3)
-    assert set(fill(kept, "b", row(200, 3))) <= set(row(3, 7) + row(100, 3)), "the borrower gives back"
-    assert fill(kept, "b", row(210, 2)) == row(200, 2), "and no more than what was lent"
-    assert len(fill(kept, "stranger", row(300, 2))) == 2
-    assert fill(kept, "another stranger", row(310, 1)) == [name(300)], "strangers share what is left"
+def test_a_tenant_at_its_share_gives_up_its_own_entries_longest_unused_first():
+    kept = Retention(10, "lru", tenant_share=0.4)
+    assert fill(kept, b"a", row(0, 4)) == []
+    kept.touch(row(0, 1), 1)
+    assert fill(kept, b"a", row(100, 2)) == row(1, 2), "although there is room"
+    assert fill(kept, b"b", row(200, 4)) == []
+    assert fill(kept, NOBODY, row(300, 2)) == []
+    assert fill(kept, NOBODY, row(310, 8)) == [*row(3, 1), *row(0, 1), *row(100, 2), *row(200, 4)], "not limited"
+    assert kept.num_over(NOBODY, 100) == 0
+    assert fill(kept, b"a", row(400, 2)) == row(300, 2)
 
 
-def test_a_tenant_within_its_share_loses_nothing_to_others_whatever_they_do():
-    chance = random.Random(5)
-    kept = Retention(40, tenant_shares={"quiet": 0.25, "loud": 0.5})
-    mine = row(0, 10)
-    fill(kept, "quiet", mine)
-    for _ in range(400):
-        fill(kept, chance.choice(["loud", "other", "third"]), row(chance.randrange(100, 10_000, 7), 1))
-    assert all(entry in kept for entry in mine)
+def test_a_tenant_whose_entries_are_all_spared_or_pinned_brings_no_more():
+    kept = Retention(10, tenant_share=0.2, pinned_share=0.5)
+    kept.insert(row(0, 2), 0, b"a")
+    kept.pin_prefix("one", row(0, 1), math.inf, 0)
+    assert kept.victim(b"a") == name(1)
+    assert kept.victim(b"a", spared={name(1)}) is None
+    assert kept.victim(b"b") == name(1)
+
+
+def test_tenants_are_not_counted_where_one_may_have_everything():
+    kept = Retention(4)
+    assert fill(kept, b"a", row(0, 4)) == []
+    assert kept.num_over(b"a", 1) == 0
+    assert kept.victim(b"a") == kept.victim(b"b")
 
 
 @pytest.mark.parametrize(
@@ -347,9 +355,8 @@ def test_a_tenant_within_its_share_loses_nothing_to_others_whatever_they_do():
         {"policy": "clock"},
         {"ttl_s": 0},
         {"pinned_share": 1.5},
-        {"tenant_shares": {"a": 0.7, "b": 0.4}},
-        {"tenant_shares": {"": 0.1}},
-        {"tenant_shares": {"a": -0.1}},
+        {"tenant_share": 0},
+        {"tenant_share": 1.1},
     ],
 )
 def test_unusable_settings_are_a_configuration_error(wrong):
@@ -368,13 +375,11 @@ def test_more_entries_than_the_capacity_are_an_error():
 class RetentionMachine(RuleBasedStateMachine):
     """Whatever is done in whatever order: counts are right, and pins, shares and times are kept."""
 
-    SHARES: ClassVar = {"a": 0.5, "b": 0.25}
-
     @initialize(policy=st.sampled_from(list(POLICIES)))
     def start(self, policy):
-        self.kept = Retention(8, policy, ttl_s=20, pinned_share=0.5, tenant_shares=self.SHARES)
+        self.kept = Retention(8, policy, ttl_s=20, pinned_share=0.5, tenant_share=0.5)
         self.now = 0.0
-        self.held: dict[bytes, tuple[str, float]] = {}
+        self.held: dict[bytes, tuple[bytes, float]] = {}
         self.pins: dict[str, tuple[list[bytes], float]] = {}
 
     def pinned(self):
@@ -383,27 +388,26 @@ class RetentionMachine(RuleBasedStateMachine):
     def count(self, tenant):
         return sum(of == tenant for of, _ in self.held.values())
 
-    @rule(number=st.integers(0, 15), tenant=st.sampled_from(["a", "b", "c"]), busy=st.sets(st.integers(0, 15)))
+    @rule(number=st.integers(0, 15), tenant=st.sampled_from([b"a", b"b", NOBODY]), busy=st.sets(st.integers(0, 15)))
     def insert(self, number, tenant, busy):
-        entry, account = name(number), tenant if tenant in self.SHARES else ""
-        if entry not in self.held and len(self.held) == 8:
+        entry = name(number)
+        is_full = tenant != NOBODY and self.count(tenant) == 4
+        assert self.kept.num_over(tenant, 1) == is_full
+        if entry not in self.held and (is_full or len(self.held) == 8):
             spared = {name(other) for other in busy}
             victim = self.kept.victim(tenant, spared)
-            quotas = {"a": 4, "b": 2, "": 2}
-            open_to_all = [
+            open_to_it = [
                 other
                 for other, (of, _) in self.held.items()
-                if other not in self.pinned() | spared and (of == account or self.count(of) > quotas[of])
+                if other not in self.pinned() | spared and (of == tenant or not is_full)
             ]
-            assert (victim in open_to_all) if open_to_all else (victim is None)
+            assert (victim in open_to_it) if open_to_it else (victim is None)
             if victim is None:
                 return
-            own = [other for other in open_to_all if self.held[other][0] == account]
-            assert not (own and self.count(account) >= quotas[account]) or victim in own
             self.kept.evict(victim)
             del self.held[victim]
         self.kept.insert([entry], self.now, tenant)
-        self.held[entry] = (self.held.get(entry, (account, 0))[0], self.now)
+        self.held[entry] = (self.held.get(entry, (tenant, 0))[0], self.now)
 
     @rule(numbers=st.lists(st.integers(0, 15), max_size=5))
     def touch(self, numbers):

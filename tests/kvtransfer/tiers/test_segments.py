@@ -7,7 +7,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from kvtransfer.tiers.records import Claim
 from kvtransfer.tiers.segments import Segment, SegmentBook
+from kvtransfer.tiers.tenants import NOBODY, Tenants
 
 SLOTS = 4
 names = st.integers(0, 30).map(lambda number: number.to_bytes(16, "little"))
@@ -18,22 +20,23 @@ class SlotsHaveOneOwner(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.book = SegmentBook()
+        self.book = SegmentBook(Tenants(16, 0.5))
         self.writing: list[tuple[bytes, Segment, int, int]] = []
         self.pinned: list[Segment] = []
         self.num_files = 0
+        self.now = 500.0
 
     @precondition(lambda self: len(self.book.segments) < 4)
     @rule(claims=st.lists(st.tuples(st.integers(0, SLOTS - 1), names, st.integers(1, 500)), max_size=SLOTS))
     def add(self, claims):
-        claims = list({slot: (slot, name, sequence) for slot, name, sequence in claims}.values())
         being_written = {name for name, *_ in self.writing}
-        claims = [claim for claim in claims if claim[1] not in being_written]
+        of_slots = {slot: (slot, Claim(name, sequence, b"", NOBODY, sequence)) for slot, name, sequence in claims}
+        claims = [(slot, claim) for slot, claim in of_slots.values() if claim.name not in being_written]
         before = {name: record.last_use for name, record in self.book.records.items()}
         self.book.add(Segment(f"file-{self.num_files}", self.num_files, SLOTS, 100), claims)
         self.num_files += 1
-        for _, name, sequence in claims:
-            assert self.book.records[name].last_use >= max(sequence, before.get(name, 0))
+        for _, claim in claims:
+            assert self.book.records[claim.name].last_use >= max(claim.sequence, before.get(claim.name, 0))
 
     @rule(name=names)
     def take(self, name):
@@ -44,11 +47,15 @@ class SlotsHaveOneOwner(RuleBasedStateMachine):
             self.writing.append((name, *place, self.book.next_time()))
 
     @precondition(lambda self: self.writing)
-    @rule(is_written=st.booleans(), data=st.data())
-    def finish(self, is_written, data):
+    @rule(is_written=st.booleans(), tenant=st.sampled_from([NOBODY, b"a", b"b"]), data=st.data())
+    def finish(self, is_written, tenant, data):
         write = self.writing.pop(data.draw(st.integers(0, len(self.writing) - 1)))
         if is_written:
-            self.book.commit(*write)
+            self.now += 1
+            self.book.commit(*write, self.now, tenant)
+            before = len(self.book.records)
+            assert self.book.drop_excess(tenant) == before - len(self.book.records)
+            assert not self.book._tenants.num_over(tenant)
         write[1].num_pins -= 1
 
     @rule(name=names, is_lost=st.booleans())
@@ -58,7 +65,17 @@ class SlotsHaveOneOwner(RuleBasedStateMachine):
             assert self.book.drop(name, record)
             assert not self.book.drop(name, record)
         elif record is not None:
-            self.book.use(record)
+            self.now += 1
+            self.book.use(name, self.now)
+
+    @rule(age=st.integers(0, 10), spared=st.sets(names))
+    def expire(self, age, spared):
+        self.book.sort()
+        before = {name: record.used_at for name, record in self.book.records.items()}
+        due = {name for name, used_at in before.items() if used_at <= self.now - age}
+        assert self.book.drop_expired(self.now - age, self.now, spared) == len(due - spared)
+        assert set(self.book.records) == set(before) - (due - spared)
+        assert all(self.book.records[name].used_at == self.now for name in due & spared)
 
     @precondition(lambda self: self.book.segments)
     @rule(data=st.data())
@@ -76,7 +93,7 @@ class SlotsHaveOneOwner(RuleBasedStateMachine):
     @rule()
     def recycle(self):
         before = {name: (record.segment, record.slot) for name, record in self.book.records.items()}
-        num_evicted = self.book.recycle()
+        num_evicted = self.book.recycle(self.now)
         gone = {segment for name, (segment, _) in before.items() if name not in self.book.records}
         assert len(before) - len(self.book.records) == (num_evicted or 0)
         assert len(gone) <= 1
@@ -110,10 +127,10 @@ TestSlotsHaveOneOwner = SlotsHaveOneOwner.TestCase
 
 
 def test_free_slots_are_used_up_before_anything_is_evicted():
-    book = SegmentBook()
+    book = SegmentBook(Tenants(16, 0.5))
     book.add(Segment("file", 3, SLOTS, 100))
     with pytest.raises(ValueError, match="free"):
-        book.recycle()
+        book.recycle(0.0)
 
 
 @pytest.mark.parametrize("skew", [0.6, 1.0])
@@ -122,7 +139,7 @@ def test_evicting_by_segments_hits_nearly_as_often_as_evicting_the_least_recentl
     draw = random.Random(1)
     weights = [1 / rank**skew for rank in range(1, 4097)]
     numbers = draw.choices(range(4096), weights, k=40000)
-    book, exact = SegmentBook(), OrderedDict[int, None]()
+    book, exact = SegmentBook(Tenants(16, 0.5)), OrderedDict[int, None]()
     for file in range(16):
         book.add(Segment(str(file), file, 32, 1))
     hits = exact_hits = 0
@@ -135,12 +152,12 @@ def test_evicting_by_segments_hits_nearly_as_often_as_evicting_the_least_recentl
         name = number.to_bytes(16, "little")
         if name in book.records:
             hits += 1
-            book.use(book.records[name])
+            book.use(name, 0.0)
             continue
         place = book.take()
         while place is None:
-            assert book.recycle() is not None
+            assert book.recycle(0.0) is not None
             place = book.take()
-        book.commit(name, *place, book.next_time())
+        book.commit(name, *place, book.next_time(), 0.0)
         place[0].num_pins -= 1
     assert hits >= 0.97 * exact_hits

@@ -437,10 +437,12 @@ def test_what_is_unused_for_too_long_is_deleted_and_what_is_used_stays(opened, t
     store = opened(ttl_s=1000)
     put(store, *row(0, 3))
     for entry in row(0, 3):
-        age(file_of(tmp_path, entry), 1001)
+        age(file_of(tmp_path, entry), 999)
     assert has(store, name(0)), "a use that renews it"
     assert store.pin([name(1)]) == [True]
-    wait_for(lambda: time.time() - file_of(tmp_path, name(1)).stat().st_mtime < 100)
+    for entry in row(0, 2):
+        wait_for(lambda entry=entry: time.time() - file_of(tmp_path, entry).stat().st_mtime < 100)
+    age(file_of(tmp_path, name(2)), 1001)
     swept = store.sweep()
     assert swept is not None
     assert (swept.num_expired, swept.num_evicted) == (1, 0)
@@ -478,6 +480,61 @@ def test_a_pin_holds_in_this_workers_sweeps_for_as_long_as_it_lasts(opened, tmp_
         age(file_of(tmp_path, entry), 5000)
     store.sweep()
     assert [has(store, entry) for entry in row(0, 2)] == [True, False]
+
+
+def test_a_block_that_nobody_used_for_too_long_is_a_miss_before_it_is_swept(opened, tmp_path, clock):
+    store, other = opened(ttl_s=100), opened(ttl_s=100)
+    put(store, *row(0, 4))
+    assert other.pin_prefix("system", row(3, 1), ttl_s=1000)
+    for number, seconds in enumerate((99, 40, 101, 101)):
+        age(file_of(tmp_path, name(number)), seconds)
+    assert other.find(row(0, 3), soon()) == 2
+    assert [has(other, entry) for entry in row(0, 4)] == [True, True, False, True]
+    put(store, name(5))
+    clock.now += KNOWN_S
+    put(store, name(2))
+    assert has(other, name(2)), "stored anew"
+    age(file_of(tmp_path, name(1)), 101)
+    swept = store.sweep()
+    assert (swept.num_expired, counter(store, "expired")) == (1, 1)
+    assert not list(tmp_path.glob(f"*/*/{name(1).hex()}.kv"))
+
+
+def test_a_pinned_prefix_outlives_every_workers_sweeps_until_its_time_is_over(opened, tmp_path, clock):
+    one, two = opened(capacity=100 * BLOCK, ttl_s=1000), opened(capacity=100 * BLOCK, ttl_s=1000)
+    put(one, *row(0, 2))
+    assert not one.pin_prefix("too much", row(10, one.pins.max_names + 1), ttl_s=100)
+    assert one.pin_prefix("system", row(0, 1), ttl_s=100)
+    for late in (90, 110):
+        clock.now = late
+        for path in tmp_path.glob("*/*/*.kv"):
+            age(path, 900)
+        assert one.sweep() is not None
+        one._sweeper.give_up_lease()
+        for path in tmp_path.glob("*/*/*.kv"):
+            age(path, time.time() - path.stat().st_mtime + 200)  # 200 s pass
+        assert two.sweep() is not None
+        two._sweeper.give_up_lease()
+        assert [bool(list(tmp_path.glob(f"*/*/{entry.hex()}.kv"))) for entry in row(0, 2)] == [late == 90, False]
+
+
+def test_a_tenant_has_its_share_after_every_workers_sweep(opened, tmp_path):
+    slot = opened()._format.slot_bytes
+    one, two = opened(capacity=20 * slot, tenant_share=0.25), opened(capacity=20 * slot, tenant_share=0.25)
+    put(one, *row(0, 3))
+    for number, store in enumerate((one, two)):
+        for entry in row(100 * (number + 1), 4):
+            assert store.put(entry, content(entry), b"loud".ljust(16))
+        assert store.put(name(300 + number), content(name(300 + number)), b"quiet".ljust(16))
+        wait_for(lambda store=store: not store._writing)
+    minutes = {entry: 60 * index for index, entry in enumerate([*row(0, 3), *row(100, 4), *row(200, 4), *row(300, 2)])}
+    for entry, minute in minutes.items():
+        age(file_of(tmp_path, entry), 4000 - minute)
+    swept = one.sweep()
+    assert (swept.num_over_share, swept.num_evicted, swept.num_expired) == (4, 0, 0)
+    assert counter(one, "over_share") == 4
+    kept = {entry for entry in minutes if list(tmp_path.glob(f"*/*/{entry.hex()}.kv"))}
+    assert kept == {*row(0, 3), *row(200, 4), *row(300, 2)}
 
 
 def test_no_sweep_deletes_what_was_used_just_now(opened, tmp_path):

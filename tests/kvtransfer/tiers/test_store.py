@@ -12,7 +12,9 @@ import pytest
 from baton.metrics import TIER_COUNTERS
 from kvtransfer.memory import PoolMemory
 from kvtransfer.tiers.base import COUNTED, Block, Tier, TierState, TierStatus
-from kvtransfer.tiers.store import MAX_UNSAVED, BlockStore
+from kvtransfer.tiers.pins import PrefixPins
+from kvtransfer.tiers.store import MAX_UNSAVED, BlockStore, Unsaved
+from kvtransfer.tiers.tenants import NOBODY
 
 BLOCKS, SIZE = 64, 4096
 
@@ -30,9 +32,11 @@ class DictTier(Tier):
 
     block_bytes = SIZE
 
-    def __init__(self, name: str, delay_s: float = 0.0) -> None:
+    def __init__(self, name: str, delay_s: float = 0.0, max_pinned: int = 8) -> None:
         self.name = name
+        self.pins = PrefixPins(max_pinned)
         self.blocks: dict[bytes, bytes] = {}
+        self.tenants: set[bytes] = set()
         self.delay_s = delay_s
         self.gate = threading.Event()
         self.gate.set()
@@ -42,7 +46,8 @@ class DictTier(Tier):
     def holds(self, names: Sequence[bytes]) -> list[bool]:
         return [name in self.blocks for name in names]
 
-    def put(self, name: bytes, block: Block) -> bool:
+    def put(self, name: bytes, block: Block, tenant: bytes = NOBODY) -> bool:
+        self.tenants.add(tenant)
         self.blocks[name] = bytes(self.block_view(name, block))
         return True
 
@@ -59,6 +64,12 @@ class DictTier(Tier):
 
     def unpin(self, names: Iterable[bytes]) -> None:
         pass
+
+    def pin_prefix(self, key: str, names: Sequence[bytes], ttl_s: float) -> bool:
+        return self.pins.pin(key, names, ttl_s) is not None
+
+    def unpin_prefix(self, key: str) -> None:
+        self.pins.unpin(key)
 
     @property
     def counters(self) -> dict[str, float]:
@@ -79,11 +90,11 @@ class World:
         self.store = BlockStore(self.memory, tiers)
         self.cancelled = threading.Event()
 
-    def fill(self, count: int) -> list[tuple[bytes, int, int]]:
+    def fill(self, count: int) -> list[Unsaved]:
         """Blocks 0, 1, … hold contents 0, 1, …"""
         for number in range(count):
             self.memory.blocks[number] = content(number)
-        return [(name(number), number, int(self.memory.generations[number])) for number in range(count)]
+        return [Unsaved(name(number), number, int(self.memory.generations[number]), b"t") for number in range(count)]
 
     def saved(self, count: int) -> None:
         deadline = time.monotonic() + 10
@@ -94,7 +105,7 @@ class World:
     def load(self, numbers: Sequence[int], first_block: int, timeout_s: float = 10.0) -> int:
         blocks = range(first_block, first_block + len(numbers))
         deadline = time.monotonic() + timeout_s
-        return asyncio.run(self.store.load([name(each) for each in numbers], blocks, deadline, self.cancelled))
+        return asyncio.run(self.store.load([name(each) for each in numbers], blocks, deadline, self.cancelled, b"t"))
 
     def close(self) -> None:
         self.store.close(time.monotonic() + 5)
@@ -107,6 +118,7 @@ def test_what_was_saved_comes_back() -> None:
     world.store.save(world.fill(20))
     world.saved(20)
     assert world.store.worth_loading([name(number) for number in range(25)], None) == 20
+    assert all(tier.tenants == {b"t"} for tier in world.tiers)
     assert world.load(range(20), 30) == 20
     for number in range(20):
         assert (world.memory.blocks[30 + number] == content(number)).all()
@@ -144,6 +156,7 @@ def test_blocks_of_a_slow_tier_are_kept_by_the_fast_one_from_then_on() -> None:
         slow.blocks[name(number)] = content(number).tobytes()
     assert world.load(range(4), 10) == 4
     assert fast.blocks == slow.blocks
+    assert fast.tenants == {b"t"}, "whoever loaded them"
     world.close()
 
 
@@ -213,10 +226,10 @@ def test_saves_that_pile_up_are_dropped_and_counted(monkeypatch: pytest.MonkeyPa
     entered, go_on = threading.Event(), threading.Event()
     put = tier.put
 
-    def slow_put(name: bytes, block: Block) -> bool:
+    def slow_put(name: bytes, block: Block, tenant: bytes) -> bool:
         entered.set()
         assert go_on.wait(10)
-        return put(name, block)
+        return put(name, block, tenant)
 
     monkeypatch.setattr(tier, "put", slow_put)
     world = World(tier)
@@ -233,7 +246,7 @@ def test_a_block_that_makes_a_tier_fail_does_not_end_the_saving_of_others(monkey
     tier = DictTier("fast")
     put = tier.put
 
-    def fails_once(name: bytes, block: Block) -> bool:
+    def fails_once(name: bytes, block: Block, tenant: bytes) -> bool:
         monkeypatch.setattr(tier, "put", put)
         raise KeyError(name)
 
@@ -255,6 +268,27 @@ def test_a_fault_in_a_tier_is_not_taken_for_a_miss(monkeypatch: pytest.MonkeyPat
     world = World(tier)
     with pytest.raises(KeyError):
         world.load([1], 0)
+    world.close()
+
+
+def test_a_prefix_is_pinned_in_every_tier_that_has_room_for_it() -> None:
+    small, large = DictTier("host", max_pinned=2), DictTier("disk", max_pinned=6)
+    world = World(small, large)
+    assert world.store.max_pinned == 6
+    names = [name(number) for number in range(4)]
+    assert world.store.pin("both", names[:2], 60.0)
+    assert world.store.pin("large", names, 60.0)
+    assert (set(small.pins), set(large.pins)) == (set(names[:2]), set(names))
+    assert not world.store.pin("neither", [name(number) for number in range(10, 13)], 60.0)
+    counters = world.store.counters
+    assert (counters["kv_pins"], counters["kv_pins_refused"]) == (2, 1)
+    assert (counters["kv_host_pinned"], counters["kv_disk_pinned"]) == (2, 4)
+    world.store.unpin("large")
+    world.store.unpin("unknown")
+    assert set(large.pins) == set(names[:2])
+    world.store.unpin_all()
+    assert not small.pins.keys
+    assert not large.pins.keys
     world.close()
 
 
