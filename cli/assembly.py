@@ -2,8 +2,8 @@
 
 PoolMemory (shared) ──buffer──▶ KVPool ──▶ ModelRunner ──▶ Engine ──▶ StepLoop in WorkerShell
      │                                                                    ▲           ▲
-     └──▶ OfferServer ──▶ PrefillRole ────────────────────────────────────┘           │
-     └──▶ Intake ───────▶ DecodeRole ─────────────────────────────────────────────────┘
+     └──▶ OfferServer ──▶ PrefillRole, PrefixServer ──────────────────────┘           │
+     └──▶ Intake ───────▶ DecodeRole, PrefixFetcher ──────────────────────────────────┘
 """
 
 import contextlib
@@ -40,6 +40,7 @@ from kvtransfer.layout import BlockLayout
 from kvtransfer.memory import PoolMemory, physical_bytes
 from kvtransfer.offers import OfferServer
 from kvtransfer.outgoing import layer_groups
+from kvtransfer.prefix_fetch import PrefixFetcher
 from kvtransfer.tiers.base import Tier
 from kvtransfer.tiers.disk import DiskTier
 from kvtransfer.tiers.host import HostTier
@@ -47,6 +48,7 @@ from kvtransfer.tiers.shared import DEFAULT_TTL_S, SharedStore
 from kvtransfer.tiers.store import BlockStore
 from kvtransfer.wire import PeerIdentity
 from prefill.role import PrefillRole
+from worker.prefix_server import PrefixServer
 from worker.shell import WorkerShell
 
 if TYPE_CHECKING:
@@ -257,30 +259,47 @@ async def wire_up(
     shell = WorkerShell(
         parts.engine, parts.model.fingerprint, send, on_crash, parts.layout.page_size_tokens, parts.store
     )
-    address = ""
+    page_size = parts.layout.page_size_tokens
+    prefixes = PrefixServer(parts.engine, shell.steps, shell.counters)
+    prefill = PrefillRole(shell, page_size, options.direct_wait_s) if wire.ROLE_PREFILL in roles else None
+    writes = prefill is not None and options.direct_wait_s > 0 and parts.memory.num_peer_blocks > 0
+    owners = [owner for owner in (prefixes, prefill) if owner is not None]
+
+    def on_released(key: str, verified: bool) -> None:
+        for owner in owners:
+            owner.on_lease_released(key, verified)
+
+    def on_quarantined(key: str) -> None:
+        for owner in owners:
+            owner.on_lease_quarantined(key)
+
+    def on_resolved(key: str) -> None:
+        for owner in owners:
+            owner.on_lease_resolved(key)
+
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(parts.memory.close)
         if parts.store is not None:
             stack.callback(lambda store: store.close(time.monotonic() + CLOSE_TIMEOUT_S), parts.store)
-        if wire.ROLE_PREFILL in roles:
-            prefill = PrefillRole(shell, parts.layout.page_size_tokens, options.direct_wait_s)
-            direct = DirectServer(parts.memory) if options.direct_wait_s > 0 and parts.memory.num_peer_blocks else None
-            offers = OfferServer(
-                me, parts.layout, parts.memory, [lane.serve(host) for lane in lanes], options, shell.counters,
-                prefill.on_lease_released, prefill.on_lease_quarantined, prefill.on_lease_resolved,
-                direct, prefill.on_want,
-            )  # fmt: skip
+        offers = OfferServer(
+            me, parts.layout, parts.memory, [lane.serve(host) for lane in lanes], options, shell.counters,
+            on_released, on_quarantined, on_resolved, DirectServer(parts.memory) if writes else None,
+            prefill.on_want if prefill is not None else lambda key, placed: None, prefixes.on_ask,
+        )  # fmt: skip
+        prefixes.serve_offers(offers)
+        if prefill is not None:
             prefill.serve_offers(offers)
             shell.carry(prefill)
-            address = await offers.start(host)
-            stack.push_async_callback(offers.stop)
+        address = await offers.start(host)
+        stack.push_async_callback(offers.stop)
+        intake = Intake(
+            me, parts.layout, parts.memory, lanes, options, shell.counters, other_dtypes=parts.converts_kv_dtype
+        )
+        shell.prefixes = PrefixFetcher(me, intake, parts.memory.block_bytes, shell.counters)
+        shell.lanes_in_use = intake.lanes_in_use
         if wire.ROLE_DECODE in roles:
-            intake = Intake(
-                me, parts.layout, parts.memory, lanes, options, shell.counters, other_dtypes=parts.converts_kv_dtype
-            )
-            shell.carry(DecodeRole(shell, intake, parts.layout.page_size_tokens, parts.model.config.vocab_size))
-            shell.lanes_in_use = intake.lanes_in_use
-            stack.push_async_callback(intake.stop)
+            shell.carry(DecodeRole(shell, intake, page_size, parts.model.config.vocab_size))
+        stack.push_async_callback(intake.stop)
         shell.steps.start()
         stack.callback(shell.steps.stop)
         yield Wired(shell, address)

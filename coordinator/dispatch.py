@@ -15,16 +15,20 @@ import logging
 import time
 from collections.abc import Sequence
 
+from baton.block_names import root_name
 from baton.config import CoordinatorOptions
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import ABORTED, LENGTH, STOP, Choice, Request
 from coordinator.failures import FailureKind, RequestFailed, unavailable
 from coordinator.metrics import Metrics
+from coordinator.prefixes import Life, PrefixMemory, strides
 from coordinator.routing import Route, RoutingPolicy, Work
 from coordinator.stream import ABANDON, COMPLETE, Outcome
 from coordinator.workers import Leg, Worker, WorkerRegistry, work_together
 
 log = logging.getLogger("baton.requests")
+MAX_HOLDERS = 2
+"""Workers that an assignment names for the beginning of its prompt."""
 
 
 class Dispatcher:
@@ -35,6 +39,7 @@ class Dispatcher:
         self._registry = registry
         self._policy = policy
         self._metrics = metrics
+        self._prefixes = PrefixMemory()
         self._handles = itertools.count(1)
         self._legs: dict[Choice, list[Leg]] = {}
         """Of the current attempt at each choice."""
@@ -121,11 +126,14 @@ class Dispatcher:
         workers = self._registry.workers
         decode = workers[route.decode]
         prefill = workers[route.prefill] if route.prefill is not None else None
+        prefixes: dict[bytes, list[bytes]] = {}
         parts = [(decode, wire.ROLE_DECODE)]
         if prefill is not None:
             parts.insert(0, (prefill, wire.ROLE_PREFILL))
         for worker, role in parts:
-            leg = Leg(choice, attempt, worker, role == wire.ROLE_DECODE, next(self._handles))
+            root = _root(choice, worker)  # workers whose dtypes differ share no blocks
+            prefix = prefixes[root] = prefixes.get(root) or strides(root, tokens)
+            leg = Leg(choice, attempt, worker, role == wire.ROLE_DECODE, next(self._handles), prefix)
             self._legs.setdefault(choice, []).append(leg)
             computes = worker is prefill or prefill is None
             worker.open(leg, len(tokens), len(tokens) if computes else 0)
@@ -142,7 +150,27 @@ class Dispatcher:
             if prefill is not None:
                 peer = assignment.decode if worker is prefill else assignment.prefill
                 peer.CopyFrom(_peer(decode if worker is prefill else prefill))
+            if computes:
+                assignment.holders.extend(self._holders(leg))
             worker.send(message)
+
+    def _holders(self, leg: Leg) -> list[wire.PrefixHolder]:
+        """Workers that should hold more of the leg's beginning than its own."""
+        holders: list[wire.PrefixHolder] = []
+        for held in self._prefixes.holders(leg.prefix):
+            worker = self._registry.workers.get(held.life.worker_id)
+            if worker is leg.worker and held.life == _life(worker):
+                break  # what follows is not longer
+            if worker is None or held.life != _life(worker) or not worker.accepts or worker.id in leg.choice.avoid:
+                continue
+            holders.append(wire.PrefixHolder(worker=_peer(worker), num_tokens=held.num_tokens))
+        return holders[:MAX_HOLDERS]
+
+    def _remember(self, leg: Leg, tokens: "Sequence[int]") -> None:
+        """The leg's worker has these tokens in its KV cache, of which the first are those of its prefix."""
+        leg.prefix = strides(_root(leg.choice, leg.worker), tokens, leg.prefix)
+        leg.remembered = True
+        self._prefixes.record(leg.prefix, _life(leg.worker))
 
     def _abandon(self, leg: Leg, cause: str) -> None:
         """The attempt cannot go on: the next one starts elsewhere."""
@@ -176,6 +204,8 @@ class Dispatcher:
                 if leg is by or (by.decode and not leg.decode):
                     leg.worker.close(leg)
         self._drop_legs(choice)
+        if by.decode:
+            self._remember(by, choice.prompt + choice.stream.tokens[:-1])
         choice.end(reason)
         request = choice.request
         if all(other.finish_reason is not None for other in request.choices):
@@ -225,6 +255,8 @@ class Dispatcher:
                 self._abandon(leg, outcome.value)
                 continue
             leg.waiting_tokens = 0
+            if not leg.remembered:
+                self._remember(leg, choice.prompt)
             self._metrics.token(choice, now)
             stopped = choice.add(token_id, logprobs.get(entry) if logprobs else None, outcome is Outcome.STOP)
             if outcome is not Outcome.DELIVERED:
@@ -272,6 +304,14 @@ class Dispatcher:
 
 
 _REASONS = {Outcome.STOP: STOP, Outcome.LENGTH: LENGTH}
+
+
+def _root(choice: Choice, worker: Worker) -> bytes:
+    return root_name(worker.registration.model_fingerprint, cache_salt=choice.request.cache_salt)
+
+
+def _life(worker: Worker) -> Life:
+    return Life(worker.id, worker.registration.incarnation)
 
 
 def _peer(worker: Worker) -> wire.HandoverPeer:

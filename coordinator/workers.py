@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from baton.errors import PeerError
 from baton.v1 import worker_link_pb2 as wire
@@ -19,15 +19,37 @@ events = logging.getLogger("baton.events")
 class Leg:
     """One worker's part in an attempt: computing the prompt for another, or decoding."""
 
-    __slots__ = ("admitted", "attempt", "choice", "decode", "handle", "waiting_tokens", "worker")
+    __slots__ = (
+        "admitted",
+        "attempt",
+        "choice",
+        "decode",
+        "handle",
+        "prefix",
+        "remembered",
+        "waiting_tokens",
+        "worker",
+    )  # fmt: skip
 
-    def __init__(self, choice: "Choice", attempt: int, worker: "Worker", decode: bool, handle: int) -> None:
+    def __init__(
+        self,
+        choice: "Choice",
+        attempt: int,
+        worker: "Worker",
+        decode: bool,
+        handle: int,
+        prefix: Sequence[bytes] = (),
+    ) -> None:
         self.choice = choice
         self.attempt = attempt
         self.worker = worker
         self.decode = decode
         self.handle = handle
         self.admitted = False
+        self.prefix = prefix
+        """Names of the strides of what it is to have in its KV cache; see `coordinator.prefixes`."""
+        self.remembered = False
+        """Whether it has that, and will be asked for it on behalf of others."""
         self.waiting_tokens = 0
         """Prompt tokens this worker still has to compute, as far as it told."""
 

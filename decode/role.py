@@ -3,7 +3,8 @@
 Life of an attempt on the decode side:
 
 1. Assigned with a prefill peer: the engine reserves blocks for the whole prompt, in its turn. Without one: the engine
-   prefills in chunks beside its decodes, after it loaded what the tiers hold, and the story ends here.
+   prefills in chunks beside its decodes, after it loaded what the tiers hold and fetched what the prefix cache of
+   another worker does, where that is sooner. The story ends here.
 2. Reserved: the blocks that neither the prefix cache nor the tiers hold are taken in from the peer, chunk by chunk,
    each checked. A peer on this host may instead compute straight into them (`kvtransfer.direct`).
 3. Complete: the first token came with the closing of the offer; the request joins the batch.
@@ -45,7 +46,8 @@ class DecodeRole(RoleHandler):
             self._intake.expect(attempt.key, _peer(attempt))
 
     def on_reserved(self, attempt: Attempt, reserved: Reserved) -> None:
-        fetch = partial(self._take, attempt, reserved) if reserved.from_peer else None
+        take = partial(self._take, attempt, reserved) if reserved.from_peer else None
+        fetch = take or self._shell.fetch_prefix(attempt, reserved)
         self._shell.arrivals.start(attempt.key, reserved, len(attempt.assignment.token_ids), fetch)
 
     async def _take(self, attempt: Attempt, reserved: Reserved, first_block: int) -> Arrived:

@@ -138,6 +138,12 @@ class BlockTables:
         self.allocator.transfer(sequence.owner, Owner(OwnerKind.QUARANTINE, quarantine_id))
         self.release(sequence)
 
+    def lease_cached(self, lease_id: str, names: Many[bytes]) -> list[int]:
+        """The cached ones of these leading blocks stay for a reader."""
+        hits = self.cache.lookup(names)
+        self.allocator.share(Owner(OwnerKind.LEASE, lease_id), hits)
+        return hits
+
     def release_lease(self, request_id: str) -> bool:
         return self.allocator.release_all(Owner(OwnerKind.LEASE, request_id))
 

@@ -10,7 +10,7 @@ from engine.blocks import BlockAllocator, Generations
 from engine.limits import SchedulerLimits
 from engine.pace import Pace
 from engine.plan import Drafter, Launched, LaunchingRunner, OnLayer, Runner, StepPlan, StepResult
-from engine.requests import EngineLoad, EngineRequest, StepOutput
+from engine.requests import EngineLoad, EngineRequest, LeasedBlocks, StepOutput
 from engine.scheduler import Scheduler
 from engine.store import BlockStore
 
@@ -126,6 +126,17 @@ class Engine:
         Blocks that a request was waiting for stay quarantined until `resolve`.
         """
         return self._scheduler.abort(request_id)
+
+    def num_held(self, names: Sequence[bytes]) -> int:
+        """How many of these leading blocks the prefix cache seems to hold. May be called from any thread."""
+        return len(self._scheduler.tables.cache.lookup(names))
+
+    def lease(self, lease_id: str, names: Sequence[bytes]) -> LeasedBlocks:
+        """Those of these leading blocks that the prefix cache holds, kept for a reader until `release_lease`."""
+        leased = self._scheduler.lease(lease_id, names)
+        if self._mirror is not None and leased.block_ids:
+            self._mirror.publish(leased.block_ids)
+        return leased
 
     def release_lease(self, request_id: str) -> bool:
         """The reader of a handed-over request is done. False when there is no such lease."""

@@ -54,6 +54,16 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """Leading tokens whose KV another worker should have, and what it takes to get it."""
+
+    num_tokens: int
+    wait_s: float
+    """Until the first block is on its way."""
+    block_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRequest:
     """One attempt at one stream of tokens."""
 
@@ -66,6 +76,8 @@ class EngineRequest:
     """`baton.block_names.root_name` of this model, adapter and tenant."""
     handover: Handover = Handover.NONE
     placement: Placement | None = None
+    elsewhere: Elsewhere | None = None
+    """Not of a TAKE request: its giver fetches what it would have to compute."""
     tenant: bytes = b""
     """`baton.block_names.tenant_name`: whose its blocks are in the store."""
 
@@ -126,6 +138,18 @@ class Reserved:
     """Whose those blocks are."""
     from_peer: bool
     """What follows comes from another worker, once in the life of a TAKE request. Otherwise it is computed here."""
+    elsewhere: tuple[bytes, ...] = ()
+    """Names of the blocks after the stored ones that are to be fetched from another worker, as far as it has them."""
+    compute_s: float = 0.0
+    """What it would take to compute those that it should have; 0 while that is unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeasedBlocks:
+    """Blocks of the prefix cache that keep their content until their lease is released."""
+
+    block_ids: tuple[int, ...]
+    generations: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

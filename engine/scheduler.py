@@ -7,7 +7,7 @@
    to the line, to be computed again, or loaded where a store has kept them. The oldest is never interrupted by a
    younger one, so something always ends.
 4. A TAKE request waits, with its blocks, until `receive` says what arrived; then it is one of the running. So does
-   any request with blocks in the store that come sooner than they are computed.
+   any request with blocks in the store, or in another worker, that come sooner than they are computed.
 5. `apply` turns the runner's result into tokens and endings. A GIVE request ends with its first token. Once it has
    announced blocks, they all pass to the lease of the same id when it ends, however it ends.
    Guesses that proved right give several tokens at once.
@@ -29,6 +29,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import replace
+from typing import NamedTuple
 
 from baton.errors import BatonError, InvalidRequestError
 from engine.block_tables import BlockTables, fence_id
@@ -42,6 +43,8 @@ from engine.requests import (
     EndReason,
     EngineLoad,
     EngineRequest,
+    Handover,
+    LeasedBlocks,
     Named,
     Reserved,
     Started,
@@ -51,6 +54,17 @@ from engine.requests import (
 from engine.sequence import Phase, Sequence
 from engine.steps import Step
 from engine.store import BlockStore
+
+
+class Outside(NamedTuple):
+    """Names of a request's next blocks that others have, and what computing those elsewhere would take."""
+
+    stored: Many[bytes] = ()
+    elsewhere: Many[bytes] = ()
+    compute_s: float = 0.0
+
+
+NOTHING = Outside()
 
 
 class EngineFull(BatonError):
@@ -78,7 +92,7 @@ class Scheduler:
         self.counters: dict[str, float] = dict.fromkeys(
             (
                 "prompt_tokens_computed", "prompt_tokens_cached", "prompt_tokens_received",
-                "prompt_tokens_loaded", "generated_tokens",
+                "prompt_tokens_loaded", "prompt_tokens_fetched", "generated_tokens",
                 "preemptions", "blocks_copied_on_write", "draft_tokens", "draft_tokens_accepted",
                 "kv_saves_too_late",
             ), 0.0,
@@ -151,7 +165,9 @@ class Scheduler:
         sequence.phase = Phase.WAITING if fenced else Phase.RUNNING
         insort(self._waiting if fenced else self._running, sequence, key=_arrival)
         self._count("prompt_tokens_loaded", num_cached, min(num_cached + num_loaded, num_valid), sequence)
-        self._count("prompt_tokens_received", min(num_cached + num_loaded, num_valid), num_valid, sequence)
+        takes = sequence.request.handover is Handover.TAKE
+        source = "prompt_tokens_received" if takes else "prompt_tokens_fetched"
+        self._count(source, min(num_cached + num_loaded, num_valid), num_valid, sequence)
         reason = None if first_token is None else self._emit_token(sequence, Sampled(first_token))
         # The last token's KV is computed again when its logits are needed: its block must not be published before.
         sequence.settle(min(num_valid, len(sequence.token_ids) - 1))
@@ -176,6 +192,12 @@ class Scheduler:
             return False
         self._end(sequence, EndReason.ABORTED)
         return True
+
+    def lease(self, lease_id: str, names: Many[bytes]) -> LeasedBlocks:
+        """Keep the leading ones of these blocks that are cached; readers get half of the pool at most."""
+        room = self._allocator.num_blocks // 2 - self._allocator.counts().leased
+        blocks = [] if self._is_in_use(lease_id) else self.tables.lease_cached(lease_id, names[: max(0, room)])
+        return LeasedBlocks(tuple(blocks), tuple(self._allocator.generations[blocks].tolist()))
 
     def save_cached(self, names: Many[bytes], tenant: bytes) -> None:
         """Have the store keep those of these leading blocks that the pool holds."""
@@ -353,8 +375,8 @@ class Scheduler:
         while self._can_admit():
             sequence = self._waiting[0]
             from_peer = sequence.awaits_kv
-            stored = self._worth_loading(sequence)
-            sequence.awaits_kv = from_peer or bool(stored)
+            outside = self._worth_waiting_for(sequence)
+            sequence.awaits_kv = from_peer or bool(outside.stored or outside.elsewhere)
             if not sequence.awaits_kv and not step.prompt_budget:
                 return
             if not self.tables.admit(sequence, step.blocks):
@@ -373,9 +395,11 @@ class Scheduler:
                         sequence.id,
                         tuple(sequence.block_ids),
                         sequence.num_final_blocks,
-                        tuple(stored),
+                        tuple(outside.stored),
                         sequence.request.tenant,
                         from_peer,
+                        tuple(outside.elsewhere),
+                        outside.compute_s,
                     )
                 )
             else:
@@ -385,14 +409,24 @@ class Scheduler:
                 if sequence.gives and sequence.request.placement is None:
                     self._announce(sequence, last=False)
 
-    def _worth_loading(self, sequence: Sequence) -> list[bytes]:
-        """Names of the blocks, after those in the pool, to be loaded from the store."""
-        if self._store is None or sequence.request.placement is not None:
-            return []
+    def _worth_waiting_for(self, sequence: Sequence) -> Outside:
+        """The blocks, after those in the pool, that come sooner than they are computed."""
+        elsewhere = None if sequence.started or sequence.awaits_kv else sequence.request.elsewhere
+        if sequence.request.placement is not None or (self._store is None and elsewhere is None):
+            return NOTHING
         names = self.tables.names_behind_cached(sequence)
         if not names or len(names) > self._allocator.num_available:  # no room: the store is not asked at every step
-            return []
-        return names[: self._store.worth_loading(names, self.block_compute_s)]
+            return NOTHING
+        num_stored = self._store.worth_loading(names, self.block_compute_s) if self._store is not None else 0
+        stored, rest = names[:num_stored], names[num_stored:]
+        if elsewhere is None:
+            return Outside(stored)
+        expected = elsewhere.num_tokens // self._limits.page_size - (len(sequence.names.names) - len(rest))
+        compute_s = expected * (self.block_compute_s or 0.0)
+        is_known = self.block_compute_s is not None
+        if expected <= 0 or (is_known and compute_s <= elsewhere.wait_s + expected * elsewhere.block_s):
+            return Outside(stored)
+        return Outside(stored, rest, compute_s)
 
     def _publish(self, sequence: Sequence) -> None:
         published = self.tables.publish(sequence)

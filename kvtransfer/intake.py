@@ -92,12 +92,17 @@ class Intake:
         first_block: int,
         deadline: float,
         heads: range | None = None,
+        names: Sequence[bytes] = (),
+        answer_s: float = 0.0,
     ) -> IntakeResult:
         """Pull the row of blocks of a hand-over; `deadline` in `time.monotonic()` seconds.
 
         `block_ids` are the local blocks by position; those before `first_block` are here already. `heads`: those of
         this worker's that the peer has, no more and no less; None: all. Never raises for peer trouble. Should the
         calling task be cancelled, this waits, shielded, until nothing writes any more.
+
+        With `names`, of all the blocks, the hand-over is one that nobody assigned: the peer is asked for those leading
+        ones that it has, which may be none, and must say within `answer_s` seconds how many it has found.
         """
         if handover_id in self._takings:
             raise ValueError(f"hand-over {handover_id} is being taken already")
@@ -105,8 +110,12 @@ class Intake:
             return IntakeResult(first_block, failure=_STOPS)
         self._expected.pop(handover_id, None)
         num_layers, block_bytes = self._layout.num_layers, self._memory.block_bytes
-        taking = self._takings[handover_id] = Taking(handover_id, block_ids, first_block, num_layers, block_bytes)
+        taking = self._takings[handover_id] = Taking(
+            handover_id, block_ids, first_block, num_layers, block_bytes, names
+        )
         work = asyncio.get_running_loop().create_task(self._take(taking, peer, deadline, heads or self._layout.heads))
+        if names:
+            asyncio.get_running_loop().call_later(answer_s, taking.expect_found)
         self._working.add(work)
         work.add_done_callback(self._working.discard)
         interrupted: asyncio.CancelledError | None = None
@@ -127,6 +136,10 @@ class Intake:
         with `take` or `cancel`.
         """
         self._expected[handover_id] = peer
+        self._dial(peer)
+
+    def dial(self, peer: PeerRef) -> None:
+        """Connect, if there is no connection yet: `take` may follow."""
         self._dial(peer)
 
     def cancel(self, handover_id: str) -> None:
@@ -164,10 +177,10 @@ class Intake:
         finally:
             timer.cancel()
             del self._takings[taking.handover_id]
-        result = taking.result()
+        result = replace(taking.result(), answer=taking.answer())
         if fence is not None and not fence.done():
             result = replace(result, fence=fence)
-        if result.failure is not None and result.failure != CANCELLED:
+        if result.failure is not None and result.failure != CANCELLED and not taking.names:
             self._count("handover_failures", 1)
             log.warning("hand-over %s from %s failed: %s", taking.handover_id, peer.worker_id, result.failure)
         return result
@@ -199,8 +212,9 @@ class Intake:
             if theirs != heads:
                 taking.end(f"tp_rank does not fit: {_named(heads)} were to come from a peer that has {_named(theirs)}")
                 return None
-            want = pb.Want(handover_id=handover_id, first_block=taking.num_verified)
-            if link.lending is not None and not self._is_fenced(handover_id):
+            want = pb.Want(handover_id=handover_id, first_block=taking.num_verified, names=taking.names)
+            taking.asked_at = time.monotonic()
+            if link.lending is not None and not taking.names and not self._is_fenced(handover_id):
                 fence = link.lending.fence(handover_id)
                 self._place(want, link.lending, taking.row.block_ids)
             link.send(pb.HandoverMessage(want=want))
@@ -305,6 +319,8 @@ class Intake:
                 before = taking.num_verified
                 taking.on_written(body)
                 self._count("handover_blocks_direct", taking.num_verified - before)
+            case pb.Found():
+                taking.on_found(body)
             case pb.OfferClosed():
                 taking.on_closed(body)
             case pb.OfferFailed():

@@ -210,7 +210,7 @@ class PeerLink:
                 self._on_reply(message.hello_reply)
             case "heartbeat":
                 pass
-            case "offer" | "closed" | "failed" | "revoke" | "written" if self._greeting.done():
+            case "offer" | "closed" | "failed" | "revoke" | "written" | "found" if self._greeting.done():
                 self._on_message(self, message)
             case kind:
                 raise PeerError(f"the peer sent '{kind}', which is not for it to send now")

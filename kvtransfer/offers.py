@@ -13,6 +13,9 @@ The life of one hand-over, seen from here:
 Where blocks of a decode worker are at hand to write into (`direct`), its Want says where, and `on_want` passes that on.
 The owner then answers with `written`, in place of 2 to 4, or declines with it and goes on as above.
 
+A Want with names is for a hand-over that nobody assigned: `on_ask` passes it on, the owner answers with `found`, and
+opens, offers and closes what it has.
+
 Everything here runs on one event loop; only checksums leave it.
 """
 
@@ -41,6 +44,7 @@ from kvtransfer.wire import (
     HIGH_WATER_MARK,
     MAX_FRAME_BYTES,
     MAX_ID_BYTES,
+    MAX_WANT_NAMES,
     Numbering,
     PeerIdentity,
     PeerRef,
@@ -81,9 +85,12 @@ class OfferServer:
         on_resolved: Callable[[str], None],
         direct: DirectServer | None = None,
         on_want: Callable[[str, Placed | None], None] = lambda handover_id, placed: None,
+        on_ask: Callable[[str, PeerIdentity, Sequence[bytes]], None] | None = None,
     ) -> None:
         """`direct`: maps pools of decode workers. on_want(id, placed): once a Want of an open hand-over, never from
         inside a call of the owner's. `placed`: the owner must call `written` until that has said `stopped`.
+
+        on_ask(id, peer, names): a peer asks for blocks by name. None: nothing is ever found.
         """
         self._me = me
         self._layout = layout
@@ -96,6 +103,7 @@ class OfferServer:
         self._on_resolved = on_resolved
         self._direct = direct
         self._on_want_of = on_want
+        self._on_ask = on_ask
         self._writing: dict[str, Writing] = {}
         self._direct_endpoint: pb.LaneEndpoint | None = None
         # A reader's batch lasts at most pull_timeout_s, and its own clock is checked well within the silence allowed.
@@ -254,6 +262,19 @@ class OfferServer:
             if (outgoing := self._outgoing.get(message.handover_id)) is not None:
                 self._flush(message.handover_id, outgoing)
 
+    def found(self, handover_id: str, num_blocks: int) -> None:
+        """Answer a Want with names: so many leading blocks are likely to be offered. With none that is all there is."""
+        parked = self._parked.get(handover_id)
+        if parked is not None:
+            message = pb.Found(handover_id=handover_id, num_blocks=num_blocks)
+            self._send(parked.connection, pb.HandoverMessage(found=message))
+            if num_blocks == 0:
+                del self._parked[handover_id]
+
+    def is_awaited(self, handover_id: str) -> bool:
+        """Whether a peer waits for a hand-over that has not been opened."""
+        return handover_id in self._parked
+
     def fail(self, handover_id: str, reason: str) -> None:
         """Give the hand-over up. Its blocks come back by the callbacks, at once when no peer has asked for them."""
         outgoing = self._outgoing.get(handover_id)
@@ -388,14 +409,22 @@ class OfferServer:
         handover_id = want.handover_id
         if len(handover_id) > MAX_ID_BYTES:
             raise PeerError("the peer names an impossible hand-over")
+        if len(want.names) > MAX_WANT_NAMES:
+            raise PeerError(f"the peer asks for more than {MAX_WANT_NAMES} blocks at once")
         outgoing = self._outgoing.get(handover_id)
         if outgoing is not None:
             self._want(connection, want, outgoing)
         elif self._book.has_ended(handover_id) or len(self._parked) >= MAX_PARKED:
             self._send_failed(connection, handover_id, "the offer has ended")
             self._decline(connection, want)
-        else:
+        elif not want.names:
             self._parked[handover_id] = Parked(connection, want, now + self._options.lease_s)
+        elif handover_id not in self._parked:
+            self._parked[handover_id] = Parked(connection, want, now + self._options.lease_s)
+            if self._on_ask is None:
+                self.found(handover_id, 0)
+            else:
+                self._on_ask(handover_id, connection.peer, list(want.names))
 
     def _want(self, connection: Connection, want: pb.Want, outgoing: Outgoing) -> None:
         handover_id = want.handover_id

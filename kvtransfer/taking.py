@@ -2,9 +2,10 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from baton.v1 import handover_pb2 as pb
 from kvtransfer.conversion import Conversion, Row
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
 CANCELLED = "cancelled"
 
 
+class Answer(NamedTuple):
+    """What a peer did about blocks that it was asked for by name."""
+
+    num_found: int | None
+    """Blocks that it said to have; None: it did not say."""
+    wait_s: float | None
+    """From asking until the first was offered, None: nothing was. `pull_s`: from then to the end."""
+    pull_s: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class IntakeResult:
     """How a hand-over went for the puller.
@@ -26,6 +37,7 @@ class IntakeResult:
     failure: why it ended early, or None.
     fence: while this is not done, the peer may still write into the blocks from `num_blocks` on. None: nobody does.
     same_bits: False where numbers were cast, so that the blocks do not hold what this worker would compute.
+    answer: what the peer did about blocks that were asked for by name.
     """
 
     num_blocks: int
@@ -35,6 +47,7 @@ class IntakeResult:
     failure: str | None = None
     same_bits: bool = True
     fence: asyncio.Future[None] | None = None
+    answer: Answer | None = None
 
 
 @dataclass(slots=True)
@@ -60,13 +73,24 @@ class Taking:
     """One hand-over on its way in. Used on the event loop's thread, except for `cancelled`, which pulls look at."""
 
     def __init__(
-        self, handover_id: str, block_ids: Sequence[int], first_block: int, num_layers: int, block_bytes: int
+        self,
+        handover_id: str,
+        block_ids: Sequence[int],
+        first_block: int,
+        num_layers: int,
+        block_bytes: int,
+        names: Sequence[bytes] = (),
     ) -> None:
         """`block_ids`: the local block of every position; those before `first_block` are here already.
 
-        A block has `num_layers` and `block_bytes`.
+        A block has `num_layers` and `block_bytes`. `names`, of all these blocks: nobody assigned this hand-over, the
+        peer is asked what it has of them.
         """
         self.handover_id = handover_id
+        self.names = names
+        self.num_found: int | None = None
+        self.asked_at = 0.0
+        self._offered_at: float | None = None
         self.row = Row(list(block_ids), first_block)
         self.num_verified = first_block
         """Leading blocks of the peer's row that are here, all layers of them."""
@@ -101,7 +125,22 @@ class Taking:
             self.pull.cancel()
         self.changed.set()
 
+    def expect_found(self) -> None:
+        """The peer has had its time to say what it has."""
+        if self.num_found is None:
+            self.end("the peer did not say in time what it has")
+
+    def on_found(self, found: pb.Found) -> None:
+        if not self.names or found.num_blocks > len(self.names):
+            self.end(f"the peer found {found.num_blocks} of {len(self.names)} blocks")
+            return
+        self.num_found = found.num_blocks
+        if self.num_found == 0:
+            self._closed = pb.OfferClosed()
+        self.changed.set()
+
     def on_offer(self, offer: pb.Offer) -> None:
+        self._offered_at = self._offered_at or time.monotonic()
         position = self._first_wanted + len(self._offered)
         num_layers = offer.num_layers or self._num_layers
         if not self._first_wanted <= offer.first_block <= position or self._closed is not None:
@@ -192,6 +231,13 @@ class Taking:
                 break
             self.num_verified += 1
         return self.num_verified - before, num_bytes
+
+    def answer(self) -> Answer | None:
+        if not self.names:
+            return None
+        if self._offered_at is None:
+            return Answer(self.num_found, None, None)
+        return Answer(self.num_found, self._offered_at - self.asked_at, time.monotonic() - self._offered_at)
 
     def result(self) -> IntakeResult:
         num_blocks, same_bits = self._num_blocks_here(), self._conversion is None or self._conversion.same_bits

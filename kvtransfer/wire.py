@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 PROTOCOL_VERSION: Final = 2
 MAX_FRAME_BYTES: Final = 1 << 20
 MAX_OFFER_BLOCKS: Final = 1024  # in one message: about 30 KB
+MAX_WANT_NAMES: Final = 4096  # in one message: about 70 KB
 MAX_ID_BYTES: Final = 256  # of a hand-over
 HIGH_WATER_MARK: Final = 10_000  # messages that wait for a peer that does not read
 

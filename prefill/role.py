@@ -5,7 +5,8 @@ Life of a hand-over on the offering side:
 1. Assigned: the hand-over is opened for the one decode worker that the assignment names; the engine queues the prompt.
    Where that worker lends its pool, the prompt waits a moment for the blocks that it reserves there, and is computed
    into them: each step says how far they are written, and the last word is that nothing writes there any more.
-   What comes too late or does not fit is counted, and goes on as follows.
+   What comes too late or does not fit is counted, and goes on as follows. Otherwise what the tiers or the prefix cache
+   of another worker have of the prompt is brought here first, where that is sooner than computing it.
 2. Each step that finishes blocks offers them, group of layers by group of layers: the decode worker pulls the first
    while the next are computed, and the last while the last layer goes on.
 3. The last chunk also samples the first token. It leaves straight to the coordinator, and closes the offer.
@@ -107,7 +108,8 @@ class PrefillRole(RoleHandler):
         self._shell.submit(lease.attempt, request)
 
     def on_reserved(self, attempt: Attempt, reserved: Reserved) -> None:
-        self._shell.arrivals.start(attempt.key, reserved, len(attempt.assignment.token_ids))
+        fetch = self._shell.fetch_prefix(attempt, reserved)
+        self._shell.arrivals.start(attempt.key, reserved, len(attempt.assignment.token_ids), fetch)
 
     def on_computed(self, attempt: Attempt, computed: Computed) -> None:
         lease = self._leases[attempt.key]

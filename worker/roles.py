@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from baton.block_names import root_name, tenant_name
 from baton.v1 import worker_link_pb2 as wire
 from engine.requests import Computed, Ended, EngineRequest, Handover, Placement, Reserved, SamplingParams, TokenOutput
+from kvtransfer.wire import PeerRef
 
 
 @dataclass(slots=True)
@@ -26,6 +27,8 @@ class Attempt:
     num_tokens: int = 0
     """Output tokens in the stream so far, those of earlier attempts included."""
     deadline: asyncio.TimerHandle | None = None
+    holder: PeerRef | None = None
+    """The worker that the beginning of the prompt may come from."""
 
 
 class RoleHandler(ABC):

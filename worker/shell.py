@@ -12,19 +12,22 @@ Life of an attempt in a worker:
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
 from baton.block_names import root_name
 from baton.errors import BatonError
 from baton.metrics import WORKER_COUNTERS
 from baton.v1 import worker_link_pb2 as wire
 from engine.engine import Engine
-from engine.requests import Ended, EndReason, EngineRequest, StepOutput, TokenOutput
+from engine.requests import Elsewhere, Ended, EndReason, EngineRequest, Reserved, StepOutput, TokenOutput
+from kvtransfer.prefix_fetch import Holder, PrefixFetcher
 from kvtransfer.tiers.store import BlockStore, Unsaved
-from kvtransfer.wire import spawn
-from worker.arrivals import Arrivals
+from kvtransfer.wire import PeerRef, spawn
+from worker.arrivals import Arrivals, Arrived, Fetch
 from worker.link import LinkHandler
 from worker.pins import Pins
 from worker.roles import Attempt, RoleHandler
@@ -33,6 +36,9 @@ from worker.step_loop import Command, StepLoop
 log = logging.getLogger(__name__)
 LOOK_UP_S = 0.05
 """What a request waits for a shared store to say which of its blocks it has."""
+
+UNMEASURED_FETCH_S = 2.0
+"""For the beginning of a prompt to come from another worker, until it is known how long computing it takes."""
 
 _END_REASONS = {
     EndReason.STOP: wire.END_REASON_STOP,
@@ -44,6 +50,13 @@ _END_REASONS = {
 
 def attempt_key(id: wire.AttemptId) -> str:
     return f"{id.request_id}/{id.attempt}"
+
+
+def _holders(attempt: Attempt) -> list[Holder]:
+    return [
+        Holder(PeerRef(each.worker.worker_id, each.worker.incarnation, each.worker.handover_address), each.num_tokens)
+        for each in attempt.assignment.holders
+    ]
 
 
 class WorkerShell(LinkHandler):
@@ -64,8 +77,11 @@ class WorkerShell(LinkHandler):
         self.arrivals = Arrivals(self.steps, store, page_size, on_crash)
         self.draining = False
         self.lanes_in_use: Callable[[], dict[str, str]] = dict
+        self.prefixes: PrefixFetcher | None = None
+        """Gets beginnings of prompts from other workers."""
         self._send = send
         self._names = engine.names
+        self._page_size = page_size
         self._look_ups: set[asyncio.Task[None]] = set()
         self._store = store
         self._pins: Pins | None = None
@@ -155,11 +171,19 @@ class WorkerShell(LinkHandler):
                 loop.call_soon_threadsafe(self._on_refused, attempt, str(error))
 
         loop = asyncio.get_running_loop()
+        if self.prefixes is not None and (prospect := self.prefixes.prospect(_holders(attempt))) is not None:
+            elsewhere = Elsewhere(prospect.holder.num_tokens, prospect.wait_s, prospect.block_s)
+            request = dataclasses.replace(request, elsewhere=elsewhere)
+            attempt.holder = prospect.holder.peer
         if self._store is not None and self._store.must_ask:
             self._look_ups.add(task := spawn(self._look_up(attempt, request, add)))
             task.add_done_callback(self._look_ups.discard)
         else:
             self.steps.submit(add)
+
+    def fetch_prefix(self, attempt: Attempt, reserved: Reserved) -> Fetch | None:
+        """How the beginning of a prompt comes from another worker, where the engine counts on one."""
+        return partial(self._fetch_prefix, attempt, reserved) if reserved.elsewhere else None
 
     def end(self, attempt: Attempt, reason: "wire.EndReason.ValueType", detail: str = "") -> None:
         if self._forget(attempt):
@@ -181,6 +205,15 @@ class WorkerShell(LinkHandler):
         return True
 
     # Inside
+
+    async def _fetch_prefix(self, attempt: Attempt, reserved: Reserved, first_block: int) -> Arrived:
+        assert self.prefixes is not None
+        assert attempt.holder is not None, "the engine was told what to expect of it"
+        names = (*reserved.stored, *reserved.elsewhere)[first_block - reserved.num_cached_blocks :]
+        places = reserved.block_ids[first_block : first_block + len(names)]
+        limit_s = reserved.compute_s or UNMEASURED_FETCH_S
+        fetched = await self.prefixes.fetch(attempt.key, attempt.holder, names, places, limit_s)
+        return Arrived((first_block + fetched.num_blocks) * self._page_size, same_bits=fetched.same_bits)
 
     async def _look_up(self, attempt: Attempt, request: EngineRequest, add: Command) -> None:
         """Give the shared store a moment to say what it has: the engine decides when it takes the request up."""
@@ -221,6 +254,8 @@ class WorkerShell(LinkHandler):
         self.counters["requests_expired" if reason == wire.END_REASON_DEADLINE else "requests_aborted"] += 1
         self.end(attempt, reason)
         attempt.role.abort(attempt)
+        if self.prefixes is not None:
+            self.prefixes.cancel(key)
 
     def _on_output(self, output: StepOutput) -> None:
         for started in output.started:

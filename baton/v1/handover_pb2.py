@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x62\x61ton/v1/handover.proto\x12\x08\x62\x61ton.v1\"\xb3\x03\n\x0fHandoverMessage\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12 \n\x05hello\x18\x02 \x01(\x0b\x32\x0f.baton.v1.HelloH\x00\x12+\n\x0bhello_reply\x18\x03 \x01(\x0b\x32\x14.baton.v1.HelloReplyH\x00\x12\x1e\n\x04want\x18\x04 \x01(\x0b\x32\x0e.baton.v1.WantH\x00\x12 \n\x05offer\x18\x05 \x01(\x0b\x32\x0f.baton.v1.OfferH\x00\x12\'\n\x06\x63losed\x18\x06 \x01(\x0b\x32\x15.baton.v1.OfferClosedH\x00\x12\'\n\x06\x66\x61iled\x18\x07 \x01(\x0b\x32\x15.baton.v1.OfferFailedH\x00\x12$\n\x07release\x18\x08 \x01(\x0b\x32\x11.baton.v1.ReleaseH\x00\x12\x30\n\theartbeat\x18\t \x01(\x0b\x32\x1b.baton.v1.HandoverHeartbeatH\x00\x12\"\n\x06revoke\x18\n \x01(\x0b\x32\x10.baton.v1.RevokeH\x00\x12$\n\x07written\x18\x0b \x01(\x0b\x32\x11.baton.v1.WrittenH\x00\x42\t\n\x07message\"\xdf\x01\n\x0b\x42lockLayout\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x04 \x01(\r\x12\x10\n\x08head_dim\x18\x05 \x01(\r\x12\x18\n\x10page_size_tokens\x18\x06 \x01(\r\x12\x0f\n\x07tp_rank\x18\x07 \x01(\r\x12\x0f\n\x07tp_size\x18\x08 \x01(\r\x12\x1b\n\x13weights_fingerprint\x18\t \x01(\t\x12\x11\n\tkv_scales\x18\n \x03(\x02\"\xb4\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x06\x12!\n\x19\x65xpected_peer_incarnation\x18\x04 \x01(\x06\x12%\n\x06layout\x18\x05 \x01(\x0b\x32\x15.baton.v1.BlockLayout\x12\r\n\x05lanes\x18\x06 \x03(\t\x12\x10\n\x08\x63onverts\x18\x07 \x01(\x08\"\x99\x02\n\nHelloReply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x06\x12\x12\n\npool_epoch\x18\x04 \x01(\x06\x12%\n\x05lanes\x18\x05 \x03(\x0b\x32\x16.baton.v1.LaneEndpoint\x12\x0f\n\x07lease_s\x18\x06 \x01(\x01\x12\x1c\n\x14heartbeat_interval_s\x18\x07 \x01(\x01\x12\x1b\n\x13heartbeat_timeout_s\x18\x08 \x01(\x01\x12%\n\x06layout\x18\t \x01(\x0b\x32\x15.baton.v1.BlockLayout\x12&\n\x06\x64irect\x18\n \x01(\x0b\x32\x16.baton.v1.LaneEndpoint\"<\n\x0cLaneEndpoint\x12\x0c\n\x04lane\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\x04\"X\n\x04Want\x12\x13\n\x0bhandover_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12&\n\tplacement\x18\x03 \x01(\x0b\x32\x13.baton.v1.Placement\"D\n\tPlacement\x12\x0f\n\x07lending\x18\x01 \x01(\x06\x12\x11\n\tblock_ids\x18\x02 \x03(\r\x12\x13\n\x0bgenerations\x18\x03 \x03(\x06\"F\n\x0cOfferedBlock\x12\x10\n\x08\x62lock_id\x18\x01 \x01(\r\x12\x12\n\ngeneration\x18\x02 \x01(\x06\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x06\"m\n\x05Offer\x12\x13\n\x0bhandover_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12&\n\x06\x62locks\x18\x03 \x03(\x0b\x32\x16.baton.v1.OfferedBlock\x12\x12\n\nnum_layers\x18\x04 \x01(\r\"}\n\x0bOfferClosed\x12\x13\n\x0bhandover_id\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x66irst_token_id\x18\x04 \x01(\r\x12\x19\n\x11\x66irst_token_index\x18\x05 \x01(\r\"2\n\x0bOfferFailed\x12\x13\n\x0bhandover_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"j\n\x07Written\x12\x13\n\x0bhandover_id\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x0f\n\x07stopped\x18\x03 \x01(\x08\x12%\n\x06\x63losed\x18\x04 \x01(\x0b\x32\x15.baton.v1.OfferClosed\"0\n\x07Release\x12\x13\n\x0bhandover_id\x18\x01 \x01(\t\x12\x10\n\x08verified\x18\x02 \x01(\x08\"\x1d\n\x06Revoke\x12\x13\n\x0bhandover_id\x18\x01 \x01(\t\"\"\n\x11HandoverHeartbeat\x12\r\n\x05renew\x18\x01 \x03(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x62\x61ton/v1/handover.proto\x12\x08\x62\x61ton.v1\"\xd5\x03\n\x0fHandoverMessage\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12 \n\x05hello\x18\x02 \x01(\x0b\x32\x0f.baton.v1.HelloH\x00\x12+\n\x0bhello_reply\x18\x03 \x01(\x0b\x32\x14.baton.v1.HelloReplyH\x00\x12\x1e\n\x04want\x18\x04 \x01(\x0b\x32\x0e.baton.v1.WantH\x00\x12 \n\x05offer\x18\x05 \x01(\x0b\x32\x0f.baton.v1.OfferH\x00\x12\'\n\x06\x63losed\x18\x06 \x01(\x0b\x32\x15.baton.v1.OfferClosedH\x00\x12\'\n\x06\x66\x61iled\x18\x07 \x01(\x0b\x32\x15.baton.v1.OfferFailedH\x00\x12$\n\x07release\x18\x08 \x01(\x0b\x32\x11.baton.v1.ReleaseH\x00\x12\x30\n\theartbeat\x18\t \x01(\x0b\x32\x1b.baton.v1.HandoverHeartbeatH\x00\x12\"\n\x06revoke\x18\n \x01(\x0b\x32\x10.baton.v1.RevokeH\x00\x12$\n\x07written\x18\x0b \x01(\x0b\x32\x11.baton.v1.WrittenH\x00\x12 \n\x05\x66ound\x18\x14 \x01(\x0b\x32\x0f.baton.v1.FoundH\x00\x42\t\n\x07message\"\xdf\x01\n\x0b\x42lockLayout\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x04 \x01(\r\x12\x10\n\x08head_dim\x18\x05 \x01(\r\x12\x18\n\x10page_size_tokens\x18\x06 \x01(\r\x12\x0f\n\x07tp_rank\x18\x07 \x01(\r\x12\x0f\n\x07tp_size\x18\x08 \x01(\r\x12\x1b\n\x13weights_fingerprint\x18\t \x01(\t\x12\x11\n\tkv_scales\x18\n \x03(\x02\"\xb4\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x06\x12!\n\x19\x65xpected_peer_incarnation\x18\x04 \x01(\x06\x12%\n\x06layout\x18\x05 \x01(\x0b\x32\x15.baton.v1.BlockLayout\x12\r\n\x05lanes\x18\x06 \x03(\t\x12\x10\n\x08\x63onverts\x18\x07 \x01(\x08\"\x99\x02\n\nHelloReply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x06\x12\x12\n\npool_epoch\x18\x04 \x01(\x06\x12%\n\x05lanes\x18\x05 \x03(\x0b\x32\x16.baton.v1.LaneEndpoint\x12\x0f\n\x07lease_s\x18\x06 \x01(\x01\x12\x1c\n\x14heartbeat_interval_s\x18\x07 \x01(\x01\x12\x1b\n\x13heartbeat_timeout_s\x18\x08 \x01(\x01\x12%\n\x06layout\x18\t \x01(\x0b\x32\x15.baton.v1.BlockLayout\x12&\n\x06\x64irect\x18\n \x01(\x0b\x32\x16.baton.v1.LaneEndpoint\"<\n\x0cLaneEndpoint\x12\x0c\n\x04lane\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\x04\"g\n\x04Want\x12\x13\n\x0bhandover_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12&\n\tplacement\x18\x03 \x01(\x0b\x32\x13.baton.v1.Placement\x12\r\n\x05names\x18\x14 \x03(\x0c\"0\n\x05\x46ound\x12\x13\n\x0bhandover_id\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\"D\n\tPlacement\x12\x0f\n\x07lending\x18\x01 \x01(\x06\x12\x11\n\tblock_ids\x18\x02 \x03(\r\x12\x13\n\x0bgenerations\x18\x03 \x03(\x06\"F\n\x0cOfferedBlock\x12\x10\n\x08\x62lock_id\x18\x01 \x01(\r\x12\x12\n\ngeneration\x18\x02 \x01(\x06\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x06\"m\n\x05Offer\x12\x13\n\x0bhandover_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12&\n\x06\x62locks\x18\x03 \x03(\x0b\x32\x16.baton.v1.OfferedBlock\x12\x12\n\nnum_layers\x18\x04 \x01(\r\"}\n\x0bOfferClosed\x12\x13\n\x0bhandover_id\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x66irst_token_id\x18\x04 \x01(\r\x12\x19\n\x11\x66irst_token_index\x18\x05 \x01(\r\"2\n\x0bOfferFailed\x12\x13\n\x0bhandover_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"j\n\x07Written\x12\x13\n\x0bhandover_id\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x0f\n\x07stopped\x18\x03 \x01(\x08\x12%\n\x06\x63losed\x18\x04 \x01(\x0b\x32\x15.baton.v1.OfferClosed\"0\n\x07Release\x12\x13\n\x0bhandover_id\x18\x01 \x01(\t\x12\x10\n\x08verified\x18\x02 \x01(\x08\"\x1d\n\x06Revoke\x12\x13\n\x0bhandover_id\x18\x01 \x01(\t\"\"\n\x11HandoverHeartbeat\x12\r\n\x05renew\x18\x01 \x03(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,33 +32,35 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.v1.handover_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_HANDOVERMESSAGE']._serialized_start=38
-  _globals['_HANDOVERMESSAGE']._serialized_end=473
-  _globals['_BLOCKLAYOUT']._serialized_start=476
-  _globals['_BLOCKLAYOUT']._serialized_end=699
-  _globals['_HELLO']._serialized_start=702
-  _globals['_HELLO']._serialized_end=882
-  _globals['_HELLOREPLY']._serialized_start=885
-  _globals['_HELLOREPLY']._serialized_end=1166
-  _globals['_LANEENDPOINT']._serialized_start=1168
-  _globals['_LANEENDPOINT']._serialized_end=1228
-  _globals['_WANT']._serialized_start=1230
-  _globals['_WANT']._serialized_end=1318
-  _globals['_PLACEMENT']._serialized_start=1320
-  _globals['_PLACEMENT']._serialized_end=1388
-  _globals['_OFFEREDBLOCK']._serialized_start=1390
-  _globals['_OFFEREDBLOCK']._serialized_end=1460
-  _globals['_OFFER']._serialized_start=1462
-  _globals['_OFFER']._serialized_end=1571
-  _globals['_OFFERCLOSED']._serialized_start=1573
-  _globals['_OFFERCLOSED']._serialized_end=1698
-  _globals['_OFFERFAILED']._serialized_start=1700
-  _globals['_OFFERFAILED']._serialized_end=1750
-  _globals['_WRITTEN']._serialized_start=1752
-  _globals['_WRITTEN']._serialized_end=1858
-  _globals['_RELEASE']._serialized_start=1860
-  _globals['_RELEASE']._serialized_end=1908
-  _globals['_REVOKE']._serialized_start=1910
-  _globals['_REVOKE']._serialized_end=1939
-  _globals['_HANDOVERHEARTBEAT']._serialized_start=1941
-  _globals['_HANDOVERHEARTBEAT']._serialized_end=1975
+  _globals['_HANDOVERMESSAGE']._serialized_end=507
+  _globals['_BLOCKLAYOUT']._serialized_start=510
+  _globals['_BLOCKLAYOUT']._serialized_end=733
+  _globals['_HELLO']._serialized_start=736
+  _globals['_HELLO']._serialized_end=916
+  _globals['_HELLOREPLY']._serialized_start=919
+  _globals['_HELLOREPLY']._serialized_end=1200
+  _globals['_LANEENDPOINT']._serialized_start=1202
+  _globals['_LANEENDPOINT']._serialized_end=1262
+  _globals['_WANT']._serialized_start=1264
+  _globals['_WANT']._serialized_end=1367
+  _globals['_FOUND']._serialized_start=1369
+  _globals['_FOUND']._serialized_end=1417
+  _globals['_PLACEMENT']._serialized_start=1419
+  _globals['_PLACEMENT']._serialized_end=1487
+  _globals['_OFFEREDBLOCK']._serialized_start=1489
+  _globals['_OFFEREDBLOCK']._serialized_end=1559
+  _globals['_OFFER']._serialized_start=1561
+  _globals['_OFFER']._serialized_end=1670
+  _globals['_OFFERCLOSED']._serialized_start=1672
+  _globals['_OFFERCLOSED']._serialized_end=1797
+  _globals['_OFFERFAILED']._serialized_start=1799
+  _globals['_OFFERFAILED']._serialized_end=1849
+  _globals['_WRITTEN']._serialized_start=1851
+  _globals['_WRITTEN']._serialized_end=1957
+  _globals['_RELEASE']._serialized_start=1959
+  _globals['_RELEASE']._serialized_end=2007
+  _globals['_REVOKE']._serialized_start=2009
+  _globals['_REVOKE']._serialized_end=2038
+  _globals['_HANDOVERHEARTBEAT']._serialized_start=2040
+  _globals['_HANDOVERHEARTBEAT']._serialized_end=2074
 # @@protoc_insertion_point(module_scope)

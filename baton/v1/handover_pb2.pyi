@@ -37,6 +37,7 @@ class HandoverMessage(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     REVOKE_FIELD_NUMBER: _builtins.int
     WRITTEN_FIELD_NUMBER: _builtins.int
+    FOUND_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
@@ -58,6 +59,8 @@ class HandoverMessage(_message.Message):
     def revoke(self) -> Global___Revoke: ...
     @_builtins.property
     def written(self) -> Global___Written: ...
+    @_builtins.property
+    def found(self) -> Global___Found: ...
     def __init__(
         self,
         *,
@@ -72,12 +75,13 @@ class HandoverMessage(_message.Message):
         heartbeat: Global___HandoverHeartbeat | None = ...,
         revoke: Global___Revoke | None = ...,
         written: Global___Written | None = ...,
+        found: Global___Found | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "failed", b"failed", "heartbeat", b"heartbeat", "hello", b"hello", "hello_reply", b"hello_reply", "message", b"message", "offer", b"offer", "release", b"release", "revoke", b"revoke", "want", b"want", "written", b"written"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "failed", b"failed", "found", b"found", "heartbeat", b"heartbeat", "hello", b"hello", "hello_reply", b"hello_reply", "message", b"message", "offer", b"offer", "release", b"release", "revoke", b"revoke", "want", b"want", "written", b"written"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "failed", b"failed", "heartbeat", b"heartbeat", "hello", b"hello", "hello_reply", b"hello_reply", "message", b"message", "offer", b"offer", "release", b"release", "revoke", b"revoke", "sequence", b"sequence", "want", b"want", "written", b"written"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "failed", b"failed", "found", b"found", "heartbeat", b"heartbeat", "hello", b"hello", "hello_reply", b"hello_reply", "message", b"message", "offer", b"offer", "release", b"release", "revoke", b"revoke", "sequence", b"sequence", "want", b"want", "written", b"written"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "hello_reply", "want", "offer", "closed", "failed", "release", "heartbeat", "revoke", "written"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "hello_reply", "want", "offer", "closed", "failed", "release", "heartbeat", "revoke", "written", "found"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -273,11 +277,18 @@ class Want(_message.Message):
     HANDOVER_ID_FIELD_NUMBER: _builtins.int
     FIRST_BLOCK_FIELD_NUMBER: _builtins.int
     PLACEMENT_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
     handover_id: _builtins.str
     first_block: _builtins.int
     @_builtins.property
     def placement(self) -> Global___Placement:
         """the offerer may write its KV here instead of offering it; answered by Written"""
+
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Of the blocks that are wanted, in their order: for a hand-over that nobody assigned, of whatever leading ones the
+        peer's prefix cache holds. Answered by Found.
+        """
 
     def __init__(
         self,
@@ -285,14 +296,39 @@ class Want(_message.Message):
         handover_id: _builtins.str = ...,
         first_block: _builtins.int = ...,
         placement: Global___Placement | None = ...,
+        names: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "handover_id", b"handover_id", "placement", b"placement"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "handover_id", b"handover_id", "names", b"names", "placement", b"placement"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Want: _TypeAlias = Want  # noqa: Y015
+
+@_typing.final
+class Found(_message.Message):
+    """So many of the blocks that a Want names seem to be here; those that can be leased are then offered. None: that is all."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDOVER_ID_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    handover_id: _builtins.str
+    num_blocks: _builtins.int
+    def __init__(
+        self,
+        *,
+        handover_id: _builtins.str = ...,
+        num_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handover_id", b"handover_id", "num_blocks", b"num_blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Found: _TypeAlias = Found  # noqa: Y015
 
 @_typing.final
 class Placement(_message.Message):

@@ -460,6 +460,7 @@ class Assignment(_message.Message):
     DEADLINE_S_FIELD_NUMBER: _builtins.int
     PREFILL_FIELD_NUMBER: _builtins.int
     DECODE_FIELD_NUMBER: _builtins.int
+    HOLDERS_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """names this attempt in StepTokens; unique on this link"""
     role: Global___Role.ValueType
@@ -486,6 +487,10 @@ class Assignment(_message.Message):
     def decode(self) -> Global___HandoverPeer:
         """For ROLE_PREFILL: the only worker that may pull this attempt's blocks."""
 
+    @_builtins.property
+    def holders(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefixHolder]:
+        """For the worker that computes the prompt: others that should hold the KV of its beginning, the most first."""
+
     def __init__(
         self,
         *,
@@ -500,14 +505,41 @@ class Assignment(_message.Message):
         deadline_s: _builtins.float = ...,
         prefill: Global___HandoverPeer | None = ...,
         decode: Global___HandoverPeer | None = ...,
+        holders: _abc.Iterable[Global___PrefixHolder] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "id", b"id", "prefill", b"prefill", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "deadline_s", b"deadline_s", "decode", b"decode", "handle", b"handle", "id", b"id", "num_prompt_tokens", b"num_prompt_tokens", "prefill", b"prefill", "role", b"role", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "deadline_s", b"deadline_s", "decode", b"decode", "handle", b"handle", "holders", b"holders", "id", b"id", "num_prompt_tokens", b"num_prompt_tokens", "prefill", b"prefill", "role", b"role", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Assignment: _TypeAlias = Assignment  # noqa: Y015
+
+@_typing.final
+class PrefixHolder(_message.Message):
+    """As far as the coordinator remembers; whoever is asked looks whether it still does."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    num_tokens: _builtins.int
+    """leading tokens of the assignment"""
+    @_builtins.property
+    def worker(self) -> Global___HandoverPeer: ...
+    def __init__(
+        self,
+        *,
+        worker: Global___HandoverPeer | None = ...,
+        num_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_tokens", b"num_tokens", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixHolder: _TypeAlias = PrefixHolder  # noqa: Y015
 
 @_typing.final
 class HandoverPeer(_message.Message):

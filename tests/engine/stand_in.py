@@ -15,7 +15,16 @@ from engine.block_tables import fence_id
 from engine.blocks import BlockAllocator, BlockState, Owner, OwnerKind
 from engine.engine import Engine
 from engine.plan import PENDING, DraftRequest, OnLayer, PlannedSequence, Sampled, StepPlan, StepResult
-from engine.requests import EndReason, EngineRequest, Handover, Named, Placement, SamplingParams, StepOutput
+from engine.requests import (
+    EndReason,
+    EngineRequest,
+    Handover,
+    LeasedBlocks,
+    Named,
+    Placement,
+    SamplingParams,
+    StepOutput,
+)
 from engine.scheduler import Scheduler
 from engine.sequence import Phase, Sequence
 
@@ -362,6 +371,8 @@ class World:
         self.announced_layers: list[tuple[str, int, int]] = []
         """(request id, number of leading blocks, of how many layers), as they come."""
         self.leases: set[str] = set()
+        self.readers: dict[str, tuple[LeasedBlocks, list[int]]] = {}
+        """Of the prefix cache: what each has leased, and the KV in it."""
         self.quarantined: set[str] = set()
         self.aborting: set[str] = set()
         self.fenced: dict[str, list[int]] = {}
@@ -387,7 +398,8 @@ class World:
         assert len(set(self.started)) == len(self.started)
         for reserved in output.reserved:
             stream = self.runner.streams[reserved.request_id]
-            assert reserved.from_peer or reserved.stored
+            assert reserved.from_peer or reserved.stored or reserved.elsewhere
+            assert not (reserved.from_peer and reserved.elsewhere)
             assert stream.request.handover is Handover.TAKE or not reserved.from_peer
             for index, name in enumerate(reserved.stored, reserved.num_cached_blocks):
                 assert self.store.kv[name] == stream.kv[index * PAGE : (index + 1) * PAGE], (
@@ -463,6 +475,31 @@ class World:
                 assert self.runner.read(announced.block_ids, position) == kv[position], "a reader would be given this"
         for request_id in self.quarantined:
             assert self.allocator.owns_any(Owner(OwnerKind.QUARANTINE, request_id))
+        for leased, values in self.readers.values():
+            assert tuple(self.allocator.generations[list(leased.block_ids)].tolist()) == leased.generations
+            for position, value in enumerate(values):
+                assert self.runner.read(list(leased.block_ids), position) == value, "a reader would be given this"
+
+    # -- Readers of the prefix cache -------------------------------------------------------------------------------
+
+    def lease_prefix(self, reader: str, request_id: str) -> int:
+        """What is cached of the tokens of a request, for a reader. Returns how many blocks."""
+        stream = self.runner.streams[request_id]
+        tables = self.engine._scheduler.tables
+        names = tables.names(stream.request.cache_root, stream.request.num_prompt_tokens).extend(stream.tokens)
+        leased = self.engine.lease(reader, names)
+        assert reader not in self.readers or not leased.block_ids
+        if leased.block_ids:
+            self.readers[reader] = leased, stream.kv[: len(leased.block_ids) * PAGE]
+        return len(leased.block_ids)
+
+    def end_reader(self, reader: str, expired: bool) -> None:
+        if expired:
+            assert self.engine.quarantine_lease(reader)
+            self.check()
+        assert self.engine.release_lease(reader) != expired
+        assert self.engine.resolve(reader) == expired
+        del self.readers[reader]
 
     # -- The giver of a TAKE request, and the store ---------------------------------------------------------------
 
@@ -560,6 +597,8 @@ class World:
             self.resolve(request_id)
         for request_id in list(self.fenced):
             self.lower_fence(request_id)
+        for reader in list(self.readers):
+            self.end_reader(reader, expired=False)
         for _ in range(max_steps):
             for request_id in list(self.reserved):
                 self.receive_all(request_id)

@@ -1,12 +1,14 @@
 """Any order of requests, steps, guesses, deliveries, aborts and leases: right tokens, whole pool, empty scheduler."""
 
+from dataclasses import replace
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from baton.block_names import root_name
 from baton.errors import InvalidRequestError
-from engine.requests import EngineRequest, Handover
+from engine.requests import Elsewhere, EngineRequest, Handover
 from engine.scheduler import EngineFull
 from tests.engine.stand_in import LONG_PROMPT, PAGE, World, make_request, undisturbed
 
@@ -73,7 +75,7 @@ class EngineMachine(RuleBasedStateMachine):
         fits = -(-positions // PAGE) <= self.world.allocator.num_blocks
         return fits and len(request.token_ids) < MAX_MODEL_TOKENS
 
-    def add(self, prompt, handover, max_tokens, min_tokens, stop, num_delivered, root, placed) -> None:
+    def add(self, prompt, handover, max_tokens, min_tokens, stop, num_delivered, root, placed, elsewhere) -> None:
         request_id = f"r{self.num_added}"
         options = {"max_tokens": max_tokens, "min_tokens": min_tokens, "stop": stop, "cache_root": root}
         whole = undisturbed(make_request(request_id, prompt, **options), MAX_MODEL_TOKENS)
@@ -81,6 +83,7 @@ class EngineMachine(RuleBasedStateMachine):
         request = make_request(request_id, prompt, handover, num_delivered=num_delivered, **options)
         if placed is not None and handover is Handover.GIVE and not self.look_ahead:
             request = self.world.placed(request, int(placed * ((len(request.token_ids) - 1) // PAGE)))
+        request = replace(request, elsewhere=Elsewhere(elsewhere, 0.0, 0.0) if elsewhere else None)
         try:
             self.world.add(request)
         except EngineFull:
@@ -108,6 +111,7 @@ class EngineMachine(RuleBasedStateMachine):
                 data.draw(st.sampled_from([0, 0, 1, 5]), "num_delivered"),
                 root,
                 data.draw(st.sampled_from([None, 0.0, 0.5, 1.0]), "placed"),
+                data.draw(st.sampled_from([0, 0, 7, 30]), "elsewhere"),
             )
 
     @rule(count=st.integers(1, 8), pattern=patterns)
@@ -162,6 +166,18 @@ class EngineMachine(RuleBasedStateMachine):
     def end_lease(self, data: st.DataObject, expired: bool) -> None:
         request_id = data.draw(st.sampled_from(sorted(self.world.leases)))
         (self.world.quarantine_lease if expired else self.world.release_lease)(request_id)
+        self.world.check()
+
+    @precondition(lambda self: self.world.runner.streams)
+    @rule(data=st.data(), reader=st.sampled_from(["reader 0", "reader 1"]))
+    def lease_what_is_cached(self, data: st.DataObject, reader: str) -> None:
+        self.world.lease_prefix(reader, data.draw(st.sampled_from(sorted(self.world.runner.streams))))
+        self.world.check()
+
+    @precondition(lambda self: self.world.readers)
+    @rule(data=st.data(), expired=st.booleans())
+    def end_reader(self, data: st.DataObject, expired: bool) -> None:
+        self.world.end_reader(data.draw(st.sampled_from(sorted(self.world.readers))), expired)
         self.world.check()
 
     @precondition(lambda self: self.world.quarantined)

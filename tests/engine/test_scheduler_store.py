@@ -171,7 +171,7 @@ def test_a_preempted_request_is_loaded_back_where_that_is_cheaper(
     assert set(world.engine.names(young)[:2]) <= set(world.store.kv), "saved at once, although it had been before"
     world.run_to_the_end()
     after = world.engine.counters
-    loaded = after["prompt_tokens_received"] - before["prompt_tokens_received"]  # by the stand-in, as from a peer
+    loaded = after["prompt_tokens_fetched"] - before["prompt_tokens_fetched"]  # by the stand-in, as from a peer
     computed = after["prompt_tokens_computed"] - before["prompt_tokens_computed"]
     cached = after["prompt_tokens_cached"] - before["prompt_tokens_cached"]
     assert loaded + computed + cached == 12

@@ -96,9 +96,13 @@ class Pair:
 
     def start(
         self, token_ids: Sequence[int], max_tokens: int, *, remote: bool, num_prompt_tokens: int | None = None,
-        sampling: wire.EngineSampling | None = None, deadline_s: float = TIMEOUT_S, cache_salt: str = "",
+        sampling: wire.EngineSampling | None = None, deadline_s: float = TIMEOUT_S,
+        holder: Worker | None = None, at: Worker | None = None, cache_salt: str = "",
     ) -> tuple[str, Stream]:  # fmt: skip
-        """Send the assignments of one request; both at the same time when it is to be handed over."""
+        """Send the assignments of one request; both at the same time when it is to be handed over.
+
+        `holder`: named to whoever computes the prompt as having all of it. `at`: who decodes, if not the decode worker.
+        """
         number, stream = next(_numbers), Stream()
         id = wire.AttemptId(request_id=f"r{number}", attempt=1)
         self._streams[number] = self._ids[id.request_id] = stream
@@ -108,6 +112,7 @@ class Pair:
             sampling=sampling or wire.EngineSampling(top_p=1.0, repetition_penalty=1.0, logprobs=0),
             deadline_s=deadline_s, cache_salt=cache_salt,
         )  # fmt: skip
+        holders = [wire.PrefixHolder(worker=self.peer(holder), num_tokens=len(token_ids))] if holder else []
         assignment.sampling.max_tokens = max_tokens
         if remote:
             assert self.prefill is not None
@@ -117,8 +122,11 @@ class Pair:
             to_prefill.role = wire.ROLE_PREFILL
             to_prefill.ClearField("prefill")
             to_prefill.decode.CopyFrom(self.peer(self.decode))
+            to_prefill.holders.extend(holders)
             self.prefill.shell.shell.on_assignment(to_prefill)
-        self.decode.shell.shell.on_assignment(assignment)
+        else:
+            assignment.holders.extend(holders)
+        (at or self.decode).shell.shell.on_assignment(assignment)
         return id.request_id, stream
 
     @staticmethod
@@ -170,10 +178,11 @@ async def relay(
         assemble(model, decode or EngineOptions(), tiers=decode_tiers),
     )
     async with AsyncExitStack() as stack:
-        for worker, role in ((pair.prefill, wire.ROLE_PREFILL), (pair.decode, wire.ROLE_DECODE)):
+        both = [wire.ROLE_PREFILL, wire.ROLE_DECODE]  # a prefill worker stands in for those that decode
+        for worker, roles in ((pair.prefill, both), (pair.decode, [wire.ROLE_DECODE])):
             if worker is not None:
                 worker.wired = await stack.enter_async_context(
-                    wire_up(worker.parts, worker.identity, [role], handover, "127.0.0.1", worker.send, worker.crashed)
+                    wire_up(worker.parts, worker.identity, roles, handover, "127.0.0.1", worker.send, worker.crashed)
                 )
         yield pair
 

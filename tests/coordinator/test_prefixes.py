@@ -1,0 +1,165 @@
+"""What the coordinator remembers of who holds which beginning, and what it tells the worker that computes a prompt."""
+
+import asyncio
+
+from fake_worker import token_at
+
+from baton.block_names import root_name
+from baton.config import CoordinatorOptions
+from baton.v1 import worker_link_pb2 as wire
+from coordinator.delivery import Choice, Request
+from coordinator.detokenizer import IncrementalDetokenizer, TextStream
+from coordinator.dispatch import Dispatcher
+from coordinator.metrics import Metrics
+from coordinator.prefixes import STRIDE_TOKENS, Held, Life, PrefixMemory, strides
+from coordinator.routing import LeastLoaded
+from coordinator.workers import Worker, WorkerRegistry
+
+ROOT = root_name("model")
+A, B, C = Life("a", 1), Life("b", 2), Life("c", 3)
+TOKENS = list(range(1000))
+
+
+def names(num_strides: int, tokens: list[int] = TOKENS) -> list[bytes]:
+    return strides(ROOT, tokens[: num_strides * STRIDE_TOKENS])
+
+
+def test_equal_beginnings_have_equal_names_and_the_end_of_a_stride_has_none() -> None:
+    assert len(strides(ROOT, TOKENS)) == len(TOKENS) // STRIDE_TOKENS
+    assert strides(ROOT, TOKENS, names(3)) == strides(ROOT, TOKENS)
+    other = [*TOKENS[:200], 5, *TOKENS[201:]]
+    assert names(3) == names(3, other)
+    assert not set(names(15)[3:]) & set(names(15, other)[3:])
+    assert not set(names(15)) & set(strides(root_name("model", cache_salt="tenant"), TOKENS))
+
+
+def test_the_longest_beginning_comes_first_and_of_equals_the_latest() -> None:
+    memory = PrefixMemory()
+    memory.record(names(4), A)
+    memory.record(names(9), B)
+    memory.record(names(4), C)
+    expected = [Held(B, 9 * STRIDE_TOKENS), Held(C, 4 * STRIDE_TOKENS), Held(A, 4 * STRIDE_TOKENS)]
+    assert memory.holders(names(12)) == expected
+    assert memory.holders(names(2))[0] == Held(C, 2 * STRIDE_TOKENS)
+    assert memory.holders(names(12, [7, *TOKENS])) == []
+
+
+def test_a_new_life_replaces_the_old_one() -> None:
+    memory = PrefixMemory()
+    memory.record(names(3), A)
+    memory.record(names(1), Life("a", 9))
+    assert memory.holders(names(1)) == [Held(Life("a", 9), STRIDE_TOKENS)]
+
+
+def test_memory_is_bounded_and_loses_ends_before_beginnings() -> None:
+    memory = PrefixMemory(max_strides=10)
+    memory.record(names(8), A)
+    memory.record(names(6, [1, *TOKENS]), B)
+    assert len(memory) == 10
+    assert memory.holders(names(8)) == [Held(A, 4 * STRIDE_TOKENS)]
+    assert memory.holders(names(6, [1, *TOKENS])) == [Held(B, 6 * STRIDE_TOKENS)]
+
+
+class World:
+    """A dispatcher and workers whose messages are read out of their outboxes."""
+
+    def __init__(self) -> None:
+        self.registry = WorkerRegistry("demo")
+        self.dispatcher = Dispatcher(CoordinatorOptions(), self.registry, LeastLoaded(64), Metrics())
+        self.num_requests = 0
+
+    def join(self, name: str, *roles: int, incarnation: int = 1) -> Worker:
+        return self.registry.register(
+            wire.Registration(
+                protocol_version=1, worker_id=name, incarnation=incarnation, roles=roles, page_size_tokens=16,
+                total_blocks=640, max_model_tokens=4096, model="demo", handover_address=f"tcp://{name}",
+            )
+        )  # fmt: skip
+
+    def ask(self, tokens: list[int], max_tokens: int = 4) -> Choice:
+        self.num_requests += 1
+        request = Request(f"r{self.num_requests}")
+        text = TextStream(IncrementalDetokenizer(lambda ids: "".join(map(chr, ids))))
+        choice = Choice(request, 0, tokens, wire.EngineSampling(max_tokens=max_tokens), text, False)
+        self.dispatcher.start(request)
+        return choice
+
+    @staticmethod
+    def assigned(worker: Worker) -> wire.Assignment:
+        found = []
+        while not worker.outbox.empty():
+            message = worker.outbox.get_nowait()
+            if message.HasField("assignment"):
+                found.append(message.assignment)
+        (assignment,) = found
+        return assignment
+
+    def answer(self, worker: Worker, assignment: wire.Assignment, num_tokens: int) -> list[int]:
+        prompt = assignment.token_ids[: assignment.num_prompt_tokens]
+        tokens = [token_at(prompt, index) for index in range(num_tokens)]
+        for index, token in enumerate(tokens):
+            step = wire.StepTokens(handles=[assignment.handle], indices=[index], token_ids=[token])
+            self.dispatcher.on_message(worker, wire.WorkerMessage(tokens=step))
+        return tokens
+
+
+MIXED = (wire.ROLE_PREFILL, wire.ROLE_DECODE)
+
+
+def test_the_worker_that_computes_is_told_who_has_the_beginning() -> None:
+    async def run() -> None:
+        world = World()
+        first = world.join("first", *MIXED)
+        world.ask(TOKENS)
+        assignment = world.assigned(first)
+        assert not assignment.holders
+        first.heartbeat.draining = True  # the next one goes elsewhere
+        second = world.join("second", *MIXED)
+        world.ask(TOKENS)
+        assert not world.assigned(second).holders, (
+            "nothing has been computed yet, and a worker that leaves is not asked"
+        )
+        first.heartbeat.draining = False
+        second.heartbeat.draining = True
+        generated = world.answer(first, assignment, 4)
+        second.heartbeat.draining, first.heartbeat.running_requests = False, 5
+        longer = [*TOKENS, *generated, *range(100)]
+        world.ask(longer)
+        (holder,) = world.assigned(second).holders
+        assert (holder.worker.worker_id, holder.worker.incarnation) == ("first", 1)
+        assert holder.worker.handover_address == "tcp://first"
+        assert holder.num_tokens == (len(TOKENS) + 3) // STRIDE_TOKENS * STRIDE_TOKENS
+
+    asyncio.run(run())
+
+
+def test_of_two_roles_only_the_one_that_computes_is_told() -> None:
+    async def run() -> None:
+        world = World()
+        prefill, decode = world.join("p", wire.ROLE_PREFILL), world.join("d", wire.ROLE_DECODE)
+        world.ask(TOKENS)
+        world.answer(prefill, world.assigned(prefill), 1)
+        world.answer(decode, world.assigned(decode), 4)
+        other = world.join("other", wire.ROLE_PREFILL)
+        prefill.heartbeat.waiting_prefill_tokens = 10_000
+        world.ask(TOKENS)
+        assert {holder.worker.worker_id for holder in world.assigned(other).holders} == {"p", "d"}
+        assert not world.assigned(decode).holders
+
+    asyncio.run(run())
+
+
+def test_a_worker_is_not_told_of_what_it_has_itself_or_of_an_older_life() -> None:
+    async def run() -> None:
+        world = World()
+        first = world.join("first", *MIXED)
+        world.ask(TOKENS)
+        world.answer(first, world.assigned(first), 4)
+        world.ask(TOKENS)
+        assert not world.assigned(first).holders
+        second = world.join("second", *MIXED)
+        world.join("first", *MIXED, incarnation=2).heartbeat.running_requests = 5
+        world.ask(TOKENS)
+        assert not world.assigned(second).holders
+
+    asyncio.run(run())
