@@ -76,8 +76,8 @@ class Bench:
         self._logits = torch.empty(0)
         self._free = random.Random(seed).sample(range(NUM_BLOCKS), NUM_BLOCKS)
 
-    def _watched(self, batch, slabs):  # type: ignore[no-untyped-def]
-        self._logits = self._forward(batch, slabs)
+    def _watched(self, *arguments):  # type: ignore[no-untyped-def]
+        self._logits = self._forward(*arguments)
         return self._logits
 
     def blocks(self, length: int) -> list[int]:
