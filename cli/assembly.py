@@ -204,7 +204,11 @@ def _runner(
     """The warm runner, and where its pool is not the memory that peers read, what keeps the two the same."""
     on_host = not model.ops.launches
     runner = _warm_runner(model, shape, memory.num_blocks, memory if on_host else None, options, max_model_tokens)
-    return runner, None if on_host else HostMirror(runner.pool, torch.from_numpy(memory.blocks))
+    if on_host:
+        return runner, None
+    if runner.pool.slabs.is_cuda:
+        memory.device_pointer = runner.pool.slabs.data_ptr()
+    return runner, HostMirror(runner.pool, torch.from_numpy(memory.blocks))
 
 
 def _warm_runner(

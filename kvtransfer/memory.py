@@ -110,6 +110,8 @@ class PoolMemory:
         self.fd = fd
         self.num_blocks = num_blocks
         self.block_bytes = block_bytes
+        self.device_pointer: int | None = None
+        """Where on a CUDA device the blocks are that this memory mirrors, if they are."""
         self.epoch = epoch
         self.token = token
         self.num_peer_blocks = num_peer_blocks

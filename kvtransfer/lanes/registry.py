@@ -9,6 +9,7 @@ from baton.errors import ConfigurationError
 from kvtransfer.lanes import nixl, ucx
 from kvtransfer.lanes.base import LaneClient, LaneEndpoint, LaneServer
 from kvtransfer.lanes.cma import CmaLaneClient, CmaLaneServer
+from kvtransfer.lanes.cuda_ipc import CudaIpcLaneClient, CudaIpcLaneServer
 from kvtransfer.lanes.fake import FakeLaneClient, FakeLaneServer
 from kvtransfer.lanes.faulty import FaultPlan, FaultyLaneClient
 from kvtransfer.lanes.shm import ShmLaneClient, ShmLaneServer
@@ -38,6 +39,7 @@ LANES: dict[str, Lane] = {
     lane.name: lane
     for lane in (
         Lane("shm", lambda host: ShmLaneServer(), ShmLaneClient.connect, one_host=True),
+        Lane("cuda_ipc", lambda host: CudaIpcLaneServer(), CudaIpcLaneClient.connect, one_host=True),
         Lane("cma", lambda host: CmaLaneServer(), CmaLaneClient.connect, one_host=True),
         Lane("tcp", TcpLaneServer, TcpLaneClient.connect),
         Lane("ucx", ucx.UcxLaneServer, ucx.connect),

@@ -40,6 +40,8 @@ class ShmLaneServer(LaneServer):
     name = NAME
 
     def __init__(self) -> None:
+        self.more = b""
+        """What a peer is told besides, for a lane that meets its peers in the same way."""
         self._listener: socket.socket | None = None
         self._thread: threading.Thread | None = None
         self._peers: list[socket.socket] = []
@@ -51,11 +53,13 @@ class ShmLaneServer(LaneServer):
             listener.bind("\0" + name)
             listener.listen(64)
         except OSError as error:
-            raise ConfigurationError(f"lane shm cannot be served on this host: {error}") from error
+            raise ConfigurationError(f"lane {self.name} cannot be served on this host: {error}") from error
         self._listener = listener
-        self._thread = threading.Thread(target=self._accept, args=(listener, memory), name="lane-shm", daemon=True)
+        self._thread = threading.Thread(
+            target=self._accept, args=(listener, memory), name=f"lane-{self.name}", daemon=True
+        )
         self._thread.start()
-        return LaneEndpoint(NAME, f"{boot_id()}/{name}", memory.token)
+        return LaneEndpoint(self.name, f"{boot_id()}/{name}", memory.token)
 
     def close(self) -> None:
         if self._listener is None or self._thread is None:
@@ -70,18 +74,18 @@ class ShmLaneServer(LaneServer):
             while True:
                 peer, _ = listener.accept()
                 self._peers = [known for known in self._peers if not _has_ended(known)]
-                if len(self._peers) < MAX_PEERS and _admit(peer, memory):
+                if len(self._peers) < MAX_PEERS and _admit(peer, memory, self.more):
                     self._peers.append(peer)
                 else:
                     peer.close()
         except OSError as error:
-            log.debug("lane shm stopped: %s", error)
+            log.debug("lane %s stopped: %s", self.name, error)
         finally:
             for peer in self._peers:
                 peer.close()
 
 
-def _admit(peer: socket.socket, memory: PoolMemory) -> bool:
+def _admit(peer: socket.socket, memory: PoolMemory, more: bytes) -> bool:
     """Hand the pool to a process of the same user that knows the token."""
     try:
         credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
@@ -94,7 +98,7 @@ def _admit(peer: socket.socket, memory: PoolMemory) -> bool:
             return False
         readonly = memory.open_readonly()
         try:
-            socket.send_fds(peer, [_SHAPE.pack(memory.num_blocks, memory.block_bytes)], [readonly])
+            socket.send_fds(peer, [_SHAPE.pack(memory.num_blocks, memory.block_bytes) + more], [readonly])
         finally:
             os.close(readonly)
         peer.setblocking(False)
@@ -104,51 +108,74 @@ def _admit(peer: socket.socket, memory: PoolMemory) -> bool:
     return True
 
 
-class ShmLaneClient(LaneClient):
-    name = NAME
+class Peer:
+    """A peer on this host that was met, and its pool, mapped read-only. `more`: what else it told."""
 
-    def __init__(self, remote: PoolMemory, local: PoolMemory, connection: socket.socket) -> None:
-        self._remote = remote
-        self._local = local
+    def __init__(self, pool: PoolMemory, more: bytes, connection: socket.socket) -> None:
+        self.pool = pool
+        self.more = more
         self._connection = connection
 
     @classmethod
-    def connect(cls, endpoint: LaneEndpoint, local: PoolMemory, deadline: float) -> "ShmLaneClient":
-        """Map the peer's pool. Raises TransferError where that is not possible, such as on another host."""
+    def meet(cls, lane: str, endpoint: LaneEndpoint, local: PoolMemory, deadline: float, more_bytes: int = 0) -> "Peer":
+        """Raises TransferError where that is not possible, such as on another host."""
         host, _, name = endpoint.address.rpartition("/")
         if host != boot_id():
-            raise OtherHostError("lane shm: the peer is on another host")
+            raise OtherHostError(f"lane {lane}: the peer is on another host")
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.settimeout(max(0.001, deadline - time.monotonic()))
             connection.connect("\0" + name)
             connection.sendall(_TOKEN.pack(endpoint.token))
-            shape, fds, _, _ = socket.recv_fds(connection, _SHAPE.size, 1)
-            if not fds or len(shape) != _SHAPE.size:
-                raise TransferError("lane shm: the peer refused")
-            num_blocks, block_bytes = _SHAPE.unpack(shape)
-            remote = PoolMemory.attach(fds[0], num_blocks, block_bytes)
+            greeting, fds, _, _ = socket.recv_fds(connection, _SHAPE.size + more_bytes, 1)
+            if not fds or len(greeting) != _SHAPE.size + more_bytes:
+                for fd in fds:
+                    os.close(fd)
+                raise TransferError(f"lane {lane}: the peer refused")
+            num_blocks, block_bytes = _SHAPE.unpack_from(greeting)
+            pool = PoolMemory.attach(fds[0], num_blocks, block_bytes)
             if block_bytes != local.block_bytes:
-                remote.close()
+                pool.close()
                 raise TransferError(f"a block has {block_bytes} bytes at the peer and {local.block_bytes} here")
             connection.setblocking(False)
-            _touch(remote, min(deadline, time.monotonic() + _TOUCH_S))
-            return cls(remote, local, connection)
+            return cls(pool, greeting[_SHAPE.size :], connection)
         except OSError as error:
             connection.close()
-            raise TransferError(f"lane shm does not reach the peer: {error}") from error
+            raise TransferError(f"lane {lane} does not reach the peer: {error}") from error
         except TransferError:
             connection.close()
             raise
 
-    def pull(self, reads: Sequence[BlockRead], deadline: float, cancelled: threading.Event | None = None) -> None:
+    def check(self) -> None:
+        """Raises TransferError once it is gone, or serves its pool no more."""
         if _has_ended(self._connection):
             raise TransferError("the peer no longer serves its pool")
-        copy_blocks(self._remote, self._local, reads, deadline, cancelled)
 
     def close(self) -> None:
         self._connection.close()
-        self._remote.close()
+        self.pool.close()
+
+
+class ShmLaneClient(LaneClient):
+    name = NAME
+
+    def __init__(self, peer: Peer, local: PoolMemory) -> None:
+        self._peer = peer
+        self._local = local
+
+    @classmethod
+    def connect(cls, endpoint: LaneEndpoint, local: PoolMemory, deadline: float) -> "ShmLaneClient":
+        """Map the peer's pool. Raises TransferError where that is not possible, such as on another host."""
+        peer = Peer.meet(NAME, endpoint, local, deadline)
+        _touch(peer.pool, min(deadline, time.monotonic() + _TOUCH_S))
+        return cls(peer, local)
+
+    def pull(self, reads: Sequence[BlockRead], deadline: float, cancelled: threading.Event | None = None) -> None:
+        self._peer.check()
+        copy_blocks(self._peer.pool, self._local, reads, deadline, cancelled)
+
+    def close(self) -> None:
+        self._peer.close()
 
 
 def _touch(memory: PoolMemory, until: float) -> None:

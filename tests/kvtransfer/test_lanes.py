@@ -19,16 +19,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.errors import ConfigurationError, TransferError
-from kvtransfer.lanes import cma, copying, tcp
+from kvtransfer.lanes import cma, copying, cuda_ipc, tcp
 from kvtransfer.lanes.base import ANY_GENERATION, BlockRead, LaneClient, LaneEndpoint, LaneServer, OtherHostError
 from kvtransfer.lanes.copying import batches, coalesce
 from kvtransfer.lanes.host import boot_id
 from kvtransfer.lanes.registry import LANES, Lane, parse_lanes
 from kvtransfer.lanes.streams import Tls, TlsStream
 from kvtransfer.memory import PoolMemory
+from tests.kvtransfer import fake_cuda
 from tests.kvtransfer.world import BLOCK_BYTES, NUM_BLOCKS, new_memory, scattered
 
-NAMES = ("shm", "cma", "tcp", "fake")
+NAMES = ("shm", "cma", "tcp", "fake", "cuda_ipc")
+KNOWN = {**LANES, "cuda_ipc": fake_cuda.lane(fake_cuda.FakeCuda())}
 
 
 def soon(seconds: float = 5.0) -> float:
@@ -40,9 +42,10 @@ class Served:
 
     def __init__(self, name: str) -> None:
         self.source, self.target = new_memory(seed=1), new_memory()
-        self.server: LaneServer = LANES[name].serve("127.0.0.1")
+        self.source.device_pointer = self.source.blocks.ctypes.data
+        self.server: LaneServer = KNOWN[name].serve("127.0.0.1")
         self.endpoint = self.server.start(self.source)
-        self.client: LaneClient = LANES[name].connect(self.endpoint, self.target, soon())
+        self.client: LaneClient = KNOWN[name].connect(self.endpoint, self.target, soon())
 
     def reads(self, remote: list[int], local: list[int]) -> list[BlockRead]:
         generations = self.source.generations[remote].tolist()
@@ -217,6 +220,7 @@ def test_a_block_that_changes_while_it_is_copied_is_refused(served, monkeypatch)
 
     monkeypatch.setattr(copying, "_copy_runs", bump_after(copying._copy_runs))
     monkeypatch.setattr(tcp, "_ranges", bump_after(tcp._ranges))
+    monkeypatch.setattr(cuda_ipc, "batches", lambda *arguments: itertools.chain(batches(*arguments), bump_at_the_end()))
     monkeypatch.setattr(cma, "batches", lambda *arguments: itertools.chain(batches(*arguments), bump_at_the_end()))
     with pytest.raises(TransferError, match="no longer holds"):
         served.client.pull(served.reads([5], [0]), soon())
@@ -231,7 +235,7 @@ def test_a_block_outside_of_the_peers_pool_is_refused(served):
 def test_a_wrong_token_is_refused(name):
     served = Served(name)
     with pytest.raises(TransferError):
-        LANES[name].connect(replace(served.endpoint, token=served.endpoint.token ^ 1), served.target, soon())
+        KNOWN[name].connect(replace(served.endpoint, token=served.endpoint.token ^ 1), served.target, soon())
     served.client.pull(served.reads([0], [0]), soon())
     served.close()
 
@@ -240,7 +244,7 @@ def test_a_wrong_token_is_refused(name):
 def test_a_pool_with_blocks_of_another_size_is_refused(name):
     served = Served(name)
     with pytest.raises(TransferError, match="bytes"):
-        LANES[name].connect(served.endpoint, new_memory(block_bytes=BLOCK_BYTES * 2), soon())
+        KNOWN[name].connect(served.endpoint, new_memory(block_bytes=BLOCK_BYTES * 2), soon())
     served.close()
 
 
@@ -270,7 +274,7 @@ def test_a_lane_of_one_host_says_when_the_peer_is_on_another(name):
     served = Served(name)
     elsewhere = "0" * 36 + served.endpoint.address[36:]
     with pytest.raises(OtherHostError):
-        LANES[name].connect(replace(served.endpoint, address=elsewhere), served.target, soon())
+        KNOWN[name].connect(replace(served.endpoint, address=elsewhere), served.target, soon())
     served.close()
 
 
@@ -337,7 +341,7 @@ def test_strangers_and_garbage_do_not_disturb_the_others(name):
         stranger.sendall(payload)
         stranger.close()
     served.client.pull(served.reads([0], [0]), soon())
-    assert LANES[name].connect(served.endpoint, served.target, soon()) is not None
+    assert KNOWN[name].connect(served.endpoint, served.target, soon()) is not None
     served.close()
 
 
