@@ -178,7 +178,9 @@ class CoordinatorOptions:
     max_requests: int = setting(1024, "streams in the system; more are refused with 429")
     max_body_bytes: int = setting(1 << 20, "largest HTTP body or gRPC message accepted")
     request_timeout_s: float = setting(600.0, "longest that one request may take")
-    max_attempts: int = setting(3, "tries of one request before a worker failure is reported to the client")
+    max_attempts: int = setting(
+        3, "tries of one request that living workers may fail; those whose worker died do not count"
+    )
     drain_timeout_s: float = setting(30.0, "seconds that running requests get to finish after SIGTERM")
     parent_pid: int = setting(0, "exit when this process is gone; 0 watches nobody")
 

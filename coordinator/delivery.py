@@ -49,6 +49,7 @@ class Choice:
         "avoid",
         "begun_by",
         "cached_tokens",
+        "failures",
         "finish_reason",
         "last_token_s",
         "number",
@@ -81,6 +82,8 @@ class Choice:
         self.text = text
         self.show_stop_token = show_stop_token
         self.avoid: set[str] = set()
+        self.failures = 0
+        """Attempts that living workers failed."""
         self.cached_tokens = 0
         self.begun_by: wire.Registration | None = None
         """The worker that began the stream; another model must not continue it."""

@@ -24,7 +24,9 @@ class Leg:
         "attempt",
         "choice",
         "decode",
+        "first_index",
         "handle",
+        "paired",
         "prefix",
         "remembered",
         "waiting_tokens",
@@ -46,6 +48,10 @@ class Leg:
         self.decode = decode
         self.handle = handle
         self.admitted = False
+        self.first_index = 0
+        """In the stream, of the attempt's first token."""
+        self.paired = False
+        """Another worker has the other part of the attempt; false once it is gone."""
         self.prefix = prefix
         """Names of the strides of what it is to have in its KV cache; see `coordinator.prefixes`."""
         self.remembered = False
@@ -75,8 +81,11 @@ class Worker:
         self.legs: dict[int, Leg] = {}
         """By handle."""
         self.lost = asyncio.Event()
+        self.died = False
+        """Lost, and not because it was told to go or only dialled again."""
         self._legs_by_attempt: dict[tuple[str, int], Leg] = {}
         self._blocks_assigned = 0
+        self._idle_beats = 0
         self._on_lost = on_lost
 
     @property
@@ -89,6 +98,11 @@ class Worker:
     def accepts(self) -> bool:
         return not self.lost.is_set() and not self.heartbeat.draining
 
+    @property
+    def empty(self) -> bool:
+        """It has nothing to do, whoever asked for it. The heartbeat before the last may be older than what was sent."""
+        return not self.legs and self._idle_beats >= 2
+
     def send(self, message: wire.CoordinatorMessage) -> None:
         """Queue a message; a worker that does not keep up is lost. Never blocks, never raises."""
         if self.lost.is_set():
@@ -98,14 +112,15 @@ class Worker:
         except asyncio.QueueFull:
             self.lose("it does not read its messages")
 
-    def lose(self, reason: str) -> None:
-        """The worker is gone: nothing of it is accepted any more. Idempotent.
+    def lose(self, reason: str, died: bool = True) -> None:
+        """The worker is gone: nothing of it is accepted any more. Idempotent. `died`: something made it go.
 
         Its attempts fail over in a later turn of the loop, so that whoever found out may finish what it is doing.
         """
         if self.lost.is_set():
             return
         self.lost.set()
+        self.died = died and not self.heartbeat.draining
         expected = self.heartbeat.draining and not self.legs
         level = logging.INFO if expected else logging.WARNING
         events.log(level, "worker %s lost: %s (%d attempts)", self.id, reason, len(self.legs))
@@ -114,6 +129,7 @@ class Worker:
     def open(self, leg: Leg, num_tokens: int, waiting_tokens: int) -> None:
         """`num_tokens` need blocks here; `waiting_tokens` of them are to be computed."""
         leg.waiting_tokens = waiting_tokens
+        self._idle_beats = 0
         self.legs[leg.handle] = leg
         self._legs_by_attempt[leg.choice.stream_id, leg.attempt] = leg
         self._blocks_assigned += num_tokens // self.registration.page_size_tokens + 1
@@ -131,6 +147,8 @@ class Worker:
             events.info("worker %s is draining", self.id)
         self.heartbeat = heartbeat
         self._blocks_assigned = 0
+        idle = not self.legs and not heartbeat.running_requests + heartbeat.waiting_requests
+        self._idle_beats = self._idle_beats + 1 if idle else 0
 
     def load(self) -> WorkerLoad:
         """Of the last heartbeat and, at least, of what this coordinator has given it."""
@@ -176,7 +194,7 @@ class WorkerRegistry:
         old = self.workers.get(registration.worker_id)
         if old is not None:
             same = old.registration.incarnation == registration.incarnation
-            old.lose("it dialled again" if same else "it was started anew")
+            old.lose("it dialled again" if same else "it was started anew", died=not same)
         worker = self.workers[registration.worker_id] = Worker(registration, self._lost)
         roles = "+".join(name for name, has in (("prefill", worker.prefills), ("decode", worker.decodes)) if has)
         events.info(

@@ -62,6 +62,8 @@ class FakeWorker:
         self.send_heartbeats = True
         self.end_early_at: int | None = None  # claims LENGTH at this index
         self.keeps_lease = False  # does not say that a hand-over is over
+        self.dies_of: Callable[[wire.Assignment, int], bool] = lambda assignment, index: False  # at this index
+        self.pace_s = 0.0  # between two tokens of a stream
         self.heals = False  # misbehaves only in a request's first attempt
         # What it saw.
         self.assignments: list[wire.Assignment] = []
@@ -157,6 +159,11 @@ class FakeWorker:
         for index in range(first, sampling.max_tokens):
             if index == self.pause_at and not well:
                 await self.go.wait()
+            if self.dies_of(assignment, index):
+                self._death = asyncio.create_task(self.stop())
+                return
+            if self.pace_s:
+                await asyncio.sleep(self.pace_s)
             if index == self.fail_at and not well:
                 await self.send(
                     ending=wire.Ending(id=id, reason=wire.END_REASON_ERROR, num_tokens=index, detail="oops")

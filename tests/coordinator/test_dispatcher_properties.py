@@ -165,6 +165,7 @@ async def play(draw: st.DataObject) -> None:
             model.read()
             for run in model.live:
                 world.advance(model, run)
+            world.say(model, heartbeat=wire.WorkerHeartbeat(blocks=wire.BlockCounts(total=64, free=64)))
         await asyncio.sleep(0)
     check(world)
     assert world.dispatcher.requests == {}
