@@ -289,13 +289,15 @@ class Dispatcher:
         A prefill leg then only waits for its lease to be released; aborting it would cut a transfer short. But if the
         first token was the last one, decode still waits for blocks that nobody needs.
         """
+        for leg in self._legs.get(choice, ()):
+            if leg is by or (by.decode and by.paired):
+                self.breakers.success(leg.worker.id)
         if workers_know:
             for leg in self._legs.get(choice, ()):
                 if leg is by or (by.decode and not leg.decode):
                     leg.worker.close(leg)
         self._drop_legs(choice)
         if by.decode:
-            self.breakers.success(by.worker.id)
             self._remember(by, choice.prompt + choice.stream.tokens[:-1])
         choice.end(reason)
         request = choice.request
@@ -320,6 +322,9 @@ class Dispatcher:
             if leg is not None:
                 computed = message.progress.computed_tokens
                 leg.waiting_tokens = max(0, len(leg.choice.prompt) + len(leg.choice.stream.tokens) - computed)
+                if message.progress.prefill_failed and leg.paired:
+                    self._blame_peers(leg)
+                    self._alone_now(leg.choice)
         elif kind == "ending":
             self._on_ending(worker, message.ending)
         else:
@@ -351,8 +356,6 @@ class Dispatcher:
                 continue
             leg.waiting_tokens = 0
             if not leg.remembered:
-                if not leg.decode:
-                    self.breakers.success(worker.id)
                 self._remember(leg, choice.prompt)
             self._metrics.token(choice, now)
             stopped = choice.add(token_id, logprobs.get(entry) if logprobs else None, outcome is Outcome.STOP)
@@ -393,7 +396,7 @@ class Dispatcher:
             log.warning("worker %s ended %s with %s: %s", worker.id, leg.choice.stream_id, reason, ending.detail)
             cause = "expired" if ending.reason == wire.END_REASON_DEADLINE else "ended"
             self._abandon(leg, cause, own_fault=not worker.heartbeat.draining)
-        elif not leg.decode:
+        elif not leg.decode and ending.reason != wire.END_REASON_HANDED_OVER:
             self._alone_now(leg.choice)
             if ending.reason == wire.END_REASON_ERROR:
                 self.breakers.failure(worker.id)
@@ -426,8 +429,9 @@ class Dispatcher:
             leg.paired = False
 
     def _blame_peers(self, leg: Leg) -> None:
+        """A worker's death is charged when it is lost, not here."""
         for other in self._legs.get(leg.choice, ()):
-            if other is not leg:
+            if other is not leg and not other.worker.lost.is_set():
                 self.breakers.failure(other.worker.id)
 
 

@@ -229,6 +229,20 @@ def test_a_prefill_worker_that_ends_with_errors_gets_nothing_for_a_while(run) ->
     run(main())
 
 
+def test_a_prefill_worker_that_computes_and_does_not_hand_over_is_charged_by_what_decode_says(run) -> None:
+    async def main() -> None:
+        async with running() as system:
+            prefill, decode = await system.worker("prefill-0", PREFILL), await system.worker("decode-0")
+            decode.complains = True
+            for number in range(3):
+                assert (await ask(system, [900 + number] * 100, 3))[0] == 200
+            assert system.coordinator.dispatcher.breakers.state("prefill-0") == "open"
+            assert system.coordinator.dispatcher.breakers.state("decode-0") == "closed"
+            assert len(prefill.assignments) == 3
+
+    run(main())
+
+
 def test_one_worker_whose_breaker_is_open_serves_if_there_is_no_other(run) -> None:
     async def main() -> None:
         async with running() as system:
