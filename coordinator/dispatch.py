@@ -280,8 +280,7 @@ class Dispatcher:
             self._delayed.pop(choice).cancel()
         for leg in self._legs.pop(choice, ()):
             if leg.handle in leg.worker.legs:
-                leg.worker.close(leg)
-                leg.worker.send(wire.CoordinatorMessage(abort=wire.AbortAttempt(id=leg.id)))
+                leg.worker.abort(leg)
 
     def _complete(self, choice: Choice, reason: str, by: Leg, workers_know: bool) -> None:
         """A choice has all its tokens. `workers_know`: the leg's worker ends by the same rule, without being told.
@@ -403,7 +402,7 @@ class Dispatcher:
 
     def _on_lost(self, worker: Worker) -> None:
         legs = list(worker.legs.values())
-        convicted = self._charge_death(worker, legs) if worker.died and legs else []
+        convicted = self._charge_death(worker, legs) if worker.died else []
         for leg in legs:
             worker.close(leg)
         for request in convicted:
@@ -420,6 +419,7 @@ class Dispatcher:
     def _charge_death(self, worker: Worker, legs: list[Leg]) -> list[Request]:
         """Everybody who was there is a suspect. Those that are guilty beyond doubt."""
         self.breakers.failure(worker.id)
+        legs = legs + [leg for leg in worker.aftermath() if not leg.choice.request.ended]
         self._metrics.suspects.inc(len({leg.choice.request for leg in legs}))
         return self._suspects.died(legs, self.quarantine.alone(worker))
 

@@ -72,8 +72,10 @@ class Quarantine:
         lane = self._lanes.get(worker.id)
         if lane is None or lane.worker is not worker or lane.request is None:
             return False
-        beat, own = worker.heartbeat, [leg for leg in worker.legs.values() if leg.choice.request is lane.request]
-        return 0 < len(own) == len(worker.legs) and beat.running_requests + beat.waiting_requests <= len(own)
+        if any(leg.choice.request is not lane.request for leg in (*worker.legs.values(), *worker.aftermath())):
+            return False
+        beat = worker.heartbeat
+        return 0 < len(worker.legs) >= beat.running_requests + beat.waiting_requests
 
     def status(self) -> dict[str, object]:
         """JSON-ready."""

@@ -2,16 +2,19 @@
 
 A worker's death takes all its requests with it, and at most one of them caused it. The rule:
 
-1. A death charges every request that had a leg there: 2 points if the worker was computing it, 1 if it waited for
-   another worker's blocks. Points of an earlier death go once the request gets PROGRESS_TOKENS further.
+1. A death charges every request that had a leg there, or one aborted there just before: 2 points if the worker was
+   computing it, 1 if it waited for another worker's blocks. Points of an earlier death go once the request gets
+   PROGRESS_TOKENS further.
 2. At ISOLATE_POINTS points or ISOLATE_DEATHS deaths a request is isolated: it runs alone on a worker
    (`coordinator.quarantine`), until it has gone PROGRESS_TOKENS further there. That acquits it, once.
-3. A request ends as poison if it was alone on the worker that died, and either got no further than that, or this is its
-   CONVICT_DEATHS-th death at least.
+3. A request ends as poison when for the second time its worker died although it was alone there and before it got
+   further, or for the third time whether it did or not.
 
-So nobody's request ends because of another's: nobody else was there. And a stream that kills workers kills at most
-three if it does so at one place, five whatever it does: before rule 2 at most three in company, after its acquittal
-one, and from CONVICT_DEATHS on the first that it kills alone is the last. Two deaths never end a request.
+So no request ends because of another's: nobody else was there. And whoever else kills workers must hit one twice while
+it is alone, after two deaths before that; three deaths end nobody. A stream that kills what computes it at one place
+kills four workers. Whatever it does it kills at most eight: before rule 2 three in company, a fourth where prefill and
+decode die of one attempt, one after its acquittal, three alone. A request of several streams may kill one more for each
+stream that was elsewhere when it was isolated.
 """
 
 import hashlib
@@ -28,7 +31,8 @@ PROGRESS_TOKENS = 16
 """More than a step in flight, speculation included, can lose when its worker dies."""
 ISOLATE_POINTS = 4
 ISOLATE_DEATHS = 3
-CONVICT_DEATHS = 4
+STUCK, FURTHER, CONVICT = 3, 2, 6
+"""What a death alone weighs, if the request got no further and if it did; and what makes it poison."""
 MAX_PROMPTS = 256
 PROMPT_MEMORY_S = 600.0
 
@@ -37,6 +41,8 @@ PROMPT_MEMORY_S = 600.0
 class Record:
     deaths: int = 0
     points: int = 0
+    guilt: int = 0
+    """Of deaths that nobody else can have caused."""
     acquitted: bool = False
     """Since its last death."""
     acquittals: int = 0
@@ -45,10 +51,14 @@ class Record:
     def isolated(self) -> bool:
         return not self.acquitted and (self.points >= ISOLATE_POINTS or self.deaths >= ISOLATE_DEATHS)
 
-    def charge(self, points: int, progressed: bool) -> None:
+    def charge(self, points: int, further: bool, alone: bool) -> bool:
+        """A death. Whether it is poison."""
         self.deaths += 1
-        self.points = points if progressed else self.points + points
+        self.points = points if further else self.points + points
         self.acquitted = False
+        if alone:
+            self.guilt += FURTHER if further else STUCK
+        return self.guilt >= CONVICT
 
     def acquit(self) -> bool:
         """It has gone further alone. False if it had its chance."""
@@ -74,7 +84,7 @@ class Suspects:
     def begin(self, request: Request) -> None:
         """A request is admitted."""
         if self._prompts and any(self._known(choice) for choice in request.choices):
-            self._records[request] = Record(deaths=ISOLATE_DEATHS - 1, points=ISOLATE_POINTS)
+            self._records[request] = Record(points=ISOLATE_POINTS, guilt=CONVICT - STUCK)
 
     def forget(self, request: Request) -> None:
         self._records.pop(request, None)
@@ -98,9 +108,8 @@ class Suspects:
         poison = []
         for request, its in by_request.items():
             record = self._records.setdefault(request, Record())
-            stuck = not any(progressed(leg) for leg in its)
-            record.charge(2 if any(_computing(leg) for leg in its) else 1, not stuck)
-            if alone and record.deaths >= ISOLATE_DEATHS and (stuck or record.deaths >= CONVICT_DEATHS):
+            points = 2 if any(_computing(leg) for leg in its) else 1
+            if record.charge(points, any(progressed(leg) for leg in its), alone):
                 poison.append(request)
                 self._remember(its)
         return poison

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from baton.errors import PeerError
@@ -10,6 +11,8 @@ from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import Choice
 from coordinator.routing import WorkerLoad
 
+AFTERMATH_S = 1.0
+"""So long after an abort a worker may still be busy with what was aborted, and die of it."""
 OUTBOX_MESSAGES = 4096
 """Messages that may wait for a worker. One that reads slower than this is not serving anyone."""
 
@@ -84,6 +87,7 @@ class Worker:
         self.died = False
         """Lost, and not because it was told to go or only dialled again."""
         self._legs_by_attempt: dict[tuple[str, int], Leg] = {}
+        self._aborted: deque[tuple[float, Leg]] = deque(maxlen=64)
         self._blocks_assigned = 0
         self._idle_beats = 0
         self._on_lost = on_lost
@@ -139,6 +143,17 @@ class Worker:
         self.legs.pop(leg.handle, None)
         self._legs_by_attempt.pop((leg.choice.stream_id, leg.attempt), None)
 
+    def abort(self, leg: Leg) -> None:
+        """Close a leg and tell the worker."""
+        self.close(leg)
+        self._aborted.append((time.monotonic(), leg))
+        self.send(wire.CoordinatorMessage(abort=wire.AbortAttempt(id=leg.id)))
+
+    def aftermath(self) -> list[Leg]:
+        """Legs that were aborted just now."""
+        since_s = time.monotonic() - AFTERMATH_S
+        return [leg for at_s, leg in self._aborted if at_s >= since_s]
+
     def leg(self, id: wire.AttemptId) -> Leg | None:
         return self._legs_by_attempt.get((id.request_id, id.attempt))
 
@@ -149,6 +164,8 @@ class Worker:
         self._blocks_assigned = 0
         idle = not self.legs and not heartbeat.running_requests + heartbeat.waiting_requests
         self._idle_beats = self._idle_beats + 1 if idle else 0
+        if self.empty:
+            self._aborted.clear()
 
     def load(self) -> WorkerLoad:
         """Of the last heartbeat and, at least, of what this coordinator has given it."""

@@ -38,18 +38,18 @@ def test_after_a_death_all_that_were_there_are_suspects_and_none_is_isolated() -
     assert len(suspects) == 9
 
 
-def test_two_deaths_at_one_place_isolate_and_the_third_alone_convicts() -> None:
+def test_two_deaths_at_one_place_isolate_and_two_more_alone_convict() -> None:
     suspects, stream, other = Suspects(), Stream(), Stream()
     suspects.died([stream.leg(), other.leg()], alone=False)
     assert suspects.died([stream.leg()], alone=False) == []
     assert suspects.isolated(stream)
     assert not suspects.isolated(other)
+    assert suspects.died([stream.leg()], alone=True) == []
     assert suspects.died([stream.leg()], alone=True) == [stream]
 
 
-def test_two_deaths_never_end_a_request_and_those_in_company_never_do() -> None:
+def test_deaths_in_company_never_end_a_request_nor_does_one_more_alone() -> None:
     suspects, stream = Suspects(), Stream()
-    assert suspects.died([stream.leg()], alone=True) == []
     assert suspects.died([stream.leg()], alone=True) == []
     for _ in range(10):
         assert suspects.died([stream.leg(), Stream().leg()], alone=False) == []
@@ -95,7 +95,7 @@ def test_an_isolated_request_that_gets_on_alone_is_acquitted_once() -> None:
 def test_poison_that_is_sent_again_begins_isolated_for_a_while_and_kills_once() -> None:
     now = [0.0]
     suspects, stream = Suspects(lambda: now[0]), Stream(7)
-    for alone in (False, False, True):
+    for alone in (False, False, True, True):
         poison = suspects.died([stream.leg()], alone)
     assert poison == [stream]
     suspects.forget(stream)
@@ -112,7 +112,7 @@ def test_poison_that_is_sent_again_begins_isolated_for_a_while_and_kills_once() 
 
 
 @pytest.mark.parametrize("seed", range(300))
-def test_whatever_dies_no_innocent_ends_and_poison_kills_five_at_most(seed: int) -> None:
+def test_whatever_dies_no_innocent_ends_and_poison_kills_seven_at_most(seed: int) -> None:
     """Fleets with operators that kill workers at random, and one request that does so in ways of its own."""
     rng = random.Random(seed)
     suspects = Suspects()
@@ -120,6 +120,7 @@ def test_whatever_dies_no_innocent_ends_and_poison_kills_five_at_most(seed: int)
     poison = streams[0]
     same_place = rng.random() < 0.5
     place = rng.randrange(60)
+    waits = rng.random() < 0.5
     kills, ended = 0, False
     for _ in range(60):
         if ended:
@@ -130,7 +131,6 @@ def test_whatever_dies_no_innocent_ends_and_poison_kills_five_at_most(seed: int)
         for stream in company:
             stream.begin()
             stream.go_on(rng.choice([0, 3, 40]))
-            assert not suspects.isolated(stream) or suspects.acquit(stream) or True
         step = max(0, place - len(poison.tokens)) if same_place else rng.choice([0, 5, 15, 16, 50])
         if alone and step >= PROGRESS_TOKENS and rng.random() < 0.7:
             poison.go_on(PROGRESS_TOKENS)
@@ -140,11 +140,11 @@ def test_whatever_dies_no_innocent_ends_and_poison_kills_five_at_most(seed: int)
             else:
                 step -= PROGRESS_TOKENS
         poison.go_on(step)
-        paired = not alone and rng.random() < 0.3
+        paired = waits and not alone and rng.random() < 0.5
         legs = [poison.leg(decode=True, paired=paired), *(stream.leg() for stream in company)]
         kills += 1
         convicted = suspects.died(legs, alone)
         assert convicted in ([], [poison])
         ended = bool(convicted)
     assert ended
-    assert kills <= 5
+    assert kills <= (4 if same_place and place < PROGRESS_TOKENS and not waits else 7)
