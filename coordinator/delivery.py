@@ -51,6 +51,7 @@ class Choice:
         "cached_tokens",
         "failures",
         "finish_reason",
+        "homeless_since_s",
         "last_token_s",
         "number",
         "prompt",
@@ -87,6 +88,8 @@ class Choice:
         self.cached_tokens = 0
         self.begun_by: wire.Registration | None = None
         """The worker that began the stream; another model must not continue it."""
+        self.homeless_since_s: float | None = None
+        """No worker has been there since that could go on with it."""
         self.last_token_s: float | None = None
         self.finish_reason: str | None = None
         self._delta: Delta | None = None

@@ -34,6 +34,7 @@ from coordinator.workers import Leg, Worker, WorkerRegistry, work_together
 
 events = logging.getLogger("baton.events")
 log = logging.getLogger("baton.requests")
+RETURN_POLL_S = 0.1
 MAX_HOLDERS = 2
 """Workers that an assignment names for the beginning of its prompt."""
 
@@ -50,7 +51,7 @@ class Dispatcher:
         self._suspects = Suspects()
         self._retries = RetryBudget()
         self._delayed: dict[Choice, asyncio.TimerHandle] = {}
-        """Choices whose next attempt waits for the retry budget."""
+        """Choices whose next attempt waits, for the retry budget or for a worker."""
         self._pump_due = False
         self.quarantine = Quarantine(self._suspects)
         self.breakers = Breakers(metrics.breaker)
@@ -154,8 +155,12 @@ class Dispatcher:
         return self._policy.choose(Work(tokens, total, tokens, choice.avoid, self.breakers.trouble(), crowd), loads)
 
     def _attempt(self, choice: Choice, loads: "Sequence[WorkerLoad]") -> None:
-        """Start the next attempt on some of these workers, or end the request if none can take it."""
+        """Start the next attempt on some of these workers. If none can take it, wait for one, or end the request."""
         route = self._route(choice, loads)
+        if route is None and self._may_wait_for_worker(choice):
+            self._delayed[choice] = asyncio.get_running_loop().call_later(RETURN_POLL_S, self._retry, choice)
+            return
+        choice.homeless_since_s = None
         if route is None:
             self.end(choice.request, "failed", unavailable("no worker that can decode this is left; try again later"))
             return
@@ -171,6 +176,16 @@ class Dispatcher:
             if worker_id in choice.avoid:
                 self._metrics.avoided_used.inc()
         self._assign(choice, attempt, choice.prompt + choice.stream.tokens, route)
+
+    def _may_wait_for_worker(self, choice: Choice) -> bool:
+        """The last worker that could go on with a stream died: others, or itself, may be back soon."""
+        if not choice.stream.attempt:
+            return False
+        now = time.monotonic()
+        if choice.homeless_since_s is None:
+            self._metrics.waits_for_worker.inc()
+            choice.homeless_since_s = now
+        return now - choice.homeless_since_s < self._options.worker_return_s
 
     def _pump_soon(self) -> None:
         """Let the quarantine take its turn once whoever calls has finished what it is doing."""

@@ -57,6 +57,9 @@ class Metrics:
             "baton_worker_breaker", "Events of workers' breakers", ["worker", "event"], registry=registry
         )
         self.retries_delayed = Counter("baton_retries_delayed", "Retries that waited: budget", registry=registry)
+        self.waits_for_worker = Counter(
+            "baton_waits_for_worker", "Times that a stream waited for any worker to come back", registry=registry
+        )
         self.avoided_used = Counter(
             "baton_avoided_workers_used", "Attempts on workers that had failed the request before", registry=registry
         )

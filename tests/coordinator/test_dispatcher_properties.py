@@ -54,7 +54,7 @@ class Model:
 class World:
     def __init__(self) -> None:
         self.registry = WorkerRegistry("demo")
-        options = CoordinatorOptions(max_attempts=4)
+        options = CoordinatorOptions(max_attempts=4, worker_return_s=0)
         self.dispatcher = Dispatcher(options, self.registry, LeastLoaded(2), Metrics())
         self.models: list[Model] = []
         self.requests: list[Request] = []

@@ -156,7 +156,7 @@ def test_a_prefill_worker_that_poison_kills_counts_too(run) -> None:
                 worker.dies_of = at_once
             code, _, _ = await ask(system, [POISON] * 100, 9)
             assert code == 422
-            assert len(dead(pools)) <= 5
+            assert len(dead(pools)) <= 6  # both of a pair, twice, and two alone
 
     run(main())
 
