@@ -178,7 +178,10 @@ class CoordinatorOptions:
     max_requests: int = setting(1024, "streams in the system; more are refused with 429")
     max_body_bytes: int = setting(1 << 20, "largest HTTP body or gRPC message accepted")
     request_timeout_s: float = setting(600.0, "longest that one request may take")
-    max_attempts: int = setting(3, "tries of one request before a worker failure is reported to the client")
+    max_attempts: int = setting(
+        3, "tries of one request that living workers may fail; those whose worker died do not count"
+    )
+    worker_return_s: float = setting(30.0, "seconds that streams wait for a worker when the last that could serve died")
     drain_timeout_s: float = setting(30.0, "seconds that running requests get to finish after SIGTERM")
     parent_pid: int = setting(0, "exit when this process is gone; 0 watches nobody")
 
@@ -194,7 +197,7 @@ _POSITIVE = {
     "heartbeat_timeout_s", "pull_timeout_s", "connect_timeout_s", "drain_timeout_s", "max_requests",
     "max_body_bytes", "request_timeout_s", "max_attempts", "speculate_tokens", "speculate_running", "seconds",
 }  # fmt: skip
-_NOT_NEGATIVE = {"max_model_tokens", "threads", "local_prefill_tokens", "parent_pid"}
+_NOT_NEGATIVE = {"max_model_tokens", "threads", "local_prefill_tokens", "parent_pid", "worker_return_s"}
 _PORTS = {"port", "grpc_port", "link_port"}
 
 

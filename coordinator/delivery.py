@@ -49,7 +49,9 @@ class Choice:
         "avoid",
         "begun_by",
         "cached_tokens",
+        "failures",
         "finish_reason",
+        "homeless_since_s",
         "last_token_s",
         "number",
         "prompt",
@@ -81,9 +83,13 @@ class Choice:
         self.text = text
         self.show_stop_token = show_stop_token
         self.avoid: set[str] = set()
+        self.failures = 0
+        """Attempts that living workers failed."""
         self.cached_tokens = 0
         self.begun_by: wire.Registration | None = None
         """The worker that began the stream; another model must not continue it."""
+        self.homeless_since_s: float | None = None
+        """No worker has been there since that could go on with it."""
         self.last_token_s: float | None = None
         self.finish_reason: str | None = None
         self._delta: Delta | None = None

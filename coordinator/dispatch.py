@@ -5,7 +5,9 @@
 3. Tokens come in packed by step (`_on_tokens`); the choice's stream decides what is new, the choice turns it into text.
 4. A choice is complete by a token (stop token, max_tokens), by its text (stop string), or because the worker says so.
 5. A leg that cannot go on (worker lost, refused, error, another token than the client has) abandons the attempt:
-   the next one starts elsewhere from prompt + delivered tokens with the same sampling, up to `max_attempts`.
+   the next one starts elsewhere from prompt + delivered tokens with the same sampling. Those that living workers fail
+   are bounded by `max_attempts`, paced by `coordinator.retries` and charged to the guilty one's breaker. After deaths a
+   stream goes on until its deadline, alone on a worker if it is a suspect (`coordinator.suspects`, `.quarantine`).
 6. `end` is the one function that ends a request: complete, failed, expired or aborted. It is idempotent.
 """
 
@@ -18,15 +20,21 @@ from collections.abc import Sequence
 from baton.block_names import root_name
 from baton.config import CoordinatorOptions
 from baton.v1 import worker_link_pb2 as wire
+from coordinator.breakers import Breakers
 from coordinator.delivery import ABORTED, LENGTH, STOP, Choice, Request
-from coordinator.failures import FailureKind, RequestFailed, unavailable
+from coordinator.failures import FailureKind, RequestFailed, poison, unavailable
 from coordinator.metrics import Metrics
 from coordinator.prefixes import Life, PrefixMemory, strides
-from coordinator.routing import Route, RoutingPolicy, Work
+from coordinator.quarantine import Quarantine
+from coordinator.retries import RetryBudget
+from coordinator.routing import Route, RoutingPolicy, Work, WorkerLoad
 from coordinator.stream import ABANDON, COMPLETE, Outcome
+from coordinator.suspects import Suspects
 from coordinator.workers import Leg, Worker, WorkerRegistry, work_together
 
+events = logging.getLogger("baton.events")
 log = logging.getLogger("baton.requests")
+RETURN_POLL_S = 0.1
 MAX_HOLDERS = 2
 """Workers that an assignment names for the beginning of its prompt."""
 
@@ -40,6 +48,13 @@ class Dispatcher:
         self._policy = policy
         self._metrics = metrics
         self._prefixes = PrefixMemory()
+        self._suspects = Suspects()
+        self._retries = RetryBudget()
+        self._delayed: dict[Choice, asyncio.TimerHandle] = {}
+        """Choices whose next attempt waits, for the retry budget or for a worker."""
+        self._pump_due = False
+        self.quarantine = Quarantine(self._suspects)
+        self.breakers = Breakers(metrics.breaker)
         self._handles = itertools.count(1)
         self._legs: dict[Choice, list[Leg]] = {}
         """Of the current attempt at each choice."""
@@ -65,6 +80,8 @@ class Dispatcher:
         self.requests[request.id] = request
         self.num_streams += len(request.choices)
         self.idle.clear()
+        self._retries.admitted(len(request.choices))
+        self._suspects.begin(request)
         loop = asyncio.get_running_loop()
         remaining_s = self._remaining_s(request)
         request.deadline = loop.call_later(remaining_s, self._expire, request)
@@ -90,6 +107,9 @@ class Dispatcher:
         for choice in request.choices:
             choice.stream.close()
             self._drop_legs(choice)
+        self._suspects.forget(request)
+        self.quarantine.forget(request)
+        self._pump_soon()
         if self.requests.pop(request.id, None) is not None:
             self.num_streams -= len(request.choices)
         if not self.requests:
@@ -107,10 +127,40 @@ class Dispatcher:
     # Attempts
 
     def _begin_attempt(self, choice: Choice) -> None:
-        attempt = choice.stream.begin_attempt()
-        tokens = choice.prompt + choice.stream.tokens
+        if self._suspects.isolated(choice.request) and self._registry.ready:
+            self._metrics.quarantine.labels("waited").inc()
+            self.quarantine.park(choice)
+            self._pump_soon()
+            return
+        loads = self._registry.loads()
+        if not self.quarantine.closed:
+            self._attempt(choice, loads)
+            return
+        open = [load for load in loads if load.id not in self.quarantine.closed]
+        if self._route(choice, open) is None and self._route(choice, loads) is not None:
+            self._metrics.quarantine.labels("stranded_others").inc()
+            self.quarantine.strand(choice)
+        else:
+            self._attempt(choice, open)
+
+    def _route(self, choice: Choice, loads: "Sequence[WorkerLoad]") -> Route | None:
+        tokens = len(choice.prompt) + len(choice.stream.tokens)
         total = len(choice.prompt) + choice.stream.max_tokens
-        route = self._policy.choose(Work(len(tokens), total, len(tokens), choice.avoid), self._registry.loads())
+        crowd: dict[str, int] = {}
+        if self._suspects.suspected(choice.request):
+            crowd = {
+                worker.id: sum(self._suspects.suspected(leg.choice.request) for leg in worker.legs.values())
+                for worker in self._registry.workers.values()
+            }
+        return self._policy.choose(Work(tokens, total, tokens, choice.avoid, self.breakers.trouble(), crowd), loads)
+
+    def _attempt(self, choice: Choice, loads: "Sequence[WorkerLoad]") -> None:
+        """Start the next attempt on some of these workers. If none can take it, wait for one, or end the request."""
+        route = self._route(choice, loads)
+        if route is None and self._may_wait_for_worker(choice):
+            self._delayed[choice] = asyncio.get_running_loop().call_later(RETURN_POLL_S, self._retry, choice)
+            return
+        choice.homeless_since_s = None
         if route is None:
             self.end(choice.request, "failed", unavailable("no worker that can decode this is left; try again later"))
             return
@@ -119,8 +169,47 @@ class Dispatcher:
             self.end(choice.request, "failed", unavailable("the model was replaced meanwhile; send the request again"))
             return
         choice.begun_by = choice.begun_by or decoder
+        attempt = choice.stream.begin_attempt()
         self._metrics.attempt_started(route.choice.value, again=attempt > 1)
-        self._assign(choice, attempt, tokens, route)
+        for worker_id in filter(None, (route.prefill, route.decode)):
+            self.breakers.chosen(worker_id)
+            if worker_id in choice.avoid:
+                self._metrics.avoided_used.inc()
+        self._assign(choice, attempt, choice.prompt + choice.stream.tokens, route)
+
+    def _may_wait_for_worker(self, choice: Choice) -> bool:
+        """The last worker that could go on with a stream died: others, or itself, may be back soon."""
+        if not choice.stream.attempt:
+            return False
+        now = time.monotonic()
+        if choice.homeless_since_s is None:
+            self._metrics.waits_for_worker.inc()
+            choice.homeless_since_s = now
+        return now - choice.homeless_since_s < self._options.worker_return_s
+
+    def _pump_soon(self) -> None:
+        """Let the quarantine take its turn once whoever calls has finished what it is doing."""
+        if self.quarantine.busy and not self._pump_due:
+            self._pump_due = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pump_due = False
+        turn = self.quarantine.turn(time.monotonic(), self._registry.workers, self.breakers.trouble())
+        for choice in {leg.choice: None for leg in turn.move}:
+            if choice.request.ended:
+                continue
+            self._metrics.quarantine.labels("moved_others").inc()
+            self._metrics.attempts_failed.labels("moved").inc()
+            self._drop_legs(choice)
+            self._begin_attempt(choice)
+        for choice, worker in turn.start:
+            if not choice.request.ended:
+                self._metrics.quarantine.labels("ran_alone").inc()
+                self._attempt(choice, [worker.load()])
+        for choice in turn.resume:
+            if not choice.request.ended:
+                self._begin_attempt(choice)
 
     def _assign(self, choice: Choice, attempt: int, tokens: "Sequence[int]", route: Route) -> None:
         workers = self._registry.workers
@@ -134,6 +223,7 @@ class Dispatcher:
             root = _root(choice, worker)  # workers whose dtypes differ share no blocks
             prefix = prefixes[root] = prefixes.get(root) or strides(root, tokens)
             leg = Leg(choice, attempt, worker, role == wire.ROLE_DECODE, next(self._handles), prefix)
+            leg.first_index, leg.paired = len(choice.stream.tokens), prefill is not None
             self._legs.setdefault(choice, []).append(leg)
             computes = worker is prefill or prefill is None
             worker.open(leg, len(tokens), len(tokens) if computes else 0)
@@ -172,26 +262,40 @@ class Dispatcher:
         leg.remembered = True
         self._prefixes.record(leg.prefix, _life(leg.worker))
 
-    def _abandon(self, leg: Leg, cause: str) -> None:
-        """The attempt cannot go on: the next one starts elsewhere."""
+    def _abandon(self, leg: Leg, cause: str, own_fault: bool = True) -> None:
+        """The attempt cannot go on: the next one starts elsewhere. `own_fault`: a living worker failed it."""
         choice = leg.choice
         attempt = choice.stream.attempt
         self._metrics.attempts_failed.labels(cause).inc()
         log.warning("attempt %d of %s abandoned: %s (worker %s)", attempt, choice.stream_id, cause, leg.worker.id)
         choice.avoid.add(leg.worker.id)
         self._drop_legs(choice)
-        if attempt >= self._options.max_attempts:
-            message = f"workers failed {attempt} attempts at this request; try again later"
+        if not own_fault:
+            self._begin_attempt(choice)
+            return
+        if cause != "expired":
+            self.breakers.failure(leg.worker.id)
+        choice.failures += 1
+        if choice.failures >= self._options.max_attempts:
+            message = f"workers failed {choice.failures} attempts at this request; try again later"
             self.end(choice.request, "failed", unavailable(message))
+        elif delay_s := self._retries.take():
+            self._metrics.retries_delayed.inc()
+            self._delayed[choice] = asyncio.get_running_loop().call_later(delay_s, self._retry, choice)
         else:
             self._begin_attempt(choice)
 
+    def _retry(self, choice: Choice) -> None:
+        del self._delayed[choice]
+        self._begin_attempt(choice)
+
     def _drop_legs(self, choice: Choice) -> None:
-        """Abort the current attempt in every worker that has a part in it."""
+        """Abort the current attempt in every worker that has a part in it, or the wait for the next one."""
+        if choice in self._delayed:
+            self._delayed.pop(choice).cancel()
         for leg in self._legs.pop(choice, ()):
             if leg.handle in leg.worker.legs:
-                leg.worker.close(leg)
-                leg.worker.send(wire.CoordinatorMessage(abort=wire.AbortAttempt(id=leg.id)))
+                leg.worker.abort(leg)
 
     def _complete(self, choice: Choice, reason: str, by: Leg, workers_know: bool) -> None:
         """A choice has all its tokens. `workers_know`: the leg's worker ends by the same rule, without being told.
@@ -199,6 +303,9 @@ class Dispatcher:
         A prefill leg then only waits for its lease to be released; aborting it would cut a transfer short. But if the
         first token was the last one, decode still waits for blocks that nobody needs.
         """
+        for leg in self._legs.get(choice, ()):
+            if leg is by or (by.decode and by.paired):
+                self.breakers.success(leg.worker.id)
         if workers_know:
             for leg in self._legs.get(choice, ()):
                 if leg is by or (by.decode and not leg.decode):
@@ -221,6 +328,7 @@ class Dispatcher:
         elif kind == "heartbeat":
             worker.beat(message.heartbeat)
             self._registry.on_change()
+            self._pump_soon()
         elif kind == "admission":
             self._on_admission(worker, message.admission)
         elif kind == "progress":
@@ -228,6 +336,9 @@ class Dispatcher:
             if leg is not None:
                 computed = message.progress.computed_tokens
                 leg.waiting_tokens = max(0, len(leg.choice.prompt) + len(leg.choice.stream.tokens) - computed)
+                if message.progress.prefill_failed and leg.paired:
+                    self._blame_peers(leg)
+                    self._alone_now(leg.choice)
         elif kind == "ending":
             self._on_ending(worker, message.ending)
         else:
@@ -252,6 +363,9 @@ class Dispatcher:
                 continue
             # The usual outcome is not looked up in a set: an enum's hash costs more than all of `accept`.
             if outcome is not Outcome.DELIVERED and outcome in ABANDON:
+                if outcome is Outcome.DIVERGED and index == leg.first_index:
+                    # The other token is of the attempt's other worker, if there is one. Either may be wrong.
+                    self._blame_peers(leg)
                 self._abandon(leg, outcome.value)
                 continue
             leg.waiting_tokens = 0
@@ -281,7 +395,7 @@ class Dispatcher:
         if choice.stream.refused(leg.attempt) is Outcome.FAILED:
             log.info("worker %s refused %s: %s", worker.id, choice.stream_id, admission.reason)
             worker.close(leg)
-            self._abandon(leg, "refused")
+            self._abandon(leg, "refused", own_fault=not admission.draining)
 
     def _on_ending(self, worker: Worker, ending: wire.Ending) -> None:
         leg = worker.leg(ending.id)
@@ -294,13 +408,46 @@ class Dispatcher:
         elif outcome is Outcome.FAILED:
             reason = wire.EndReason.Name(ending.reason) if ending.reason in wire.EndReason.values() else "unknown"
             log.warning("worker %s ended %s with %s: %s", worker.id, leg.choice.stream_id, reason, ending.detail)
-            self._abandon(leg, "ended")
+            cause = "expired" if ending.reason == wire.END_REASON_DEADLINE else "ended"
+            self._abandon(leg, cause, own_fault=not worker.heartbeat.draining)
+        elif not leg.decode and ending.reason != wire.END_REASON_HANDED_OVER:
+            self._alone_now(leg.choice)
+            if ending.reason == wire.END_REASON_ERROR:
+                self.breakers.failure(worker.id)
 
     def _on_lost(self, worker: Worker) -> None:
-        for leg in list(worker.legs.values()):
+        legs = list(worker.legs.values())
+        convicted = self._charge_death(worker, legs) if worker.died else []
+        for leg in legs:
             worker.close(leg)
+        for request in convicted:
+            events.error("request %s is poison: it killed worker %s alone, after others", request.id, worker.id)
+            self._metrics.quarantine.labels("convicted").inc()
+            self.end(request, "poisoned", poison())
+        for leg in legs:
             if leg.choice.stream.worker_lost(leg.attempt, leg.decode) is Outcome.FAILED:
-                self._abandon(leg, "worker_lost")
+                self._abandon(leg, "worker_lost", own_fault=False)
+            elif not leg.decode:
+                self._alone_now(leg.choice)
+        self._pump_soon()
+
+    def _charge_death(self, worker: Worker, legs: list[Leg]) -> list[Request]:
+        """Everybody who was there is a suspect. Those that are guilty beyond doubt."""
+        self.breakers.failure(worker.id)
+        legs = legs + [leg for leg in worker.aftermath() if not leg.choice.request.ended]
+        self._metrics.suspects.inc(len({leg.choice.request for leg in legs}))
+        return self._suspects.died(legs, self.quarantine.alone(worker))
+
+    def _alone_now(self, choice: Choice) -> None:
+        """What the prefill worker has not done, decode does."""
+        for leg in self._legs.get(choice, ()):
+            leg.paired = False
+
+    def _blame_peers(self, leg: Leg) -> None:
+        """A worker's death is charged when it is lost, not here."""
+        for other in self._legs.get(leg.choice, ()):
+            if other is not leg and not other.worker.lost.is_set():
+                self.breakers.failure(other.worker.id)
 
 
 _REASONS = {Outcome.STOP: STOP, Outcome.LENGTH: LENGTH}

@@ -13,6 +13,7 @@ class FailureKind(Enum):
     UNKNOWN_PIN = "unknown_pin"
     CANNOT_PIN = "cannot_pin"
     UNAVAILABLE = "unavailable"
+    POISON = "poison"
     TIMEOUT = "timeout"
     INTERNAL = "internal"
 
@@ -23,6 +24,11 @@ class RequestFailed(BatonError):
     def __init__(self, kind: FailureKind, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+def poison() -> RequestFailed:
+    message = "workers died each time that they computed this request, the last one with nothing else to do; change it"
+    return RequestFailed(FailureKind.POISON, message)
 
 
 def unavailable(message: str) -> RequestFailed:

@@ -30,6 +30,7 @@ _CODES = {
     FailureKind.UNKNOWN_PIN: grpc.StatusCode.NOT_FOUND,
     FailureKind.CANNOT_PIN: grpc.StatusCode.FAILED_PRECONDITION,
     FailureKind.OVERLOADED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    FailureKind.POISON: grpc.StatusCode.FAILED_PRECONDITION,  # "should not be retried", unlike UNAVAILABLE and ABORTED
     FailureKind.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     FailureKind.TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,
     FailureKind.INTERNAL: grpc.StatusCode.INTERNAL,

@@ -30,6 +30,7 @@ _HTTP_STATUS = {
     FailureKind.UNKNOWN_PIN: (404, "invalid_request_error", "pin_not_found"),
     FailureKind.CANNOT_PIN: (422, "invalid_request_error", "cannot_pin"),
     FailureKind.OVERLOADED: (429, "rate_limit_error", "overloaded"),
+    FailureKind.POISON: (422, "invalid_request_error", "poison"),  # no 5xx, which clients' libraries send again
     FailureKind.UNAVAILABLE: (503, "service_unavailable_error", "unavailable"),
     FailureKind.TIMEOUT: (504, "timeout_error", "timeout"),
     FailureKind.INTERNAL: (500, "server_error", "internal_error"),

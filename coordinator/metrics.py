@@ -51,13 +51,27 @@ class Metrics:
         self.attempts_failed = Counter("baton_attempts_failed", "Attempts abandoned", ["cause"], registry=registry)
         self.prefill_choice = Counter("baton_prefill_choice", "Who prefills, and why", ["choice"], registry=registry)
         self.pins = Counter("baton_cache_pins", "Pins of prefixes", ["event"], registry=registry)
+        self.suspects = Counter("baton_suspects", "Requests present at a worker's death, each time", registry=registry)
+        self.quarantine = Counter("baton_quarantine", "Isolated requests by event", ["event"], registry=registry)
+        self.breakers = Counter(
+            "baton_worker_breaker", "Events of workers' breakers", ["worker", "event"], registry=registry
+        )
+        self.retries_delayed = Counter("baton_retries_delayed", "Retries that waited: budget", registry=registry)
+        self.waits_for_worker = Counter(
+            "baton_waits_for_worker", "Times that a stream waited for any worker to come back", registry=registry
+        )
+        self.avoided_used = Counter(
+            "baton_avoided_workers_used", "Attempts on workers that had failed the request before", registry=registry
+        )
         self._ttft = _Histogram("baton_ttft_seconds", "Arrival to first token", _SECONDS, registry)
         self._itl = _Histogram("baton_itl_seconds", "Token to next token of a stream", _SECONDS, registry)
         self._e2e = _Histogram("baton_request_seconds", "Arrival to end of completed requests", _SECONDS, registry)
         self._first_attempts = self.attempts.labels("first")
         self._other_attempts = self.attempts.labels("again")
-        for cause in ("diverged", "gap", "refused", "ended", "worker_lost"):
+        for cause in ("diverged", "gap", "refused", "ended", "expired", "worker_lost", "moved"):
             self.attempts_failed.labels(cause)
+        for event in ("waited", "ran_alone", "stranded_others", "moved_others", "convicted"):
+            self.quarantine.labels(event)
 
     def token(self, choice: "Choice", now_s: float) -> None:
         """A token of `choice` was delivered."""
@@ -72,6 +86,9 @@ class Metrics:
     def attempt_started(self, prefill_choice: str, again: bool) -> None:
         (self._other_attempts if again else self._first_attempts).inc()
         self.prefill_choice.labels(prefill_choice).inc()
+
+    def breaker(self, worker_id: str, event: str) -> None:
+        self.breakers.labels(worker_id, event).inc()
 
     def request_ended(self, outcome: str, request: "Request", now_s: float) -> None:
         self.requests.labels(outcome).inc()

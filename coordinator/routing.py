@@ -1,8 +1,8 @@
 """Which workers serve an attempt. Pure: a description of the work and of each worker in, their ids out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -35,6 +35,10 @@ class Work:
     """An estimate of how many of them no cache of the decode worker holds."""
     avoid: Collection[str] = ()
     """Workers that failed this request; taken only if there is no other."""
+    trouble: Mapping[str, int] = field(default_factory=dict)
+    """How bad the workers are that fail everybody lately; those left out are good."""
+    crowd: Mapping[str, int] = field(default_factory=dict)
+    """What this work should keep away from: how much of it each worker has."""
 
 
 class PrefillChoice(Enum):
@@ -105,7 +109,10 @@ class LeastLoaded(RoutingPolicy):
     ) -> WorkerLoad | None:
         if not workers:
             return None
-        costs = [(worker.id in work.avoid, *cost(work, worker)) for worker in workers]
+        costs = [
+            (worker.id in work.avoid, work.trouble.get(worker.id, 0), work.crowd.get(worker.id, 0), *cost(work, worker))
+            for worker in workers
+        ]
         best = min(costs)
         equals = sorted((worker for worker, its in zip(workers, costs, strict=True) if its == best), key=_id)
         return equals[self._turn % len(equals)]

@@ -15,7 +15,8 @@ except importlib.metadata.PackageNotFoundError:  # run from a source tree that i
 
 def cluster_status(model: str, registry: WorkerRegistry, dispatcher: Dispatcher) -> dict[str, Any]:
     """JSON-ready. Counts are of the workers' last heartbeats, ages in seconds."""
-    workers = [_worker_status(worker) for worker in sorted(registry.workers.values(), key=lambda worker: worker.id)]
+    ordered = sorted(registry.workers.values(), key=lambda worker: worker.id)
+    workers = [_worker_status(worker) | {"breaker": dispatcher.breakers.state(worker.id)} for worker in ordered]
     return {
         "version": VERSION,
         "model": model,
@@ -23,6 +24,7 @@ def cluster_status(model: str, registry: WorkerRegistry, dispatcher: Dispatcher)
         "max_model_tokens": registry.context_tokens,
         "requests": len(dispatcher.requests),
         "streams": dispatcher.num_streams,
+        "quarantine": dispatcher.quarantine.status(),
         "workers": workers,
     }
 

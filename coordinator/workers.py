@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from baton.errors import PeerError
@@ -10,6 +11,8 @@ from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import Choice
 from coordinator.routing import WorkerLoad
 
+AFTERMATH_S = 1.0
+"""So long after an abort a worker may still be busy with what was aborted, and die of it."""
 OUTBOX_MESSAGES = 4096
 """Messages that may wait for a worker. One that reads slower than this is not serving anyone."""
 
@@ -24,7 +27,9 @@ class Leg:
         "attempt",
         "choice",
         "decode",
+        "first_index",
         "handle",
+        "paired",
         "prefix",
         "remembered",
         "waiting_tokens",
@@ -46,6 +51,10 @@ class Leg:
         self.decode = decode
         self.handle = handle
         self.admitted = False
+        self.first_index = 0
+        """In the stream, of the attempt's first token."""
+        self.paired = False
+        """Another worker has the other part of the attempt; false once it is gone."""
         self.prefix = prefix
         """Names of the strides of what it is to have in its KV cache; see `coordinator.prefixes`."""
         self.remembered = False
@@ -75,8 +84,12 @@ class Worker:
         self.legs: dict[int, Leg] = {}
         """By handle."""
         self.lost = asyncio.Event()
+        self.died = False
+        """Lost, and not because it was told to go or only dialled again."""
         self._legs_by_attempt: dict[tuple[str, int], Leg] = {}
+        self._aborted: deque[tuple[float, Leg]] = deque(maxlen=64)
         self._blocks_assigned = 0
+        self._idle_beats = 0
         self._on_lost = on_lost
 
     @property
@@ -89,6 +102,11 @@ class Worker:
     def accepts(self) -> bool:
         return not self.lost.is_set() and not self.heartbeat.draining
 
+    @property
+    def empty(self) -> bool:
+        """It has nothing to do, whoever asked for it. The heartbeat before the last may be older than what was sent."""
+        return not self.legs and self._idle_beats >= 2
+
     def send(self, message: wire.CoordinatorMessage) -> None:
         """Queue a message; a worker that does not keep up is lost. Never blocks, never raises."""
         if self.lost.is_set():
@@ -98,14 +116,15 @@ class Worker:
         except asyncio.QueueFull:
             self.lose("it does not read its messages")
 
-    def lose(self, reason: str) -> None:
-        """The worker is gone: nothing of it is accepted any more. Idempotent.
+    def lose(self, reason: str, died: bool = True) -> None:
+        """The worker is gone: nothing of it is accepted any more. Idempotent. `died`: something made it go.
 
         Its attempts fail over in a later turn of the loop, so that whoever found out may finish what it is doing.
         """
         if self.lost.is_set():
             return
         self.lost.set()
+        self.died = died and not self.heartbeat.draining
         expected = self.heartbeat.draining and not self.legs
         level = logging.INFO if expected else logging.WARNING
         events.log(level, "worker %s lost: %s (%d attempts)", self.id, reason, len(self.legs))
@@ -114,6 +133,7 @@ class Worker:
     def open(self, leg: Leg, num_tokens: int, waiting_tokens: int) -> None:
         """`num_tokens` need blocks here; `waiting_tokens` of them are to be computed."""
         leg.waiting_tokens = waiting_tokens
+        self._idle_beats = 0
         self.legs[leg.handle] = leg
         self._legs_by_attempt[leg.choice.stream_id, leg.attempt] = leg
         self._blocks_assigned += num_tokens // self.registration.page_size_tokens + 1
@@ -123,6 +143,17 @@ class Worker:
         self.legs.pop(leg.handle, None)
         self._legs_by_attempt.pop((leg.choice.stream_id, leg.attempt), None)
 
+    def abort(self, leg: Leg) -> None:
+        """Close a leg and tell the worker."""
+        self.close(leg)
+        self._aborted.append((time.monotonic(), leg))
+        self.send(wire.CoordinatorMessage(abort=wire.AbortAttempt(id=leg.id)))
+
+    def aftermath(self) -> list[Leg]:
+        """Legs that were aborted just now."""
+        since_s = time.monotonic() - AFTERMATH_S
+        return [leg for at_s, leg in self._aborted if at_s >= since_s]
+
     def leg(self, id: wire.AttemptId) -> Leg | None:
         return self._legs_by_attempt.get((id.request_id, id.attempt))
 
@@ -131,6 +162,10 @@ class Worker:
             events.info("worker %s is draining", self.id)
         self.heartbeat = heartbeat
         self._blocks_assigned = 0
+        idle = not self.legs and not heartbeat.running_requests + heartbeat.waiting_requests
+        self._idle_beats = self._idle_beats + 1 if idle else 0
+        if self.empty:
+            self._aborted.clear()
 
     def load(self) -> WorkerLoad:
         """Of the last heartbeat and, at least, of what this coordinator has given it."""
@@ -176,7 +211,7 @@ class WorkerRegistry:
         old = self.workers.get(registration.worker_id)
         if old is not None:
             same = old.registration.incarnation == registration.incarnation
-            old.lose("it dialled again" if same else "it was started anew")
+            old.lose("it dialled again" if same else "it was started anew", died=not same)
         worker = self.workers[registration.worker_id] = Worker(registration, self._lost)
         roles = "+".join(name for name, has in (("prefill", worker.prefills), ("decode", worker.decodes)) if has)
         events.info(

@@ -225,6 +225,11 @@ class WorkerShell(LinkHandler):
             if self._attempts.get(attempt.key) is attempt:  # not aborted meanwhile
                 self.steps.submit(add)
 
+    def report_failed_prefill(self, attempt: Attempt, num_tokens: int) -> None:
+        """The attempt's prefill worker did not hand over all; so many tokens are here."""
+        progress = wire.Progress(id=attempt.id, computed_tokens=num_tokens, prefill_failed=True)
+        self._send(wire.WorkerMessage(progress=progress))
+
     def _refuse(self, id: wire.AttemptId, reason: str) -> None:
         self.counters["requests_refused"] += 1
         admission = wire.Admission(id=id, accepted=False, reason=reason, draining=self.draining)

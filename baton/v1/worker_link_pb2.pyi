@@ -781,8 +781,11 @@ class Progress(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFILL_FAILED_FIELD_NUMBER: _builtins.int
     computed_tokens: _builtins.int
     """of the prompt"""
+    prefill_failed: _builtins.bool
+    """decode: the prefill worker did not hand over, or not all; the rest is prefilled here"""
     @_builtins.property
     def id(self) -> Global___AttemptId: ...
     def __init__(
@@ -790,10 +793,11 @@ class Progress(_message.Message):
         *,
         id: Global___AttemptId | None = ...,
         computed_tokens: _builtins.int = ...,
+        prefill_failed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["computed_tokens", b"computed_tokens", "id", b"id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["computed_tokens", b"computed_tokens", "id", b"id", "prefill_failed", b"prefill_failed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -61,7 +61,10 @@ class FakeWorker:
         self.resend_all = False  # sends everything again from index 0 of the attempt with each token
         self.send_heartbeats = True
         self.end_early_at: int | None = None  # claims LENGTH at this index
+        self.complains = False  # says that its prefill worker handed nothing over
         self.keeps_lease = False  # does not say that a hand-over is over
+        self.dies_of: Callable[[wire.Assignment, int], bool] = lambda assignment, index: False  # at this index
+        self.pace_s = 0.0  # between two tokens of a stream
         self.heals = False  # misbehaves only in a request's first attempt
         # What it saw.
         self.assignments: list[wire.Assignment] = []
@@ -151,12 +154,19 @@ class FakeWorker:
             return
         for cached_tokens in (3, 900):  # the second, as after a preemption, is not the client's business
             await self.send(admission=wire.Admission(id=id, accepted=True, cached_tokens=cached_tokens))
+        if self.complains and assignment.HasField("prefill"):
+            await self.send(progress=wire.Progress(id=id, prefill_failed=True))
         prompt = list(assignment.token_ids)[: assignment.num_prompt_tokens]
         sampling, first = assignment.sampling, len(assignment.token_ids) - len(prompt)
         sent, reason = first, wire.END_REASON_LENGTH
         for index in range(first, sampling.max_tokens):
             if index == self.pause_at and not well:
                 await self.go.wait()
+            if self.dies_of(assignment, index):
+                self._death = asyncio.create_task(self.stop())
+                return
+            if self.pace_s:
+                await asyncio.sleep(self.pace_s)
             if index == self.fail_at and not well:
                 await self.send(
                     ending=wire.Ending(id=id, reason=wire.END_REASON_ERROR, num_tokens=index, detail="oops")

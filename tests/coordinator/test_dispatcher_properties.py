@@ -54,7 +54,7 @@ class Model:
 class World:
     def __init__(self) -> None:
         self.registry = WorkerRegistry("demo")
-        options = CoordinatorOptions(max_attempts=4)
+        options = CoordinatorOptions(max_attempts=4, worker_return_s=0)
         self.dispatcher = Dispatcher(options, self.registry, LeastLoaded(2), Metrics())
         self.models: list[Model] = []
         self.requests: list[Request] = []
@@ -165,6 +165,7 @@ async def play(draw: st.DataObject) -> None:
             model.read()
             for run in model.live:
                 world.advance(model, run)
+            world.say(model, heartbeat=wire.WorkerHeartbeat(blocks=wire.BlockCounts(total=64, free=64)))
         await asyncio.sleep(0)
     check(world)
     assert world.dispatcher.requests == {}

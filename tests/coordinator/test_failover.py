@@ -263,9 +263,27 @@ def test_a_worker_of_another_dtype_continues_a_stream_where_that_is_allowed(run)
     run(main())
 
 
-def test_when_no_decode_worker_is_left_the_client_is_told_in_the_stream(run) -> None:
+def test_a_stream_whose_only_worker_died_goes_on_when_one_is_back(run) -> None:
     async def main() -> None:
         async with running() as system:
+            worker = await system.worker()
+            worker.pause_at = 2
+            call = asyncio.create_task(collect(system, "hello", 9))
+            await until(lambda: any(len(request.choices[0].stream.tokens) == 2 for request in _requests(system)))
+            await worker.stop()
+            await until(lambda: not system.coordinator.registry.workers)
+            async with system.http.post("/v1/completions", json={"prompt": "x"}) as response:
+                assert response.status == 503, "what is new is told at once"
+            await system.worker()
+            assert text_of(await call) == right(system, "hello", 9)
+            assert system.metric("baton_waits_for_worker_total") == 1
+
+    run(main())
+
+
+def test_when_no_decode_worker_comes_back_the_client_is_told_in_the_stream(run) -> None:
+    async def main() -> None:
+        async with running(worker_return_s=0.2) as system:
             worker = await system.worker()
             worker.pause_at = 2
             call = asyncio.create_task(collect(system, "hello", 9))

@@ -57,3 +57,17 @@ def test_a_worker_that_does_not_read_is_lost_once() -> None:
         assert not worker.accepts
 
     asyncio.run(main())
+
+
+def test_a_worker_may_die_of_what_was_just_aborted_until_it_was_heard_to_have_nothing() -> None:
+    worker = registered()
+    leg = leg_on(worker, 5)
+    worker.open(leg, 10, 10)
+    worker.abort(leg)
+    assert worker.aftermath() == [leg]
+    worker.beat(wire.WorkerHeartbeat())
+    assert worker.aftermath() == [leg], "that heartbeat may be older than the abort"
+    assert not worker.empty
+    worker.beat(wire.WorkerHeartbeat())
+    assert worker.empty
+    assert worker.aftermath() == []
