@@ -209,8 +209,7 @@ class Cluster:
         self.workers: list[Child] = []
 
     async def start(self) -> None:
-        for door in self.doors:
-            await door.start(self.discovery, self.model)
+        await asyncio.gather(*(door.start(self.discovery, self.model) for door in self.doors))
         links = ",".join(door.link for door in self.doors)
         names = [(kind, f"{kind}-{number}") for kind, size in self.sizes.items() for number in range(size)]
         for (kind, name), cores in zip(names, own_cores(len(names), self.engine.threads), strict=True):

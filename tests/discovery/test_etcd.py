@@ -2,11 +2,14 @@
 
 import asyncio
 import logging
+import shutil
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from baton.config import DiscoveryOptions, validate
@@ -250,6 +253,31 @@ def test_a_user_and_password_come_from_a_file(tmp_path: Path) -> None:
                 await until(lambda: "authentication failed" in discovery.trouble)
                 login.write_text("baton:secret:with:colons\n")  # is read again
                 await seen.becomes(A)
+
+    asyncio.run(run())
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command to make a certificate")
+def test_with_tls_both_sides_are_who_their_certificates_say(tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-keyout", str(key), "-out", str(cert), "-subj", "/CN=etcd", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(command, check=True, capture_output=True, timeout=20)
+
+    async def run() -> None:
+        pair = [(key.read_bytes(), cert.read_bytes())]
+        credentials = grpc.ssl_server_credentials(pair, cert.read_bytes(), require_client_auth=True)
+        async with fake_etcd(credentials=credentials) as etcd:
+            seen = Seen()
+            files = {"discovery_ca": str(cert), "discovery_cert": str(cert), "discovery_key": str(key)}
+            nobody, plain = at(etcd, discovery_ca=str(cert))[0], at(etcd)[0]
+            async with running(
+                at(etcd, **files)[0].watch(seen), at(etcd, **files)[0].announce(A),
+                nobody.announce(B), plain.announce(B),
+            ):  # fmt: skip
+                await seen.becomes(A)
+                await until(lambda: "UNAVAILABLE" in nobody.trouble and "UNAVAILABLE" in plain.trouble)
+                assert seen.now == {A}
 
     asyncio.run(run())
 
