@@ -143,15 +143,15 @@ class Worker:
         return sum(leg.waiting_tokens for leg in self.legs.values()) if self.prefills else 0
 
     def load(self) -> WorkerLoad:
-        """Of what this coordinator has given it and, as of its last heartbeat, others have."""
+        """Of the last heartbeat and, at least, of what others gave it by then and this coordinator by now."""
         beat = self.heartbeat
         return WorkerLoad(
             id=self.id,
             prefills=self.prefills,
             decodes=self.decodes,
             stands_in=self.stands_in,
-            requests=len(self.legs) + self._others_requests,
-            waiting_prefill_tokens=self._own_tokens + self._others_tokens,
+            requests=max(len(self.legs) + self._others_requests, beat.running_requests + beat.waiting_requests),
+            waiting_prefill_tokens=max(self._own_tokens + self._others_tokens, beat.waiting_prefill_tokens),
             free_blocks=beat.blocks.free + beat.blocks.cached - self._blocks_assigned,
             context_tokens=self.context_tokens,
             page_size_tokens=self.registration.page_size_tokens,

@@ -29,14 +29,13 @@ def test_load_counts_what_was_assigned_since_the_last_heartbeat() -> None:
     assert (worker.load().requests, worker.load().free_blocks) == (7, 50)
 
 
-def test_load_of_other_coordinators_stays_when_an_own_request_ends() -> None:
+def test_what_is_assigned_comes_on_top_of_what_other_coordinators_gave() -> None:
     worker = registered()
-    own = leg_on(worker, 1)
-    worker.open(own, num_tokens=160, waiting_tokens=100)
+    worker.open(leg_on(worker, 1), num_tokens=160, waiting_tokens=100)
     worker.beat(wire.WorkerHeartbeat(running_requests=3, waiting_requests=1, waiting_prefill_tokens=350))
     assert (worker.load().requests, worker.load().waiting_prefill_tokens) == (4, 350)
-    worker.close(own)
-    assert (worker.load().requests, worker.load().waiting_prefill_tokens) == (3, 250)
+    worker.open(leg_on(worker, 2), num_tokens=160, waiting_tokens=30)
+    assert (worker.load().requests, worker.load().waiting_prefill_tokens) == (5, 380)
 
 
 def test_a_closed_leg_is_no_load_and_is_not_found_any_more() -> None:
