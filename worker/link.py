@@ -71,6 +71,8 @@ class CoordinatorLink:
         self.connected = asyncio.Event()
         self.wanted = True
         """Dialled again when it breaks. A link that works is kept whether it is wanted or not."""
+        self.coordinator = 0
+        """Incarnation of who answered last; 0: nobody yet."""
 
     def send(self, message: wire.WorkerMessage) -> None:
         """Queue a message; without a link it is dropped, as its stream has failed over already."""
@@ -81,12 +83,20 @@ class CoordinatorLink:
         except asyncio.QueueFull:
             self._overflow.set()
 
-    async def run(self, on_connected: Callable[[], None]) -> None:
-        """Keep a link up until cancelled, or broken and not `wanted`. Raises Refused when the coordinator says so."""
+    async def run(
+        self, on_connected: Callable[[], None], is_reached_otherwise: Callable[[int], bool] = lambda coordinator: False
+    ) -> None:
+        """Keep a link up until cancelled, or broken and not `wanted`. Raises Refused when the coordinator says so.
+
+        `is_reached_otherwise`: that coordinator has another link, by another address. It keeps one link a worker, the
+        newest: two that both dialled again would break each other for ever.
+        """
         backoff_s = FIRST_BACKOFF_S
         while True:
+            held = self.coordinator != 0 and is_reached_otherwise(self.coordinator)
             try:
-                await self._session(on_connected)
+                if not held:
+                    await self._session(on_connected)
             except (grpc.aio.AioRpcError, TimeoutError, ConnectionError) as error:
                 self._explain(error)
             if self.connected.is_set():
@@ -96,7 +106,7 @@ class CoordinatorLink:
             if not self.wanted:
                 log.info("the coordinator at %s is announced no more, and its link is gone", self._address)
                 return
-            await asyncio.sleep(backoff_s)
+            await asyncio.sleep(MAX_BACKOFF_S if held else backoff_s)
             backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
 
     def _explain(self, error: Exception) -> None:
@@ -121,6 +131,7 @@ class CoordinatorLink:
                     welcome = await call.read()
                 if not isinstance(welcome, wire.CoordinatorMessage):  # the end of the stream
                     raise ConnectionError("the coordinator hung up before its welcome")
+                self.coordinator = welcome.welcome.coordinator_incarnation
                 self.connected.set()
                 self._told_failure = False
                 on_connected()

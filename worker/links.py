@@ -89,7 +89,7 @@ class CoordinatorLinks:
             while link.wanted:
                 self._refused.pop(address, None)
                 try:
-                    await link.run(self._connected.set)
+                    await link.run(self._connected.set, self._has)
                 except Refused as error:
                     self._refused[address] = error
                     if self._links.keys() <= self._refused.keys():
@@ -101,6 +101,10 @@ class CoordinatorLinks:
             self._refused.pop(address, None)
         if address in self._wanted:  # again, since the loop looked
             self._dial(address)
+
+    def _has(self, coordinator: int) -> bool:
+        """Whether a link to it works."""
+        return any(link.connected.is_set() and link.coordinator == coordinator for link in self._links.values())
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)

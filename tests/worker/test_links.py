@@ -12,7 +12,7 @@ from baton.discovery.base import Discovery, Fixed
 from baton.errors import ConfigurationError
 from baton.v1 import worker_link_pb2 as wire
 from baton.v1 import worker_link_pb2_grpc as rpc
-from tests.worker.test_link import REGISTRATION, FakeCoordinator, Recorder, beating
+from tests.worker.test_link import BEAT, REGISTRATION, FakeCoordinator, Recorder, beating
 from worker import links as module
 from worker.link import Refused
 from worker.links import CoordinatorLinks
@@ -144,6 +144,40 @@ def test_one_coordinator_that_refuses_is_asked_again_later_while_another_has_tak
             while refuses.connections < 3:
                 await asyncio.sleep(0.01)
             assert takes.connections == 1
+
+    asyncio.run(run())
+
+
+class Jealous(Coordinator):
+    """Like a real one: a worker that registers again has no other link any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scripts = [self._newest]
+        self._hang_up = asyncio.Event()
+
+    async def _newest(self, _: Any, __: Any) -> AsyncIterator[wire.CoordinatorMessage]:
+        self._hang_up.set()
+        self._hang_up = mine = asyncio.Event()
+        welcome = wire.Welcome(coordinator_incarnation=5, heartbeat_interval_s=0.05, heartbeat_timeout_s=0.3)
+        yield wire.CoordinatorMessage(welcome=welcome)
+        while not mine.is_set():
+            yield BEAT
+            await asyncio.sleep(0.05)
+
+
+def test_a_coordinator_with_two_addresses_gets_one_link_that_stays() -> None:
+    async def run() -> None:
+        async with Jealous().up() as one:
+            by_name = one.address.replace("127.0.0.1", "localhost")
+            told = Told(one.address, by_name)
+            async with linked(told) as (links, _):
+                await asyncio.sleep(1.0)
+                connections = one.connections
+                assert 2 <= connections <= 4
+                await asyncio.sleep(2.0)  # longer than the longest pause before a link is dialled again
+                assert one.connections == connections
+                assert sum(link.connected.is_set() for link in links._links.values()) == 1
 
     asyncio.run(run())
 
