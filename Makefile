@@ -7,7 +7,7 @@ PACKAGES := baton cli coordinator prefill decode worker engine kvtransfer kernel
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install dev optional-lanes test lint types contracts proto proto-check unit format gpu-check bench clean
+.PHONY: help serve install dev optional-lanes system-packages test lint types contracts proto proto-check unit format gpu-check bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -41,6 +41,14 @@ $(VENV)/.optional-lanes: $(VENV)/.dev
 	$(BIN)/pip install --quiet --retries 1 --constraint constraints.txt --editable ".[ucx,nixl]" && touch $@ || \
 		echo "The libraries of lanes ucx and nixl cannot be installed; their tests are skipped."
 
+system-packages: $(VENV)/.system-packages  ## etcd from the system's packages, for the tests of discovery
+
+# Needs root and apt-get. Where it cannot be had, these tests are skipped and say so.
+$(VENV)/.system-packages: | $(VENV)/bin/python
+	{ command -v etcd && command -v etcdctl || { apt-get update -qq -o Acquire::http::Timeout=20 && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends etcd-server etcd-client; }; } \
+		>/dev/null 2>&1 && touch $@ || echo "etcd cannot be installed here; its tests are skipped."
+
 test: lint types contracts proto-check unit  ## everything CI runs
 
 lint: dev  ## ruff: style and mistakes
@@ -65,7 +73,7 @@ proto: dev  ## generate baton/v1 from proto/baton/v1
 proto-check: dev  ## fail when the generated types differ from the .proto files
 	$(BIN)/python -m tests.check_proto
 
-unit: dev optional-lanes  ## pytest, in parallel
+unit: dev optional-lanes system-packages  ## pytest, in parallel
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 gpu-check:  ## GPU kernels and engine: right, and how near to the limits (installs nothing; QUICK=1 for 2 minutes)

@@ -9,7 +9,7 @@ import dataclasses
 import re
 import socket
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 from baton.errors import ConfigurationError
 
@@ -41,6 +41,32 @@ def parse_cores(text: str) -> frozenset[int]:
             raise ConfigurationError(f"--cores is '{text}'; write numbers and ranges, such as 0-3,8")
         cores.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return frozenset(cores)
+
+
+class EtcdAddress(NamedTuple):
+    endpoints: tuple[str, ...]
+    """host:port of each member."""
+    prefix: str
+    """Of all keys of one cluster; ends in a slash."""
+
+
+def parse_addresses(text: str, flag: str) -> tuple[str, ...]:
+    """Of host:port, separated by commas; an IPv6 address in brackets."""
+    addresses = tuple(part.strip() for part in text.split(","))
+    for address in addresses:
+        match = re.fullmatch(r"(?:\[[0-9a-fA-F:.%]+\]|[\w.-]+):(\d{1,5})", address)
+        if not match or not 0 < int(match[1]) < 65536:
+            raise ConfigurationError(f"{flag} has '{address}'; write host:port, several with commas between them")
+    return addresses
+
+
+def parse_etcd(text: str) -> EtcdAddress:
+    """From 'etcd://host:port,host:port/prefix'; the prefix is /baton where there is none."""
+    match = re.fullmatch(r"etcd://([^/]+)(/.*)?", text)
+    if not match:
+        raise ConfigurationError(f"--discovery is '{text}'; write etcd://host:port[,host:port][/prefix]")
+    prefix = (match[2] or "").strip("/") or "baton"
+    return EtcdAddress(parse_addresses(match[1], "--discovery"), f"/{prefix}/")
 
 
 @dataclass(frozen=True)
@@ -156,11 +182,32 @@ class ProfileOptions:
 
 
 @dataclass(frozen=True)
+class DiscoveryOptions:
+    """How workers find coordinators that nobody names to them."""
+
+    discovery: str = setting(
+        "", "where coordinators announce themselves and workers look for them: etcd://host:port[,host:port][/prefix], "
+        "one prefix a cluster; empty: nowhere, workers need --coordinator",
+    )  # fmt: skip
+    discovery_ttl_s: int = setting(5, "seconds after which a coordinator that died is announced no more")
+    discovery_login: str = setting("", "file with user:password in one line for etcd; empty: none")
+    discovery_ca: str = setting("", "PEM certificates of the authority that signed etcd's; turns TLS on")
+    discovery_cert: str = setting("", "PEM certificate shown to etcd; needs its key and --discovery-ca")
+    discovery_key: str = setting("", "PEM private key of that certificate, without a password")
+
+
+DEFAULT_LINK = "127.0.0.1:50052"
+
+
+@dataclass(frozen=True)
 class WorkerOptions:
     worker_id: str = setting("", "stable name, unique in the cluster; empty makes one from host and process id")
-    coordinator: str = setting("127.0.0.1:50052", "host:port of the coordinator's link")
+    coordinator: str = setting(
+        "", "host:port of each coordinator's link, separated by commas; "
+        f"empty: those of --discovery, or without it {DEFAULT_LINK}",
+    )  # fmt: skip
     host: str = setting("127.0.0.1", "address that other workers reach this one at")
-    connect_timeout_s: float = setting(30.0, "seconds to wait for the coordinator before giving up at start")
+    connect_timeout_s: float = setting(30.0, "seconds to wait for a coordinator before giving up at start")
     drain_timeout_s: float = setting(30.0, "seconds that running requests get to finish after SIGTERM")
     parent_pid: int = setting(0, "exit when this process is gone; 0 watches nobody")
 
@@ -172,6 +219,7 @@ class CoordinatorOptions:
     grpc_port: int = setting(50051, "gRPC port; 0 takes a free one")
     link_host: str = setting("127.0.0.1", "address where workers connect")
     link_port: int = setting(50052, "port where workers connect; 0 takes a free one")
+    advertise_host: str = setting("", "address announced to --discovery for workers to dial; empty: --link-host")
     heartbeat_interval_s: float = setting(0.5, "seconds between signs of life of coordinator and worker")
     heartbeat_timeout_s: float = setting(2.0, "silence after which a worker counts as dead")
     local_prefill_tokens: int = setting(64, "decode prefills by itself when at most this many tokens are uncached")
@@ -196,6 +244,7 @@ _POSITIVE = {
     "page_size", "gpu_share", "max_batch_tokens", "max_running", "lease_s", "heartbeat_interval_s",
     "heartbeat_timeout_s", "pull_timeout_s", "connect_timeout_s", "drain_timeout_s", "max_requests",
     "max_body_bytes", "request_timeout_s", "max_attempts", "speculate_tokens", "speculate_running", "seconds",
+    "discovery_ttl_s",
 }  # fmt: skip
 _NOT_NEGATIVE = {"max_model_tokens", "threads", "local_prefill_tokens", "parent_pid", "worker_return_s"}
 _PORTS = {"port", "grpc_port", "link_port"}
@@ -223,6 +272,15 @@ def validate(options: object) -> None:
         raise ConfigurationError(
             f"--heartbeat-timeout-s is {timeout}; it must be at least twice --heartbeat-interval-s ({interval})"
         )
+    if isinstance(options, DiscoveryOptions):
+        if options.discovery:
+            parse_etcd(options.discovery)
+        if bool(options.discovery_cert) != bool(options.discovery_key) or (
+            options.discovery_cert and not options.discovery_ca
+        ):
+            raise ConfigurationError("--discovery-cert, --discovery-key and --discovery-ca belong together")
+    if isinstance(options, WorkerOptions) and options.coordinator:
+        parse_addresses(options.coordinator, "--coordinator")
     if isinstance(options, TierOptions):
         for text in (options.host_kv_memory, options.disk_kv_memory, options.shared_kv_memory):
             parse_bytes(text)

@@ -44,6 +44,7 @@ WORKER_COUNTERS: dict[str, str] = {
     "requests_aborted": "Attempts aborted",
     "requests_expired": "Attempts ended by their deadline",
     "requests_refused": "Attempts refused at admission",
+    "discovery_losses": "Times that etcd was lost, while the coordinators known last stayed in use",
 }
 """Counters in a worker's heartbeat; the coordinator exports each as baton_worker_<name>_total with label worker."""
 

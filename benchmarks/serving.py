@@ -20,7 +20,10 @@ STOP_TIMEOUT_S = 60.0
 
 
 class Serving:
-    """Runs while the context is open. `url` and `grpc` are where it listens; its log is kept for when it fails."""
+    """Runs while the context is open; its log is kept for when it fails.
+
+    `urls`: where its coordinators listen; `url` and `grpc` are the first one's.
+    """
 
     def __init__(self, *words: str, env: dict[str, str] | None = None, command: Sequence[str] = ("cli.main",)) -> None:
         """`words` are those of `baton serve`; `command`: the module that is the `baton` command, and what it takes."""
@@ -31,10 +34,11 @@ class Serving:
             [sys.executable, "-P", "-m", *command, "serve", *ports, *words],
             stdout=subprocess.PIPE, stderr=self._log, text=True, env={**os.environ, **(env or {})},
         )  # fmt: skip
-        self.url, self.grpc = self._addresses()
+        self.urls, self.grpc = self._addresses()
+        self.url = self.urls[0]
         self.ready_after_s = time.monotonic() - started_at
 
-    def _addresses(self) -> tuple[str, str]:
+    def _addresses(self) -> tuple[list[str], str]:
         lines: list[str] = []
         said = threading.Event()
 
@@ -49,11 +53,11 @@ class Serving:
         threading.Thread(target=read, daemon=True).start()
         said.wait(START_TIMEOUT_S)
         text = "".join(lines)
-        http, grpc = re.search(r"OpenAI API\s+(\S+)/v1", text), re.search(r"gRPC\s+(\S+)", text)
+        http, grpc = re.search(r"OpenAI API .*", text), re.search(r"gRPC\s+(\S+)", text)
         if not (http and grpc):
             self.stop()
             raise RuntimeError(f"baton serve did not get ready:\n{text}\n{self.log()}")
-        return http[1], grpc[1]
+        return re.findall(r"(\S+)/v1", http[0]), grpc[1]
 
     def __enter__(self) -> Self:
         return self

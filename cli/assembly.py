@@ -252,7 +252,7 @@ async def wire_up(
     roles: Sequence["wire.Role.ValueType"],
     options: HandoverOptions,
     host: str,
-    send: Callable[[wire.WorkerMessage], None],
+    send_all: Callable[[wire.WorkerMessage], None],
     on_crash: Callable[[BaseException], None],
 ) -> AsyncIterator[Wired]:
     """Shell, roles and hand-over of one worker, stopped in reverse order whatever happens."""
@@ -261,7 +261,7 @@ async def wire_up(
         # The pool is on a device, and what peers map mirrors only what was announced: not what a writer has to read.
         options = dataclasses.replace(options, direct_wait_s=0.0)
     shell = WorkerShell(
-        parts.engine, parts.model.fingerprint, send, on_crash, parts.layout.page_size_tokens, parts.store
+        parts.engine, parts.model.fingerprint, send_all, on_crash, parts.layout.page_size_tokens, parts.store
     )
     page_size = parts.layout.page_size_tokens
     prefixes = PrefixServer(parts.engine, shell.steps, shell.counters)

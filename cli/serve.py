@@ -1,7 +1,8 @@
-"""`baton serve`: coordinator and workers as separate processes on this machine, started, watched and stopped together.
+"""`baton serve`: coordinators and workers as separate processes on this machine, started, watched and stopped together.
 
 Nothing outlives the command: children watch their parent, and a Ctrl-C reaches only this process, which asks the
-coordinator to drain first and the workers after it. A worker that dies is started again, later each time.
+coordinators to drain first and the workers after them. A process that dies is started again, later each time; without
+any coordinator left the command ends.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import uvloop
 from baton.client import AsyncClient
 from baton.config import (
     CoordinatorOptions,
+    DiscoveryOptions,
     EngineOptions,
     HandoverOptions,
     ModelOptions,
@@ -32,6 +34,7 @@ from baton.config import (
     from_arguments,
     parse_bytes,
     to_arguments,
+    validate,
 )
 from baton.config import (
     add_arguments as add_options,
@@ -50,6 +53,7 @@ START_TIMEOUT_S = 600.0
 KILL_AFTER_S = 5.0
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 1.0, 30.0
 EXIT_CONFIGURATION = 2
+PORT_STRIDE = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,8 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prefill", type=int, default=None, help="prefill workers (default: 1, or 0 with --mixed)")
     group.add_argument("--decode", type=int, default=None, help="decode workers (default: 1, or 0 with --mixed)")
     group.add_argument("--mixed", type=int, default=0, help="workers that carry both roles (default: 0)")
-    group.add_argument("--no-restart", action="store_true", help="leave a worker that died dead")
-    add_options(parser, CoordinatorOptions, ModelOptions, EngineOptions, HandoverOptions, TierOptions)
+    group.add_argument(
+        "--coordinators", type=int, default=1,
+        help=f"front doors to the same workers; each has its ports {PORT_STRIDE} above those before it (default: 1)",
+    )  # fmt: skip
+    group.add_argument("--no-restart", action="store_true", help="leave a process that died dead")
+    add_options(parser, CoordinatorOptions, DiscoveryOptions, ModelOptions, EngineOptions, HandoverOptions, TierOptions)
 
 
 @dataclass
@@ -70,6 +78,15 @@ class Child:
     process: asyncio.subprocess.Process | None = None
     backoff_s: float = FIRST_BACKOFF_S
     started_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.returncode is None
+
+    async def ended(self) -> int:
+        """Its exit status."""
+        assert self.process is not None, "started before anybody waits for its end"
+        return await self.process.wait()
 
     async def start(self, pass_fds: Sequence[int] = ()) -> None:
         self.started_at = time.monotonic()
@@ -93,6 +110,67 @@ class Child:
             await self.process.wait()
 
 
+@dataclass
+class Door:
+    """One coordinator."""
+
+    options: CoordinatorOptions
+    child: Child
+
+    async def start(self, *others: object) -> None:
+        """Raises BatonError when it does not come up. Started again, it has the ports that it got now."""
+        read_fd, write_fd = os.pipe()
+        self.child.words = ["coordinator", *words_of(self.options, *others), "--announce-fd", str(write_fd)]
+        await self.child.start(pass_fds=[write_fd])
+        os.close(write_fd)
+        with os.fdopen(read_fd) as pipe:
+            announced = await asyncio.wait_for(asyncio.to_thread(pipe.read), ANNOUNCE_TIMEOUT_S)
+        if not announced:
+            raise BatonError(f"the {self.child.name} did not start; its message is above")
+        ports = json.loads(announced)
+        self.options = dataclasses.replace(
+            self.options, port=ports["http"], grpc_port=ports["grpc"], link_port=ports["link"]
+        )
+        self.child.words = ["coordinator", *words_of(self.options, *others)]
+
+    @property
+    def base_url(self) -> str:
+        return f"http://{self._reached(self.options.host)}:{self.options.port}"
+
+    @property
+    def grpc(self) -> str:
+        return f"{self.options.host}:{self.options.grpc_port}"
+
+    @property
+    def link(self) -> str:
+        return f"{self._reached(self.options.link_host)}:{self.options.link_port}"
+
+    @staticmethod
+    def _reached(host: str) -> str:
+        """Where this machine reaches what listens there."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        return f"[{host}]" if ":" in host else host
+
+
+def doors(options: CoordinatorOptions, number: int) -> list[Door]:
+    """Coordinators beside each other; a port of 0 stays one. Raises ConfigurationError when ports run out."""
+    if number < 1:
+        raise ConfigurationError(f"--coordinators is {number}; it must be at least 1")
+    result = []
+    for index in range(number):
+        up = index * PORT_STRIDE
+        own = dataclasses.replace(
+            options,
+            port=options.port and options.port + up,
+            grpc_port=options.grpc_port and options.grpc_port + up,
+            link_port=options.link_port and options.link_port + up,
+            parent_pid=os.getpid(),
+        )
+        validate(own)
+        result.append(Door(own, Child("coordinator" if number == 1 else f"coordinator-{index}", [])))
+    return result
+
+
 def pool_sizes(arguments: argparse.Namespace) -> dict[str, int]:
     mixed = arguments.mixed
     sizes = {
@@ -114,7 +192,8 @@ class Cluster:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.sizes = pool_sizes(arguments)
         self.restart = not arguments.no_restart
-        self.coordinator_options = from_arguments(CoordinatorOptions, arguments)
+        self.doors = doors(from_arguments(CoordinatorOptions, arguments), arguments.coordinators)
+        self.discovery = from_arguments(DiscoveryOptions, arguments)
         self.model = from_arguments(ModelOptions, arguments)
         self.handover = from_arguments(HandoverOptions, arguments)
         self.tiers = from_arguments(TierOptions, arguments)
@@ -127,19 +206,23 @@ class Cluster:
         self.model = dataclasses.replace(
             self.model, model=str(folder), revision="", served_name=served_name(self.model)
         )
-        self.ports: dict[str, int] = {}
-        self.coordinator = Child("coordinator", [])
         self.workers: list[Child] = []
 
     async def start(self) -> None:
-        await self._start_coordinator()
-        link = f"{self.coordinator_options.link_host}:{self.ports['link']}"
+        await asyncio.gather(*(door.start(self.discovery, self.model) for door in self.doors))
+        links = ",".join(door.link for door in self.doors)
         names = [(kind, f"{kind}-{number}") for kind, size in self.sizes.items() for number in range(size)]
         for (kind, name), cores in zip(names, own_cores(len(names), self.engine.threads), strict=True):
-            worker = WorkerOptions(worker_id=name, coordinator=link, parent_pid=os.getpid())
+            worker = WorkerOptions(worker_id=name, coordinator=links, parent_pid=os.getpid())
             engine = dataclasses.replace(self.engine, cores=self.engine.cores or cores)
             self.workers.append(
-                Child(name, [kind, *words_of(worker, self.model, engine, self.handover, self._tiers_of(name))])
+                Child(
+                    name,
+                    [
+                        kind,
+                        *words_of(worker, self.discovery, self.model, engine, self.handover, self._tiers_of(name)),
+                    ],
+                )
             )
         for child in self.workers:
             await child.start()
@@ -152,22 +235,14 @@ class Cluster:
         folder = Path(self.tiers.disk_kv_folder).absolute() / name
         return dataclasses.replace(self.tiers, disk_kv_folder=str(folder), disk_kv_memory=str(share))
 
-    async def _start_coordinator(self) -> None:
-        options = dataclasses.replace(self.coordinator_options, parent_pid=os.getpid())
-        read_fd, write_fd = os.pipe()
-        self.coordinator.words = ["coordinator", *words_of(options, self.model), "--announce-fd", str(write_fd)]
-        await self.coordinator.start(pass_fds=[write_fd])
-        os.close(write_fd)
-        with os.fdopen(read_fd) as pipe:
-            announced = await asyncio.wait_for(asyncio.to_thread(pipe.read), ANNOUNCE_TIMEOUT_S)
-        if not announced:
-            raise BatonError("the coordinator did not start; its message is above")
-        self.ports = json.loads(announced)
-
     async def ready(self, stop: asyncio.Event) -> None:
-        """Wait until every worker is registered. Raises when one fails for good, or the time is up."""
+        """Wait until every coordinator has every worker. Raises when one fails for good, or the time is up."""
         deadline = time.monotonic() + START_TIMEOUT_S
-        async with AsyncClient(self.base_url) as client:
+        for door in self.doors:
+            await self._ready_at(door, stop, deadline)
+
+    async def _ready_at(self, door: Door, stop: asyncio.Event, deadline: float) -> None:
+        async with AsyncClient(door.base_url) as client:
             while not stop.is_set():
                 status = await client.status()
                 if len(status["workers"]) >= len(self.workers):
@@ -180,29 +255,29 @@ class Cluster:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), 0.1)
 
-    @property
-    def base_url(self) -> str:
-        host = self.coordinator_options.host
-        return f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{self.ports['http']}"
-
     async def watch(self, stop: asyncio.Event) -> int:
-        """Until asked to stop, or the coordinator is gone."""
+        """Until asked to stop, or no coordinator is left."""
         keepers = [asyncio.create_task(self._keep(child)) for child in self.workers]
-        assert self.coordinator.process is not None
-        coordinator = asyncio.create_task(self.coordinator.process.wait())
+        doors = [asyncio.create_task(self._keep(door.child)) for door in self.doors]
         stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait({coordinator, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        for task in [*keepers, stopping]:
+        gone = asyncio.create_task(self._no_door())
+        await asyncio.wait({gone, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        for task in [*keepers, *doors, stopping, gone]:
             task.cancel()
-        if coordinator.done():
-            log.error("the coordinator exited with status %s", coordinator.result())
+        if gone.done() and not stop.is_set():
+            log.error("no coordinator is left")
             return 1
         return 0
 
+    async def _no_door(self) -> None:
+        """Wait until no coordinator runs, be it for a moment."""
+        while running := next((door.child for door in self.doors if door.child.is_running), None):
+            await running.ended()
+
     async def _keep(self, child: Child) -> None:
-        """Start a worker again whenever it dies, later each time unless it lived long."""
-        while child.process is not None:
-            status = await child.process.wait()
+        """Start a process again whenever it dies, later each time unless it lived long."""
+        while True:
+            status = await child.ended()
             log.warning("%s exited with status %s", child.name, status)
             if not self.restart or status == EXIT_CONFIGURATION:
                 return
@@ -214,8 +289,8 @@ class Cluster:
             await child.start()
 
     async def stop(self) -> None:
-        # The coordinator drains first, while its workers still work for it; they have nothing to drain afterwards.
-        await self.coordinator.stop(self.coordinator_options.drain_timeout_s + KILL_AFTER_S)
+        # Coordinators drain first, while workers still work for them; they have nothing to drain afterwards.
+        await asyncio.gather(*(door.child.stop(door.options.drain_timeout_s + KILL_AFTER_S) for door in self.doors))
         await asyncio.gather(*(child.stop(KILL_AFTER_S) for child in self.workers))
 
 
@@ -238,12 +313,12 @@ async def _serve(cluster: Cluster) -> int:
 
 def greet(cluster: Cluster, seconds: float) -> None:
     pools = ", ".join(f"{size} {kind}" for kind, size in cluster.sizes.items() if size)
-    grpc_address = f"{cluster.coordinator_options.host}:{cluster.ports['grpc']}"
+    urls = "  ".join(f"{door.base_url}/v1" for door in cluster.doors)
     print(
         f"\nBaton is ready after {seconds:.1f} s: {cluster.model.served_name} on {pools}\n"
-        f"  OpenAI API  {cluster.base_url}/v1\n"
-        f"  gRPC        {grpc_address}\n"
-        f"  try         baton chat --url {cluster.base_url}\n",
+        f"  OpenAI API  {urls}\n"
+        f"  gRPC        {'  '.join(door.grpc for door in cluster.doors)}\n"
+        f"  try         baton chat --url {cluster.doors[0].base_url}\n",
         flush=True,
     )
 

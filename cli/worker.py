@@ -19,6 +19,8 @@ import torch
 import uvloop
 
 from baton.config import (
+    DEFAULT_LINK,
+    DiscoveryOptions,
     EngineOptions,
     HandoverOptions,
     ModelOptions,
@@ -26,10 +28,12 @@ from baton.config import (
     WorkerOptions,
     default_worker_id,
     from_arguments,
+    parse_addresses,
 )
 from baton.config import (
     add_arguments as add_options,
 )
+from baton.discovery import Discovery, open_discovery
 from baton.model_folder import served_name
 from baton.processes import log_to_stderr, stop_signals, watch_parent
 from baton.v1 import worker_link_pb2 as wire
@@ -39,7 +43,7 @@ from engine.gpu.device import choose_device
 from engine.loading import LoadedModel, load_model
 from engine.speculation.draft_model import check_same_vocabulary
 from kvtransfer.wire import PeerIdentity
-from worker.link import CoordinatorLink
+from worker.links import CoordinatorLinks
 from worker.shell import WorkerShell
 
 log = logging.getLogger(__name__)
@@ -57,13 +61,14 @@ STANDBY: dict[str, Roles] = {"prefill": [wire.ROLE_DECODE], "decode": [], "mixed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, WorkerOptions, ModelOptions, EngineOptions, HandoverOptions, TierOptions)
+    add_options(parser, WorkerOptions, DiscoveryOptions, ModelOptions, EngineOptions, HandoverOptions, TierOptions)
 
 
 @dataclass(frozen=True)
 class Settings:
     kind: str
     worker: WorkerOptions
+    discovery: DiscoveryOptions
     model: ModelOptions
     engine: EngineOptions
     handover: HandoverOptions
@@ -74,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = Settings(
         arguments.command,
         from_arguments(WorkerOptions, arguments),
+        from_arguments(DiscoveryOptions, arguments),
         from_arguments(ModelOptions, arguments),
         from_arguments(EngineOptions, arguments),
         from_arguments(HandoverOptions, arguments),
@@ -96,19 +102,20 @@ async def _live(settings: Settings, worker_id: str, folder: Path) -> int:
         if not crashed.done():
             crashed.set_result(error)
 
-    late_link: list[CoordinatorLink] = []
+    late_links: list[CoordinatorLinks] = []
     wiring = wire_up(
         parts, me, ROLES[settings.kind] + STANDBY[settings.kind], settings.handover, settings.worker.host,
-        lambda message: late_link[0].send(message), on_crash,
+        lambda message: late_links[0].send_all(message), on_crash,
     )  # fmt: skip
     async with wiring as wired:
         if cores:
             # The thread that computes, and with it those that it starts; wires run wherever there is room.
             await wired.shell.steps.call(lambda engine: os.sched_setaffinity(0, cores))
         registration = _registration(settings, parts, me, wired)
-        link = CoordinatorLink(settings.worker.coordinator, registration, wired.shell, wired.shell.heartbeat)
-        late_link.append(link)
-        return await _until_stopped(settings.worker, wired.shell, link, stop, crashed)
+        links = CoordinatorLinks(registration, wired.shell, wired.shell.heartbeat)
+        late_links.append(links)
+        linking = links.run(_discovery(settings, wired.shell), settings.worker.connect_timeout_s)
+        return await _until_stopped(settings.worker, wired.shell, asyncio.create_task(linking), stop, crashed)
 
 
 def _load(settings: Settings, folder: Path) -> Parts:
@@ -172,12 +179,21 @@ def _registration(settings: Settings, parts: Parts, me: PeerIdentity, wired: Wir
     return registration
 
 
+def _discovery(settings: Settings, shell: WorkerShell) -> Discovery:
+    def on_lost() -> None:
+        shell.counters["discovery_losses"] += 1
+
+    named = settings.worker.coordinator or ("" if settings.discovery.discovery else DEFAULT_LINK)
+    fixed = frozenset(parse_addresses(named, "--coordinator")) if named else frozenset()
+    return open_discovery(settings.discovery, fixed, on_lost)
+
+
 async def _until_stopped(
-    options: WorkerOptions, shell: WorkerShell, link: CoordinatorLink, stop: asyncio.Event,
+    options: WorkerOptions, shell: WorkerShell, linking: "asyncio.Task[None]", stop: asyncio.Event,
     crashed: "asyncio.Future[BaseException]",
 ) -> int:  # fmt: skip
-    """Serve until a signal, a crash of the engine, or a refusal by the coordinator. Returns the exit status."""
-    linking, stopping = asyncio.create_task(link.run(options.connect_timeout_s)), asyncio.create_task(stop.wait())
+    """Serve until a signal, a crash of the engine, or a refusal by every coordinator. Returns the exit status."""
+    stopping = asyncio.create_task(stop.wait())
     waits: set[asyncio.Future[Any]] = {linking, stopping, crashed}
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()

@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -63,6 +63,10 @@ class Metrics:
         self.avoided_used = Counter(
             "baton_avoided_workers_used", "Attempts on workers that had failed the request before", registry=registry
         )
+        self.discovery_up = Gauge(
+            "baton_discovery_up", "1 while --discovery answers, or none is used", registry=registry
+        )
+        self.discovery_losses = Counter("baton_discovery_losses", "Times that etcd was lost", registry=registry)
         self._ttft = _Histogram("baton_ttft_seconds", "Arrival to first token", _SECONDS, registry)
         self._itl = _Histogram("baton_itl_seconds", "Token to next token of a stream", _SECONDS, registry)
         self._e2e = _Histogram("baton_request_seconds", "Arrival to end of completed requests", _SECONDS, registry)

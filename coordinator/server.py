@@ -14,7 +14,8 @@ from pathlib import Path
 import grpc
 from aiohttp import web
 
-from baton.config import CoordinatorOptions, ModelOptions
+from baton.config import CoordinatorOptions, DiscoveryOptions, ModelOptions
+from baton.discovery import open_discovery
 from baton.errors import ConfigurationError
 from baton.model_folder import served_name
 from baton.processes import stop_signals, watch_parent
@@ -33,6 +34,8 @@ from coordinator.workers import WorkerRegistry
 
 events = logging.getLogger("baton.events")
 _STOP_GRACE_S = 1.0
+_RETRACT_TIMEOUT_S = 2.0
+_NOWHERE = DiscoveryOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +48,20 @@ class Ports:
 
 
 class Coordinator:
-    """Raises ModelError if the folder's tokenizer is unusable, before any port is opened. Needs a running loop."""
+    """Raises ModelError if the folder's tokenizer is unusable, ConfigurationError for what else is, before any port is
+    opened. Needs a running loop."""
 
-    def __init__(self, options: CoordinatorOptions, model: ModelOptions, model_folder: Path) -> None:
+    def __init__(
+        self, options: CoordinatorOptions, model: ModelOptions, model_folder: Path,
+        discovery: DiscoveryOptions = _NOWHERE,
+    ) -> None:  # fmt: skip
         self._options = options
+        self._announced_host = _announced_host(options, discovery)
         name = served_name(model)
         self._tokenizer = ModelTokenizer(model_folder)
         self.metrics = Metrics()
+        self._discovery = open_discovery(discovery, on_lost=self.metrics.discovery_losses.inc)
+        self.metrics.discovery_up.set_function(lambda: float(not self._discovery.trouble))
         self.registry = WorkerRegistry(name)
         self.metrics.watch_workers(self.registry)
         policy = LeastLoaded(options.local_prefill_tokens)
@@ -73,6 +83,7 @@ class Coordinator:
             await self._grpc.set_ready(False)
             self.registry.on_change = self._readiness_changed
             http = await self._start_http()
+            self._announce(link)
         except BaseException:
             await self.stop()
             raise
@@ -105,6 +116,17 @@ class Coordinator:
         except OSError as error:
             raise _port_error("--port", options.host, options.port, error.strerror or str(error)) from error
         return int(runner.addresses[0][1])
+
+    def _announce(self, link_port: int) -> None:
+        """So that workers dial this coordinator, too. Retracted before the ports are closed."""
+        announcing = asyncio.create_task(self._discovery.announce(_address(self._announced_host, link_port)))
+        announcing.add_done_callback(self._finished)
+
+        async def retract() -> None:
+            announcing.cancel()
+            await asyncio.wait({announcing}, timeout=_RETRACT_TIMEOUT_S)
+
+        self._closing.push_async_callback(retract)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -140,13 +162,17 @@ class Coordinator:
 
 
 async def serve(
-    options: CoordinatorOptions, model: ModelOptions, model_folder: Path, on_ready: Callable[[Ports], None]
+    options: CoordinatorOptions,
+    model: ModelOptions,
+    model_folder: Path,
+    on_ready: Callable[[Ports], None],
+    discovery: DiscoveryOptions = _NOWHERE,
 ) -> None:
     """Run a coordinator until SIGTERM, SIGINT or the end of its parent, and then drain it.
 
     A second signal ends the process at once. Raises ConfigurationError before anything is served.
     """
-    coordinator = Coordinator(options, model, model_folder)
+    coordinator = Coordinator(options, model, model_folder, discovery)
     stop = stop_signals()
     watch_parent(options.parent_pid, stop.set)
     try:
@@ -157,10 +183,20 @@ async def serve(
         await coordinator.stop()
 
 
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _announced_host(options: CoordinatorOptions, discovery: DiscoveryOptions) -> str:
+    host = options.advertise_host or options.link_host
+    if discovery.discovery and host in ("0.0.0.0", "::"):
+        raise ConfigurationError(f"--link-host {host} says not where workers reach this host; add --advertise-host")
+    return host
+
+
 def _bind(server: grpc.aio.Server, host: str, port: int, flag: str) -> int:
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        bound = server.add_insecure_port(address)
+        bound = server.add_insecure_port(_address(host, port))
     except RuntimeError as error:
         raise _port_error(flag, host, port, "it may be in use") from error
     if not bound:

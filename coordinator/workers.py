@@ -90,6 +90,8 @@ class Worker:
         self._aborted: deque[tuple[float, Leg]] = deque(maxlen=64)
         self._blocks_assigned = 0
         self._idle_beats = 0
+        self._others_requests = 0
+        self._others_tokens = 0
         self._on_lost = on_lost
 
     @property
@@ -166,18 +168,25 @@ class Worker:
         self._idle_beats = self._idle_beats + 1 if idle else 0
         if self.empty:
             self._aborted.clear()
+        # What is not from here, other coordinators gave it.
+        requests = heartbeat.running_requests + heartbeat.waiting_requests
+        self._others_requests = max(0, requests - len(self.legs))
+        self._others_tokens = max(0, heartbeat.waiting_prefill_tokens - self._own_tokens)
+
+    @property
+    def _own_tokens(self) -> int:
+        return sum(leg.waiting_tokens for leg in self.legs.values()) if self.prefills else 0
 
     def load(self) -> WorkerLoad:
-        """Of the last heartbeat and, at least, of what this coordinator has given it."""
+        """Of the last heartbeat and, at least, of what others gave it by then and this coordinator by now."""
         beat = self.heartbeat
-        own_tokens = sum(leg.waiting_tokens for leg in self.legs.values()) if self.prefills else 0
         return WorkerLoad(
             id=self.id,
             prefills=self.prefills,
             decodes=self.decodes,
             stands_in=self.stands_in,
-            requests=max(len(self.legs), beat.running_requests + beat.waiting_requests),
-            waiting_prefill_tokens=max(own_tokens, beat.waiting_prefill_tokens),
+            requests=max(len(self.legs) + self._others_requests, beat.running_requests + beat.waiting_requests),
+            waiting_prefill_tokens=max(self._own_tokens + self._others_tokens, beat.waiting_prefill_tokens),
             free_blocks=beat.blocks.free + beat.blocks.cached - self._blocks_assigned,
             context_tokens=self.context_tokens,
             page_size_tokens=self.registration.page_size_tokens,

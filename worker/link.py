@@ -15,33 +15,38 @@ import grpc
 from baton.errors import ConfigurationError
 from baton.v1 import worker_link_pb2 as wire
 from baton.v1.worker_link_pb2_grpc import WorkerLinkStub
+from worker.roles import Link
 
 log = logging.getLogger(__name__)
 MAX_OUTGOING = 8192
 MAX_MESSAGE_BYTES = 64 << 20
 WELCOME_TIMEOUT_S = 10.0
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 1.0
 
 
 class LinkHandler(ABC):
-    """What a worker does with what its coordinator says. Called on the asyncio thread; must not block."""
+    """What a worker does with what its coordinators say. Called on the asyncio thread; must not block.
+
+    `link`: the one it was heard on. Answers go there, and it stands for the coordinator as long as it is not lost.
+    """
 
     @abstractmethod
-    def on_assignment(self, assignment: wire.Assignment) -> None: ...
+    def on_assignment(self, link: Link, assignment: wire.Assignment) -> None: ...
 
     @abstractmethod
-    def on_abort(self, id: wire.AttemptId) -> None: ...
+    def on_abort(self, link: Link, id: wire.AttemptId) -> None: ...
 
     @abstractmethod
-    def on_pin(self, pin: wire.Pin) -> None: ...
+    def on_pin(self, link: Link, pin: wire.Pin) -> None: ...
 
     @abstractmethod
-    def on_unpin(self, id: str) -> None: ...
+    def on_unpin(self, link: Link, id: str) -> None: ...
 
     @abstractmethod
     def on_drain(self) -> None: ...
 
     @abstractmethod
-    def on_lost(self) -> None: ...
+    def on_lost(self, link: Link) -> None: ...
 
 
 class Refused(ConfigurationError):
@@ -62,7 +67,12 @@ class CoordinatorLink:
         self._heartbeat = heartbeat
         self._outgoing: asyncio.Queue[wire.WorkerMessage] | None = None
         self._overflow = asyncio.Event()
+        self._told_failure = False
         self.connected = asyncio.Event()
+        self.wanted = True
+        """Dialled again when it breaks. A link that works is kept whether it is wanted or not."""
+        self.coordinator = 0
+        """Incarnation of who answered last; 0: nobody yet."""
 
     def send(self, message: wire.WorkerMessage) -> None:
         """Queue a message; without a link it is dropped, as its stream has failed over already."""
@@ -73,39 +83,42 @@ class CoordinatorLink:
         except asyncio.QueueFull:
             self._overflow.set()
 
-    async def run(self, connect_timeout_s: float) -> None:
-        """Keep a link up until cancelled. Raises ConfigurationError when none could be had for `connect_timeout_s`
-        at the start, or the coordinator refused this worker."""
-        loop = asyncio.get_running_loop()
-        give_up_at: float | None = loop.time() + connect_timeout_s
-        backoff_s = 0.05
+    async def run(
+        self, on_connected: Callable[[], None], is_reached_otherwise: Callable[[int], bool] = lambda coordinator: False
+    ) -> None:
+        """Keep a link up until cancelled, or broken and not `wanted`. Raises Refused when the coordinator says so.
+
+        `is_reached_otherwise`: that coordinator has another link, by another address. It keeps one link a worker, the
+        newest: two that both dialled again would break each other for ever.
+        """
+        backoff_s = FIRST_BACKOFF_S
         while True:
+            held = self.coordinator != 0 and is_reached_otherwise(self.coordinator)
             try:
-                await self._session()
+                if not held:
+                    await self._session(on_connected)
             except (grpc.aio.AioRpcError, TimeoutError, ConnectionError) as error:
                 self._explain(error)
             if self.connected.is_set():
                 self.connected.clear()
-                give_up_at, backoff_s = None, 0.05
-                self._handler.on_lost()
-            elif give_up_at is not None and loop.time() > give_up_at:
-                raise ConfigurationError(
-                    f"no coordinator answered at {self._address} for {connect_timeout_s:g} s; "
-                    "check --coordinator and that `baton coordinator` runs there"
-                )
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(backoff_s * 2, 1.0)
+                backoff_s = FIRST_BACKOFF_S
+                self._handler.on_lost(self)
+            if not self.wanted:
+                log.info("the coordinator at %s is announced no more, and its link is gone", self._address)
+                return
+            await asyncio.sleep(MAX_BACKOFF_S if held else backoff_s)
+            backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
 
-    @staticmethod
-    def _explain(error: Exception) -> None:
-        if isinstance(error, grpc.aio.AioRpcError):
-            if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
-                raise Refused(f"the coordinator refused this worker: {error.details()}") from error
-            log.info("link to the coordinator: %s", error.code().name)
-        else:
-            log.warning("link to the coordinator broke: %s", error or type(error).__name__)
+    def _explain(self, error: Exception) -> None:
+        if not isinstance(error, grpc.aio.AioRpcError):
+            log.warning("link to the coordinator at %s broke: %s", self._address, error or type(error).__name__)
+        elif error.code() == grpc.StatusCode.FAILED_PRECONDITION:
+            raise Refused(f"the coordinator at {self._address} refused this worker: {error.details()}") from error
+        elif not self._told_failure:
+            self._told_failure = True  # once an outage
+            log.info("link to the coordinator at %s: %s", self._address, error.code().name)
 
-    async def _session(self) -> None:
+    async def _session(self, on_connected: Callable[[], None]) -> None:
         """One connection from dialling to its end."""
         self._outgoing = asyncio.Queue(MAX_OUTGOING)
         self._overflow.clear()
@@ -118,7 +131,10 @@ class CoordinatorLink:
                     welcome = await call.read()
                 if not isinstance(welcome, wire.CoordinatorMessage):  # the end of the stream
                     raise ConnectionError("the coordinator hung up before its welcome")
+                self.coordinator = welcome.welcome.coordinator_incarnation
                 self.connected.set()
+                self._told_failure = False
+                on_connected()
                 log.info("registered with the coordinator at %s", self._address)
                 await self._serve(call, welcome.welcome)
         finally:
@@ -154,13 +170,13 @@ class CoordinatorLink:
     def _dispatch(self, message: wire.CoordinatorMessage) -> None:
         match message.WhichOneof("message"):
             case "assignment":
-                self._handler.on_assignment(message.assignment)
+                self._handler.on_assignment(self, message.assignment)
             case "abort":
-                self._handler.on_abort(message.abort.id)
+                self._handler.on_abort(self, message.abort.id)
             case "pin":
-                self._handler.on_pin(message.pin)
+                self._handler.on_pin(self, message.pin)
             case "unpin":
-                self._handler.on_unpin(message.unpin.id)
+                self._handler.on_unpin(self, message.unpin.id)
             case "drain":
                 self._handler.on_drain()
             case _:

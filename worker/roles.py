@@ -7,6 +7,7 @@ the engine says about them. The shell owns the wires, the attempt table and how 
 import asyncio
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Protocol
 
 from baton.block_names import root_name, tenant_name
 from baton.v1 import worker_link_pb2 as wire
@@ -14,14 +15,23 @@ from engine.requests import Computed, Ended, EngineRequest, Handover, Placement,
 from kvtransfer.wire import PeerRef
 
 
+class Link(Protocol):
+    """Where messages to one coordinator go."""
+
+    def send(self, message: wire.WorkerMessage) -> None: ...
+
+
 @dataclass(slots=True)
 class Attempt:
     """One assignment while this worker has it."""
 
+    link: Link
+    """Of the coordinator that assigned it."""
     id: wire.AttemptId
     key: str
     """`request_id/attempt`: the request id inside the engine and the id of the hand-over between the two workers."""
     handle: int
+    """Its coordinator's number for it; another coordinator may use the same."""
     assignment: wire.Assignment
     role: "RoleHandler"
     num_tokens: int = 0

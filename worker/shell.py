@@ -2,10 +2,10 @@
 
 Life of an attempt in a worker:
 
-1. The coordinator's Assignment arrives on the link. The shell admits it (not draining, no duplicate, role carried) and
-   gives it to the role that it names; a deadline timer starts.
+1. A coordinator's Assignment arrives on its link. The shell admits it (not draining, no duplicate, role carried) and
+   gives it to the role that it names; a deadline timer starts. All that is said about the attempt goes to that link.
 2. The role submits an engine request. The engine's outputs come back once a step: tokens of all attempts leave as one
-   StepTokens message, everything else goes to the attempt's role.
+   StepTokens message a link, everything else goes to the attempt's role.
 3. `end` reports the first ending and forgets the attempt; whatever still comes for it is dropped.
 4. An abort, a deadline, a broken link and a drain all go through `_abort`.
 """
@@ -30,7 +30,7 @@ from kvtransfer.wire import PeerRef, spawn
 from worker.arrivals import Arrivals, Arrived, Fetch
 from worker.link import LinkHandler
 from worker.pins import Pins
-from worker.roles import Attempt, RoleHandler
+from worker.roles import Attempt, Link, RoleHandler
 from worker.step_loop import Command, StepLoop
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,10 @@ def attempt_key(id: wire.AttemptId) -> str:
     return f"{id.request_id}/{id.attempt}"
 
 
+def _root(model_fingerprint: str, cache_salt: str) -> bytes:
+    return root_name(model_fingerprint, cache_salt=cache_salt)
+
+
 def _holders(attempt: Attempt) -> list[Holder]:
     return [
         Holder(PeerRef(each.worker.worker_id, each.worker.incarnation, each.worker.handover_address), each.num_tokens)
@@ -66,11 +70,12 @@ class WorkerShell(LinkHandler):
         self,
         engine: Engine,
         model_fingerprint: str,
-        send: Callable[[wire.WorkerMessage], None],
+        send_all: Callable[[wire.WorkerMessage], None],
         on_crash: Callable[[BaseException], None],
         page_size: int,
         store: BlockStore | None = None,
     ) -> None:
+        """`send_all` tells every coordinator."""
         self.model_fingerprint = model_fingerprint
         self.counters: dict[str, float] = dict.fromkeys(WORKER_COUNTERS, 0.0)
         self.steps = StepLoop(engine, self._on_output, on_crash)
@@ -79,14 +84,16 @@ class WorkerShell(LinkHandler):
         self.lanes_in_use: Callable[[], dict[str, str]] = dict
         self.prefixes: PrefixFetcher | None = None
         """Gets beginnings of prompts from other workers."""
-        self._send = send
+        self._send_all = send_all
         self._names = engine.names
         self._page_size = page_size
         self._look_ups: set[asyncio.Task[None]] = set()
         self._store = store
-        self._pins: Pins | None = None
+        self._pins: dict[Link, Pins] = {}
+        self._new_pins: Callable[[], Pins] | None = None
         if store is not None:
-            self._pins = Pins(engine, self.steps, store, lambda salt: root_name(model_fingerprint, cache_salt=salt))
+            root = partial(_root, model_fingerprint)
+            self._new_pins = partial(Pins, engine, self.steps, store, root)
         self._roles: dict[int, RoleHandler] = {}
         self._attempts: dict[str, Attempt] = {}
         self._changed = asyncio.Event()
@@ -94,19 +101,19 @@ class WorkerShell(LinkHandler):
     def carry(self, role: RoleHandler) -> None:
         self._roles[role.role] = role
 
-    # What the coordinator says
+    # What coordinators say
 
-    def on_assignment(self, assignment: wire.Assignment) -> None:
+    def on_assignment(self, link: Link, assignment: wire.Assignment) -> None:
         key = attempt_key(assignment.id)
         role = self._roles.get(assignment.role)
         if self.draining:
-            self._refuse(assignment.id, "this worker is draining")
+            self._refuse(link, assignment.id, "this worker is draining")
         elif role is None:
-            self._refuse(assignment.id, "this worker does not carry that role")
+            self._refuse(link, assignment.id, "this worker does not carry that role")
         elif key in self._attempts:
-            self._refuse(assignment.id, "this attempt is here already")
+            self._refuse(link, assignment.id, "this attempt is here already")
         else:
-            attempt = Attempt(assignment.id, key, assignment.handle, assignment, role)
+            attempt = Attempt(link, assignment.id, key, assignment.handle, assignment, role)
             attempt.num_tokens = len(assignment.token_ids) - assignment.num_prompt_tokens
             self._attempts[key] = attempt
             if assignment.deadline_s > 0:
@@ -114,30 +121,36 @@ class WorkerShell(LinkHandler):
                 attempt.deadline = loop.call_later(assignment.deadline_s, self._expire, key)
             role.assign(attempt)
 
-    def on_abort(self, id: wire.AttemptId) -> None:
-        self._abort(attempt_key(id), wire.END_REASON_ABORTED)
+    def on_abort(self, link: Link, id: wire.AttemptId) -> None:
+        attempt = self._attempts.get(attempt_key(id))
+        if attempt is not None and attempt.link is link:
+            self._abort(attempt.key, wire.END_REASON_ABORTED)
 
-    def on_pin(self, pin: wire.Pin) -> None:
-        if self._pins is not None:  # else the coordinator knows that there is nothing to pin in
-            self._pins.pin(pin)
+    def on_pin(self, link: Link, pin: wire.Pin) -> None:
+        if self._new_pins is None:
+            return  # the coordinator knows that there is nothing to pin in
+        if link not in self._pins:
+            self._pins[link] = self._new_pins()
+        self._pins[link].pin(pin)
 
-    def on_unpin(self, id: str) -> None:
-        if self._pins is not None:
-            self._pins.unpin(id)
+    def on_unpin(self, link: Link, id: str) -> None:
+        if link in self._pins:
+            self._pins[link].unpin(id)
 
     def on_drain(self) -> None:
         if not self.draining:
             log.info("draining: %d attempts run on", len(self._attempts))
             self.draining = True
-            self._send(wire.WorkerMessage(heartbeat=self.heartbeat()))  # at once: whatever comes now is refused
+            self._send_all(wire.WorkerMessage(heartbeat=self.heartbeat()))  # at once: whatever comes now is refused
 
-    def on_lost(self) -> None:
-        if self._attempts:
-            log.warning("link lost: aborting %d attempts", len(self._attempts))
-        for key in list(self._attempts):
+    def on_lost(self, link: Link) -> None:
+        keys = [key for key, attempt in self._attempts.items() if attempt.link is link]
+        if keys:
+            log.warning("link lost: aborting %d of %d attempts", len(keys), len(self._attempts))
+        for key in keys:
             self._abort(key, wire.END_REASON_ABORTED)
-        if self._pins is not None:
-            self._pins.unpin_all()
+        if link in self._pins:
+            self._pins.pop(link).unpin_all()
 
     def heartbeat(self) -> wire.WorkerHeartbeat:
         load, counters = self.steps.load, self.steps.counters
@@ -188,7 +201,7 @@ class WorkerShell(LinkHandler):
     def end(self, attempt: Attempt, reason: "wire.EndReason.ValueType", detail: str = "") -> None:
         if self._forget(attempt):
             ending = wire.Ending(id=attempt.id, reason=reason, num_tokens=attempt.num_tokens, detail=detail)
-            self._send(wire.WorkerMessage(ending=ending))
+            attempt.link.send(wire.WorkerMessage(ending=ending))
 
     async def drained(self, timeout_s: float) -> bool:
         """Wait until no attempt and no hand-over needs this process; False when the time ran out first."""
@@ -228,16 +241,16 @@ class WorkerShell(LinkHandler):
     def report_failed_prefill(self, attempt: Attempt, num_tokens: int) -> None:
         """The attempt's prefill worker did not hand over all; so many tokens are here."""
         progress = wire.Progress(id=attempt.id, computed_tokens=num_tokens, prefill_failed=True)
-        self._send(wire.WorkerMessage(progress=progress))
+        attempt.link.send(wire.WorkerMessage(progress=progress))
 
-    def _refuse(self, id: wire.AttemptId, reason: str) -> None:
+    def _refuse(self, link: Link, id: wire.AttemptId, reason: str) -> None:
         self.counters["requests_refused"] += 1
         admission = wire.Admission(id=id, accepted=False, reason=reason, draining=self.draining)
-        self._send(wire.WorkerMessage(admission=admission))
+        link.send(wire.WorkerMessage(admission=admission))
 
     def _on_refused(self, attempt: Attempt, reason: str) -> None:
         if self._forget(attempt):
-            self._refuse(attempt.id, reason)
+            self._refuse(attempt.link, attempt.id, reason)
             attempt.role.abort(attempt)
 
     def _forget(self, attempt: Attempt) -> bool:
@@ -266,7 +279,7 @@ class WorkerShell(LinkHandler):
         for started in output.started:
             if attempt := self._attempts.get(started.request_id):
                 admission = wire.Admission(id=attempt.id, accepted=True, cached_tokens=started.num_cached_tokens)
-                self._send(wire.WorkerMessage(admission=admission))
+                attempt.link.send(wire.WorkerMessage(admission=admission))
         if output.tokens:  # before what nobody waits for: each message is a write of its own
             self._send_tokens(output.tokens)
         for reserved in output.reserved:
@@ -280,7 +293,7 @@ class WorkerShell(LinkHandler):
                 if not computed.is_whole:
                     continue
                 progress = wire.Progress(id=attempt.id, computed_tokens=computed.num_tokens)
-                self._send(wire.WorkerMessage(progress=progress))
+                attempt.link.send(wire.WorkerMessage(progress=progress))
         for ended in output.ended:
             if attempt := self._attempts.get(ended.request_id):
                 self._on_ended(attempt, ended)
@@ -291,11 +304,14 @@ class WorkerShell(LinkHandler):
         self.end(attempt, _END_REASONS[ended.reason])
 
     def _send_tokens(self, tokens: list[TokenOutput]) -> None:
-        message = wire.StepTokens()
+        messages: dict[Link, wire.StepTokens] = {}
         for token in tokens:
             attempt = self._attempts.get(token.request_id)
             if attempt is None:
                 continue
+            message = messages.get(attempt.link)
+            if message is None:
+                message = messages[attempt.link] = wire.StepTokens()
             attempt.num_tokens = token.index + 1
             if token.logprobs is not None:
                 message.logprobs.add(
@@ -308,5 +324,5 @@ class WorkerShell(LinkHandler):
             message.indices.append(token.index)
             message.token_ids.append(token.token_id)
             attempt.role.on_token(attempt, token)
-        if message.handles:
-            self._send(wire.WorkerMessage(tokens=message))
+        for link, message in messages.items():
+            link.send(wire.WorkerMessage(tokens=message))

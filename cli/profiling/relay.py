@@ -67,12 +67,15 @@ class _Worker:
     async def start(self, stack: AsyncExitStack, role: "wire.Role.ValueType", options: HandoverOptions) -> None:
         self.wired = await stack.enter_async_context(
             wire_up(self.parts, self.identity, [role], options, "127.0.0.1",
-                    self._coordinator.on_message, self._coordinator.on_crash)
+                    self.send, self._coordinator.on_crash)
         )  # fmt: skip
 
     def assign(self, assignment: wire.Assignment) -> None:
         assert self.wired is not None, "started before anything is assigned"
-        self.wired.shell.on_assignment(assignment)
+        self.wired.shell.on_assignment(self, assignment)
+
+    def send(self, message: wire.WorkerMessage) -> None:
+        self._coordinator.on_message(message)
 
     @property
     def peer(self) -> wire.HandoverPeer:

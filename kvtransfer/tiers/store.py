@@ -145,8 +145,9 @@ class BlockStore:
         for tier in self._tiers:
             tier.unpin_prefix(key)
 
-    def unpin_all(self) -> None:
-        for key in {key for tier in self._tiers for key in tier.pins.keys}:
+    def unpin_all(self, prefix: str = "") -> None:
+        """The same for every key that begins so."""
+        for key in {key for tier in self._tiers for key in tier.pins.keys if key.startswith(prefix)}:
             self.unpin(key)
 
     def close(self, deadline: float) -> None:

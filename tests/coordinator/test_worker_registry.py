@@ -24,9 +24,18 @@ def test_load_counts_what_was_assigned_since_the_last_heartbeat() -> None:
     for handle in range(3):
         worker.open(leg_on(worker, handle), num_tokens=160, waiting_tokens=100)
     load = worker.load()
-    assert (load.requests, load.free_blocks, load.waiting_prefill_tokens) == (3, 90 - 3 * 11, 300)
+    assert (load.requests, load.free_blocks, load.waiting_prefill_tokens) == (1 + 3, 90 - 3 * 11, 300)
     worker.beat(wire.WorkerHeartbeat(blocks=wire.BlockCounts(total=100, free=50), running_requests=7))
     assert (worker.load().requests, worker.load().free_blocks) == (7, 50)
+
+
+def test_what_is_assigned_comes_on_top_of_what_other_coordinators_gave() -> None:
+    worker = registered()
+    worker.open(leg_on(worker, 1), num_tokens=160, waiting_tokens=100)
+    worker.beat(wire.WorkerHeartbeat(running_requests=3, waiting_requests=1, waiting_prefill_tokens=350))
+    assert (worker.load().requests, worker.load().waiting_prefill_tokens) == (4, 350)
+    worker.open(leg_on(worker, 2), num_tokens=160, waiting_tokens=30)
+    assert (worker.load().requests, worker.load().waiting_prefill_tokens) == (5, 380)
 
 
 def test_a_closed_leg_is_no_load_and_is_not_found_any_more() -> None:

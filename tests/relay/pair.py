@@ -123,10 +123,11 @@ class Pair:
             to_prefill.ClearField("prefill")
             to_prefill.decode.CopyFrom(self.peer(self.decode))
             to_prefill.holders.extend(holders)
-            self.prefill.shell.shell.on_assignment(to_prefill)
+            self.prefill.shell.shell.on_assignment(self.prefill, to_prefill)
         else:
             assignment.holders.extend(holders)
-        (at or self.decode).shell.shell.on_assignment(assignment)
+        decode = at or self.decode
+        decode.shell.shell.on_assignment(decode, assignment)
         return id.request_id, stream
 
     @staticmethod

@@ -183,7 +183,7 @@ def test_an_abort_at_any_moment_leaves_both_pools_whole(model: tuple[LoadedModel
             await until(signs[moment])
             for _ in range(2):
                 for worker in (pair.prefill, pair.decode):
-                    worker.shell.shell.on_abort(wire.AttemptId(request_id=request_id, attempt=1))
+                    worker.shell.shell.on_abort(worker, wire.AttemptId(request_id=request_id, attempt=1))
             await pair.whole()
             assert stream.endings["decode"].reason == wire.END_REASON_ABORTED
             again = await pair.generate(PROMPT, NEW_TOKENS, remote=True)
@@ -200,7 +200,7 @@ def test_aborted_blocks_stay_in_quarantine_until_the_writer_has_stopped(model: t
             request_id, _ = pair.start(PROMPT, 200, remote=True)
             await until(lambda: pair.decode.counters()["handover_blocks_direct"] > 0 and is_held.is_set())
             for worker in (pair.decode, pair.prefill):
-                worker.shell.shell.on_abort(wire.AttemptId(request_id=request_id, attempt=1))
+                worker.shell.shell.on_abort(worker, wire.AttemptId(request_id=request_id, attempt=1))
             await asyncio.sleep(0.1)
             assert await quarantined(pair.decode) == -(-(len(PROMPT) + 1) // 16)
             go_on.set()

@@ -75,7 +75,7 @@ def test_an_abort_at_any_moment_leaves_both_pools_whole(model: tuple[LoadedModel
                 await reached(pair, stream.tokens)
             for _ in range(2):  # aborting twice is aborting once
                 for worker in (pair.prefill, pair.decode):
-                    worker.shell.shell.on_abort(wire.AttemptId(request_id=request_id, attempt=1))
+                    worker.shell.shell.on_abort(worker, wire.AttemptId(request_id=request_id, attempt=1))
             await pair.whole()
             assert stream.endings["decode"].reason == wire.END_REASON_ABORTED
             again = await pair.generate(PROMPT, NEW_TOKENS, remote=True)
@@ -90,7 +90,7 @@ def test_a_lost_link_aborts_everything_on_that_worker(model: tuple[LoadedModel, 
             assert pair.prefill is not None
             streams = [pair.start(PROMPT, 200, remote=number % 2 == 0)[1] for number in range(4)]
             for worker in (pair.prefill, pair.decode):
-                worker.shell.shell.on_lost()
+                worker.shell.shell.on_lost(worker)
             await pair.whole()
             assert all(stream.endings["decode"].reason == wire.END_REASON_ABORTED for stream in streams)
 

@@ -226,7 +226,7 @@ def test_an_abort_at_any_moment_leaves_both_pools_whole(model: tuple[LoadedModel
         for _ in range(num_turns):
             await asyncio.sleep(0.001)
         for _ in range(2):
-            case.pair.decode.shell.shell.on_abort(wire.AttemptId(request_id=request_id, attempt=1))
+            case.pair.decode.shell.shell.on_abort(case.pair.decode, wire.AttemptId(request_id=request_id, attempt=1))
         await case.pair.whole()
         await case.ask(holder=case.holder)
         await case.pair.whole()
@@ -240,7 +240,7 @@ def test_an_abort_while_blocks_are_pulled_leaves_both_pools_whole(model: tuple[L
         async with asyncio.timeout(30):
             while case.holder.counters()["prefix_blocks_lent"] == 0:
                 await asyncio.sleep(0)
-        case.pair.decode.shell.shell.on_abort(wire.AttemptId(request_id=request_id, attempt=1))
+        case.pair.decode.shell.shell.on_abort(case.pair.decode, wire.AttemptId(request_id=request_id, attempt=1))
         await case.ends(prompt_tokens_fetched=0, requests_aborted=1)
 
     serve(model, story, replace(HANDOVER, lanes="faulty:shm?stall=1"))

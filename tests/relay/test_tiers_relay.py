@@ -237,10 +237,10 @@ def test_a_pinned_prefix_is_kept_when_a_flood_pushes_others_out_of_the_tier(
         blocks = LOADABLE // PAGE
         tier = host(str(6 * blocks * block_bytes(model[0])))
         async with relay(model[0], decode=small_pool(model[0]), decode_tiers=tier) as pair:
-            shell = pair.decode.shell.shell
-            shell.on_pin(wire.Pin(id="pin", token_ids=PROMPTS[0], ttl_s=60))
-            shell.on_pin(wire.Pin(id="gone", token_ids=PROMPTS[1], ttl_s=60))
-            shell.on_unpin("gone")  # before its names are known
+            link, shell = pair.decode, pair.decode.shell.shell
+            shell.on_pin(link, wire.Pin(id="pin", token_ids=PROMPTS[0], ttl_s=60))
+            shell.on_pin(link, wire.Pin(id="gone", token_ids=PROMPTS[1], ttl_s=60))
+            shell.on_unpin(link, "gone")  # before its names are known
             flood = [random_prompt(seed) for seed in range(100, 112)]
             for number, prompt in enumerate([*PROMPTS[:2], *flood], 1):
                 await pair.generate(prompt, NEW_TOKENS)
@@ -250,7 +250,7 @@ def test_a_pinned_prefix_is_kept_when_a_flood_pushes_others_out_of_the_tier(
                 before = pair.decode.counters()["prompt_tokens_loaded"]
                 assert (await pair.generate(PROMPTS[number], NEW_TOKENS)).output == model[1][number]
                 assert pair.decode.counters()["prompt_tokens_loaded"] - before == loaded
-            shell.on_lost()
+            shell.on_lost(link)
             assert pair.decode.counters()["kv_host_pinned"] == 0
             await pair.whole()
 
@@ -338,7 +338,7 @@ def test_an_abort_while_blocks_are_loaded_leaves_the_pool_whole(
                 for _ in range(number * 3):
                     await asyncio.sleep(0)
                 for worker in workers:
-                    worker.shell.shell.on_abort(wire.AttemptId(request_id=request_id, attempt=1))
+                    worker.shell.shell.on_abort(worker, wire.AttemptId(request_id=request_id, attempt=1))
             await pair.whole()
             assert (await pair.generate(PROMPTS[0], NEW_TOKENS, remote=remote)).output == model[1][0]
 

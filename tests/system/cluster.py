@@ -5,13 +5,20 @@ import re
 import time
 import urllib.request
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from benchmarks.serving import Serving
 
 
 class Cluster(Serving):
+    def at(self, url: str) -> Self:
+        """The same processes, asked at another coordinator."""
+        other = copy(self)
+        other.url = url
+        return other
+
     def post(self, path: str, body: dict[str, Any], timeout_s: float = 120.0) -> dict[str, Any]:
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"

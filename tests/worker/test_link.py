@@ -13,6 +13,7 @@ from baton.errors import ConfigurationError
 from baton.v1 import worker_link_pb2 as wire
 from baton.v1 import worker_link_pb2_grpc as rpc
 from worker.link import CoordinatorLink, LinkHandler, Refused
+from worker.roles import Link
 
 WELCOME = wire.CoordinatorMessage(welcome=wire.Welcome(heartbeat_interval_s=0.05, heartbeat_timeout_s=0.3))
 BEAT = wire.CoordinatorMessage(heartbeat=wire.CoordinatorHeartbeat())
@@ -28,22 +29,22 @@ class Recorder(LinkHandler):
         self.drains = 0
         self.lost = asyncio.Event()
 
-    def on_assignment(self, assignment: wire.Assignment) -> None:
+    def on_assignment(self, link: Link, assignment: wire.Assignment) -> None:
         self.assigned.put_nowait(assignment.id.request_id)
 
-    def on_abort(self, id: wire.AttemptId) -> None:
+    def on_abort(self, link: Link, id: wire.AttemptId) -> None:
         self.aborted.put_nowait(id.request_id)
 
-    def on_pin(self, pin: wire.Pin) -> None:
+    def on_pin(self, link: Link, pin: wire.Pin) -> None:
         self.pins.append(pin.id)
 
-    def on_unpin(self, id: str) -> None:
+    def on_unpin(self, link: Link, id: str) -> None:
         self.pins.remove(id)
 
     def on_drain(self) -> None:
         self.drains += 1
 
-    def on_lost(self) -> None:
+    def on_lost(self, link: Link) -> None:
         self.lost.set()
 
 
@@ -71,14 +72,14 @@ class FakeCoordinator(rpc.WorkerLinkServicer):
 
 
 @asynccontextmanager
-async def linked(coordinator: FakeCoordinator, timeout_s: float = 5.0) -> AsyncIterator[tuple[Recorder, Any, Any]]:
+async def linked(coordinator: FakeCoordinator) -> AsyncIterator[tuple[Recorder, Any, Any]]:
     server = grpc.aio.server()
     rpc.add_WorkerLinkServicer_to_server(coordinator, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     recorder = Recorder()
     link = CoordinatorLink(f"127.0.0.1:{port}", REGISTRATION, recorder, wire.WorkerHeartbeat)
-    running = asyncio.create_task(link.run(timeout_s))
+    running = asyncio.create_task(link.run(lambda: None))
     try:
         async with asyncio.timeout(20):
             yield recorder, link, running
@@ -156,15 +157,6 @@ def test_a_refused_worker_stops_and_says_why() -> None:
     asyncio.run(run())
 
 
-def test_a_worker_without_coordinator_gives_up_with_a_hint() -> None:
-    async def run() -> None:
-        link = CoordinatorLink("127.0.0.1:1", REGISTRATION, Recorder(), wire.WorkerHeartbeat)
-        with pytest.raises(ConfigurationError, match="check --coordinator"):
-            await link.run(connect_timeout_s=0.2)
-
-    asyncio.run(run())
-
-
 def test_messages_without_a_link_are_dropped_not_kept() -> None:
     async def run() -> None:
         link = CoordinatorLink("127.0.0.1:1", REGISTRATION, Recorder(), wire.WorkerHeartbeat)
@@ -194,7 +186,7 @@ def test_a_link_ends_although_its_welcome_comes_in_the_same_moment(monkeypatch: 
         monkeypatch.setattr("worker.link.WorkerLinkStub", lambda channel: stub)
         recorder = Recorder()
         link = asyncio.create_task(
-            CoordinatorLink("127.0.0.1:1", REGISTRATION, recorder, wire.WorkerHeartbeat).run(connect_timeout_s=5)
+            CoordinatorLink("127.0.0.1:1", REGISTRATION, recorder, wire.WorkerHeartbeat).run(lambda: None)
         )
         await asyncio.wait_for(call.reads.wait(), 5)
         call.answer.set_result(WELCOME)
