@@ -25,7 +25,7 @@ def test_the_client_streams_text_lists_models_and_sees_workers(run) -> None:
 
 def test_errors_come_in_the_servers_words(run) -> None:
     async def main() -> None:
-        async with running() as system, AsyncClient(system.url) as client:
+        async with running(worker_return_s=0.2) as system, AsyncClient(system.url) as client:
             with pytest.raises(ClientError, match="no worker that can decode") as raised:
                 await anext(aiter(client.complete("x")))
             assert raised.value.status == 503
