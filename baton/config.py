@@ -162,6 +162,9 @@ class WorkerOptions:
     host: str = setting("127.0.0.1", "address that other workers reach this one at")
     connect_timeout_s: float = setting(30.0, "seconds to wait for the coordinator before giving up at start")
     drain_timeout_s: float = setting(30.0, "seconds that running requests get to finish after SIGTERM")
+    orphan_s: float = setting(
+        10.0, "seconds that requests of a dead coordinator go on and wait for their clients at another; 0: not at all"
+    )
     parent_pid: int = setting(0, "exit when this process is gone; 0 watches nobody")
 
 
@@ -179,6 +182,9 @@ class CoordinatorOptions:
     max_body_bytes: int = setting(1 << 20, "largest HTTP body or gRPC message accepted")
     request_timeout_s: float = setting(600.0, "longest that one request may take")
     max_attempts: int = setting(3, "tries of one request before a worker failure is reported to the client")
+    max_resume_s: float = setting(
+        60.0, "longest that a request is kept for a client that hung up and asked for it with X-Baton-Resume-S"
+    )
     drain_timeout_s: float = setting(30.0, "seconds that running requests get to finish after SIGTERM")
     parent_pid: int = setting(0, "exit when this process is gone; 0 watches nobody")
 
@@ -194,7 +200,7 @@ _POSITIVE = {
     "heartbeat_timeout_s", "pull_timeout_s", "connect_timeout_s", "drain_timeout_s", "max_requests",
     "max_body_bytes", "request_timeout_s", "max_attempts", "speculate_tokens", "speculate_running", "seconds",
 }  # fmt: skip
-_NOT_NEGATIVE = {"max_model_tokens", "threads", "local_prefill_tokens", "parent_pid"}
+_NOT_NEGATIVE = {"max_model_tokens", "threads", "local_prefill_tokens", "parent_pid", "orphan_s", "max_resume_s"}
 _PORTS = {"port", "grpc_port", "link_port"}
 
 

@@ -1,8 +1,8 @@
 """A worker's stream to one coordinator: register, answer, heartbeat, and dial again when it breaks.
 
 The coordinator owns every stream of tokens, so work without a link has no reader: when the link breaks, the worker
-aborts what it did for that coordinator (`on_lost`) and registers afresh. Silence counts as a break: both sides send
-a heartbeat every `heartbeat_interval_s`, and one that hears nothing for `heartbeat_timeout_s` hangs up.
+is told (`on_lost`), keeps what another coordinator may go on with, and registers afresh. Silence counts as a break:
+both sides send a heartbeat every `heartbeat_interval_s`, and one that hears nothing for `heartbeat_timeout_s` hangs up.
 """
 
 import asyncio
@@ -41,7 +41,17 @@ class LinkHandler(ABC):
     def on_drain(self) -> None: ...
 
     @abstractmethod
-    def on_lost(self) -> None: ...
+    def on_adopt(self, adopt: wire.Adopt) -> None: ...
+
+    @abstractmethod
+    def on_cached_tokens(self, cached: wire.CachedTokens) -> None: ...
+
+    @abstractmethod
+    def on_linked(self, coordinator: int) -> None:
+        """The coordinator of this incarnation has welcomed this worker."""
+
+    @abstractmethod
+    def on_lost(self, coordinator: int) -> None: ...
 
 
 class Refused(ConfigurationError):
@@ -62,6 +72,7 @@ class CoordinatorLink:
         self._heartbeat = heartbeat
         self._outgoing: asyncio.Queue[wire.WorkerMessage] | None = None
         self._overflow = asyncio.Event()
+        self._coordinator = 0
         self.connected = asyncio.Event()
 
     def send(self, message: wire.WorkerMessage) -> None:
@@ -87,7 +98,7 @@ class CoordinatorLink:
             if self.connected.is_set():
                 self.connected.clear()
                 give_up_at, backoff_s = None, 0.05
-                self._handler.on_lost()
+                self._handler.on_lost(self._coordinator)
             elif give_up_at is not None and loop.time() > give_up_at:
                 raise ConfigurationError(
                     f"no coordinator answered at {self._address} for {connect_timeout_s:g} s; "
@@ -118,7 +129,9 @@ class CoordinatorLink:
                     welcome = await call.read()
                 if not isinstance(welcome, wire.CoordinatorMessage):  # the end of the stream
                     raise ConnectionError("the coordinator hung up before its welcome")
+                self._coordinator = welcome.welcome.coordinator_incarnation
                 self.connected.set()
+                self._handler.on_linked(self._coordinator)
                 log.info("registered with the coordinator at %s", self._address)
                 await self._serve(call, welcome.welcome)
         finally:
@@ -161,6 +174,10 @@ class CoordinatorLink:
                 self._handler.on_pin(message.pin)
             case "unpin":
                 self._handler.on_unpin(message.unpin.id)
+            case "adopt":
+                self._handler.on_adopt(message.adopt)
+            case "cached_tokens":
+                self._handler.on_cached_tokens(message.cached_tokens)
             case "drain":
                 self._handler.on_drain()
             case _:

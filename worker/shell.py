@@ -7,7 +7,8 @@ Life of an attempt in a worker:
 2. The role submits an engine request. The engine's outputs come back once a step: tokens of all attempts leave as one
    StepTokens message, everything else goes to the attempt's role.
 3. `end` reports the first ending and forgets the attempt; whatever still comes for it is dropped.
-4. An abort, a deadline, a broken link and a drain all go through `_abort`.
+4. An abort, a deadline and a drain all go through `_abort`.
+5. A broken link ends nothing at once: what another coordinator can go on with is kept for a while (`worker.orphans`).
 """
 
 import asyncio
@@ -29,6 +30,7 @@ from kvtransfer.tiers.store import BlockStore, Unsaved
 from kvtransfer.wire import PeerRef, spawn
 from worker.arrivals import Arrivals, Arrived, Fetch
 from worker.link import LinkHandler
+from worker.orphans import Orphans
 from worker.pins import Pins
 from worker.roles import Attempt, RoleHandler
 from worker.step_loop import Command, StepLoop
@@ -89,6 +91,8 @@ class WorkerShell(LinkHandler):
             self._pins = Pins(engine, self.steps, store, lambda salt: root_name(model_fingerprint, cache_salt=salt))
         self._roles: dict[int, RoleHandler] = {}
         self._attempts: dict[str, Attempt] = {}
+        self._coordinator = 0
+        self.orphans = Orphans(send, lambda attempt: self._abort(attempt.key, wire.END_REASON_ABORTED), self.counters)
         self._changed = asyncio.Event()
 
     def carry(self, role: RoleHandler) -> None:
@@ -107,7 +111,9 @@ class WorkerShell(LinkHandler):
             self._refuse(assignment.id, "this attempt is here already")
         else:
             attempt = Attempt(assignment.id, key, assignment.handle, assignment, role)
-            attempt.num_tokens = len(assignment.token_ids) - assignment.num_prompt_tokens
+            attempt.coordinator = self._coordinator
+            attempt.tokens = list(assignment.token_ids[assignment.num_prompt_tokens :])
+            attempt.num_tokens = len(attempt.tokens)
             self._attempts[key] = attempt
             if assignment.deadline_s > 0:
                 loop = asyncio.get_running_loop()
@@ -131,11 +137,23 @@ class WorkerShell(LinkHandler):
             self.draining = True
             self._send(wire.WorkerMessage(heartbeat=self.heartbeat()))  # at once: whatever comes now is refused
 
-    def on_lost(self) -> None:
-        if self._attempts:
-            log.warning("link lost: aborting %d attempts", len(self._attempts))
-        for key in list(self._attempts):
-            self._abort(key, wire.END_REASON_ABORTED)
+    def on_adopt(self, adopt: wire.Adopt) -> None:
+        self.orphans.adopt(adopt.id, attempt_key(adopt.id), adopt.handle, self._coordinator)
+
+    def on_cached_tokens(self, cached: wire.CachedTokens) -> None:
+        if attempt := self._attempts.get(attempt_key(cached.id)):
+            attempt.cached_tokens = max(attempt.cached_tokens or 0, cached.num_tokens)
+
+    def on_linked(self, coordinator: int) -> None:
+        self._coordinator = coordinator
+        self.orphans.report(coordinator)
+
+    def on_lost(self, coordinator: int) -> None:
+        lost = [each for each in self._attempts.values() if each.coordinator == coordinator and not each.orphaned]
+        if lost:
+            log.warning("link lost: %d attempts wait for another coordinator", len(lost))
+        for attempt in lost:
+            self.orphans.lose(attempt)
         if self._pins is not None:
             self._pins.unpin_all()
 
@@ -188,7 +206,9 @@ class WorkerShell(LinkHandler):
     def end(self, attempt: Attempt, reason: "wire.EndReason.ValueType", detail: str = "") -> None:
         if self._forget(attempt):
             ending = wire.Ending(id=attempt.id, reason=reason, num_tokens=attempt.num_tokens, detail=detail)
-            self._send(wire.WorkerMessage(ending=ending))
+            if not attempt.orphaned:
+                self._send(wire.WorkerMessage(ending=ending))
+            self.orphans.ended(attempt, ending)
 
     async def drained(self, timeout_s: float) -> bool:
         """Wait until no attempt and no hand-over needs this process; False when the time ran out first."""
@@ -232,6 +252,7 @@ class WorkerShell(LinkHandler):
 
     def _on_refused(self, attempt: Attempt, reason: str) -> None:
         if self._forget(attempt):
+            self.orphans.ended(attempt, wire.Ending(reason=wire.END_REASON_ERROR))
             self._refuse(attempt.id, reason)
             attempt.role.abort(attempt)
 
@@ -260,6 +281,10 @@ class WorkerShell(LinkHandler):
     def _on_output(self, output: StepOutput) -> None:
         for started in output.started:
             if attempt := self._attempts.get(started.request_id):
+                if attempt.cached_tokens is None:
+                    attempt.cached_tokens = started.num_cached_tokens
+                if attempt.orphaned:
+                    continue
                 admission = wire.Admission(id=attempt.id, accepted=True, cached_tokens=started.num_cached_tokens)
                 self._send(wire.WorkerMessage(admission=admission))
         if output.tokens:  # before what nobody waits for: each message is a write of its own
@@ -272,7 +297,7 @@ class WorkerShell(LinkHandler):
         for computed in output.computed:
             if attempt := self._attempts.get(computed.request_id):
                 attempt.role.on_computed(attempt, computed)
-                if not computed.is_whole:
+                if not computed.is_whole or attempt.orphaned:
                     continue
                 progress = wire.Progress(id=attempt.id, computed_tokens=computed.num_tokens)
                 self._send(wire.WorkerMessage(progress=progress))
@@ -292,6 +317,12 @@ class WorkerShell(LinkHandler):
             if attempt is None:
                 continue
             attempt.num_tokens = token.index + 1
+            attempt.tokens.append(token.token_id)
+            if token.logprobs is not None:
+                attempt.logprobs.append(token.logprobs)
+            if attempt.orphaned:
+                attempt.role.on_token(attempt, token)
+                continue
             if token.logprobs is not None:
                 message.logprobs.add(
                     entry=len(message.handles),

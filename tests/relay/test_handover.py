@@ -90,7 +90,7 @@ def test_a_lost_link_aborts_everything_on_that_worker(model: tuple[LoadedModel, 
             assert pair.prefill is not None
             streams = [pair.start(PROMPT, 200, remote=number % 2 == 0)[1] for number in range(4)]
             for worker in (pair.prefill, pair.decode):
-                worker.shell.shell.on_lost()
+                worker.shell.shell.on_lost(0)
             await pair.whole()
             assert all(stream.endings["decode"].reason == wire.END_REASON_ABORTED for stream in streams)
 

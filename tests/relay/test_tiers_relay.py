@@ -250,7 +250,7 @@ def test_a_pinned_prefix_is_kept_when_a_flood_pushes_others_out_of_the_tier(
                 before = pair.decode.counters()["prompt_tokens_loaded"]
                 assert (await pair.generate(PROMPTS[number], NEW_TOKENS)).output == model[1][number]
                 assert pair.decode.counters()["prompt_tokens_loaded"] - before == loaded
-            shell.on_lost()
+            shell.on_lost(0)
             assert pair.decode.counters()["kv_host_pinned"] == 0
             await pair.whole()
 

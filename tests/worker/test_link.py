@@ -25,6 +25,9 @@ class Recorder(LinkHandler):
         self.assigned: asyncio.Queue[str] = asyncio.Queue()
         self.aborted: asyncio.Queue[str] = asyncio.Queue()
         self.pins: list[str] = []
+        self.adopted: list[str] = []
+        self.cached: dict[str, int] = {}
+        self.linked: list[int] = []
         self.drains = 0
         self.lost = asyncio.Event()
 
@@ -43,7 +46,16 @@ class Recorder(LinkHandler):
     def on_drain(self) -> None:
         self.drains += 1
 
-    def on_lost(self) -> None:
+    def on_adopt(self, adopt: wire.Adopt) -> None:
+        self.adopted.append(adopt.id.request_id)
+
+    def on_cached_tokens(self, cached: wire.CachedTokens) -> None:
+        self.cached[cached.id.request_id] = cached.num_tokens
+
+    def on_linked(self, coordinator: int) -> None:
+        self.linked.append(coordinator)
+
+    def on_lost(self, coordinator: int) -> None:
         self.lost.set()
 
 
