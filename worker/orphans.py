@@ -2,14 +2,14 @@
 
 1. The link breaks. Attempts of the decode role go on as orphans. A prefill goes on to its end by itself: its hand-over
    needs no coordinator, and the decode worker releases it.
-2. The next coordinator that welcomes this worker is told of each orphan, and of the attempts that ended so short a
-   while ago that their last tokens may have reached no client.
+2. Every other coordinator that this worker has, or gets, a link to is told of each orphan, and of the attempts that
+   ended so short a while ago that their last tokens may have reached no client.
 3. It adopts those whose client comes back, and gets all their tokens. The others are aborted when they have waited
    for `keep_s`. A coordinator that comes back itself has given up on them: they are aborted at once.
 """
 
 import asyncio
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 
 from baton.v1 import worker_link_pb2 as wire
@@ -19,6 +19,9 @@ MAX_KEPT = 1024
 """Beyond it the attempt that was kept first goes."""
 REPLAY_TOKENS = 512
 """In one message."""
+
+
+Send = Callable[[wire.WorkerMessage], None]
 
 
 @dataclass(slots=True)
@@ -34,14 +37,14 @@ class Orphans:
 
     def __init__(
         self,
-        send: Callable[[wire.WorkerMessage], None],
         abort: Callable[[Attempt], None],
         counters: MutableMapping[str, float],
         keep_s: float = 0.0,
     ) -> None:
         """`abort` ends an attempt that goes on. With `keep_s` 0 nothing is kept."""
         self.keep_s = keep_s
-        self._send = send
+        self._links: dict[int, Send] = {}
+        """To the coordinators that have welcomed this worker, by their incarnation."""
         self._abort = abort
         self._counters = counters
         self._kept: dict[str, _Kept] = {}
@@ -49,16 +52,31 @@ class Orphans:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def lose(self, attempt: Attempt) -> None:
-        """The coordinator of an attempt that goes on is gone."""
-        decodes = attempt.assignment.role == wire.ROLE_DECODE
-        if decodes and not self.keep_s:
-            self._abort(attempt)
-            return
-        attempt.orphaned = True
-        if decodes:
-            self._counters["orphans"] += 1
-            self._keep(attempt, None)
+    def linked(self, coordinator: int, send: Send) -> None:
+        """A coordinator has welcomed this worker."""
+        self._links[coordinator] = send
+        for kept in list(self._kept.values()):
+            if kept.attempt.coordinator == coordinator:
+                self._drop(kept)
+            else:
+                send(_report(kept))
+
+    def lost(self, coordinator: int, attempts: Iterable[Attempt]) -> None:
+        """A coordinator is gone; `attempts`, which it assigned, go on."""
+        self._links.pop(coordinator, None)
+        for attempt in attempts:
+            decodes = attempt.assignment.role == wire.ROLE_DECODE
+            if decodes and not self.keep_s:
+                self._abort(attempt)
+                continue
+            attempt.orphaned = True
+            if decodes:
+                self._counters["orphans"] += 1
+                self._keep(attempt, None)
+        for kept in list(self._kept.values()):
+            if kept.attempt.coordinator == coordinator:
+                for send in self._links.values():
+                    send(_report(kept))
 
     def ended(self, attempt: Attempt, ending: wire.Ending) -> None:
         """An attempt is over; one that a coordinator aborted may be complete by a stop string that it saw."""
@@ -69,42 +87,22 @@ class Orphans:
         if attempt.assignment.role == wire.ROLE_DECODE and ending.reason in reasons and self.keep_s > 0:
             self._keep(attempt, ending)
 
-    def report(self, coordinator: int) -> None:
-        """A coordinator has welcomed this worker."""
-        for kept in list(self._kept.values()):
-            attempt = kept.attempt
-            if attempt.coordinator == coordinator:
-                self._drop(kept)
-                continue
-            message = wire.WorkerMessage()
-            orphan = message.orphan
-            orphan.assignment.CopyFrom(attempt.assignment)
-            for field in ("prefill", "decode", "holders", "handle"):
-                orphan.assignment.ClearField(field)
-            orphan.num_tokens = len(attempt.tokens)
-            orphan.cached_tokens = attempt.cached_tokens or 0
-            orphan.without_logprobs = _without_logprobs(attempt)
-            now = asyncio.get_running_loop().time()
-            orphan.remaining_s = max(0.0, attempt.deadline.when() - now) if attempt.deadline is not None else 0.0
-            orphan.kept_s = max(0.0, kept.timer.when() - now)
-            self._send(message)
-
     def adopt(self, id: wire.AttemptId, key: str, handle: int, coordinator: int) -> None:
         """Answer a coordinator that goes on with an attempt: everything so far, or that it is not here."""
-        kept = self._forget(key)
+        send, kept = self._links[coordinator], self._forget(key)
         if kept is None:
             admission = wire.Admission(id=id, accepted=False, reason="this attempt waits for nobody here")
-            self._send(wire.WorkerMessage(admission=admission))
+            send(wire.WorkerMessage(admission=admission))
             return
         attempt = kept.attempt
         attempt.handle, attempt.coordinator, attempt.orphaned = handle, coordinator, False
         self._counters["orphans_adopted"] += 1
         admission = wire.Admission(id=id, accepted=True, cached_tokens=attempt.cached_tokens or 0)
-        self._send(wire.WorkerMessage(admission=admission))
+        send(wire.WorkerMessage(admission=admission))
         for first in range(0, len(attempt.tokens), REPLAY_TOKENS):
-            self._send(wire.WorkerMessage(tokens=_replay(attempt, first)))
+            send(wire.WorkerMessage(tokens=_replay(attempt, first)))
         if kept.ending is not None:
-            self._send(wire.WorkerMessage(ending=kept.ending))
+            send(wire.WorkerMessage(ending=kept.ending))
             self._keep(attempt, kept.ending)  # the next coordinator may die as the first one did
 
     def _keep(self, attempt: Attempt, ending: wire.Ending | None) -> None:
@@ -128,6 +126,21 @@ class Orphans:
         if kept.ending is None:
             self._counters["orphans_aborted"] += 1
             self._abort(kept.attempt)
+
+
+def _report(kept: _Kept) -> wire.WorkerMessage:
+    attempt, now = kept.attempt, asyncio.get_running_loop().time()
+    message = wire.WorkerMessage()
+    orphan = message.orphan
+    orphan.assignment.CopyFrom(attempt.assignment)
+    for field in ("prefill", "decode", "holders", "handle"):
+        orphan.assignment.ClearField(field)
+    orphan.num_tokens = len(attempt.tokens)
+    orphan.cached_tokens = attempt.cached_tokens or 0
+    orphan.without_logprobs = _without_logprobs(attempt)
+    orphan.remaining_s = max(0.0, attempt.deadline.when() - now) if attempt.deadline is not None else 0.0
+    orphan.kept_s = max(0.0, kept.timer.when() - now)
+    return message
 
 
 def _without_logprobs(attempt: Attempt) -> int:

@@ -92,7 +92,7 @@ class WorkerShell(LinkHandler):
         self._roles: dict[int, RoleHandler] = {}
         self._attempts: dict[str, Attempt] = {}
         self._coordinator = 0
-        self.orphans = Orphans(send, lambda attempt: self._abort(attempt.key, wire.END_REASON_ABORTED), self.counters)
+        self.orphans = Orphans(lambda attempt: self._abort(attempt.key, wire.END_REASON_ABORTED), self.counters)
         self._changed = asyncio.Event()
 
     def carry(self, role: RoleHandler) -> None:
@@ -146,14 +146,13 @@ class WorkerShell(LinkHandler):
 
     def on_linked(self, coordinator: int) -> None:
         self._coordinator = coordinator
-        self.orphans.report(coordinator)
+        self.orphans.linked(coordinator, self._send)
 
     def on_lost(self, coordinator: int) -> None:
         lost = [each for each in self._attempts.values() if each.coordinator == coordinator and not each.orphaned]
         if lost:
             log.warning("link lost: %d attempts wait for another coordinator", len(lost))
-        for attempt in lost:
-            self.orphans.lose(attempt)
+        self.orphans.lost(coordinator, lost)
         if self._pins is not None:
             self._pins.unpin_all()
 

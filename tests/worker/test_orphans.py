@@ -30,28 +30,29 @@ class World:
         self.sent: list[wire.WorkerMessage] = []
         self.aborted: list[str] = []
         self.counters = {"orphans": 0.0, "orphans_adopted": 0.0, "orphans_aborted": 0.0}
-        self.orphans = Orphans(self.sent.append, self._abort, self.counters, keep_s)
+        self.orphans = Orphans(self._abort, self.counters, keep_s)
 
     def _abort(self, attempt: Attempt) -> None:
         """As the shell does it."""
         self.aborted.append(attempt.key)
         self.orphans.ended(attempt, wire.Ending(id=attempt.id, reason=wire.END_REASON_ABORTED))
 
-    def adopt(self, attempt: Attempt) -> list[wire.WorkerMessage]:
+    def adopt(self, attempt: Attempt, coordinator: int = NEW) -> list[wire.WorkerMessage]:
+        self.orphans.linked(coordinator, self.sent.append)
         self.sent.clear()
-        self.orphans.adopt(attempt.id, attempt.key, 99, NEW)
+        self.orphans.adopt(attempt.id, attempt.key, 99, coordinator)
         return self.sent
 
 
 def test_an_orphan_is_reported_to_another_coordinator_and_handed_over_with_all_its_tokens() -> None:
     async def run() -> None:
         world, orphan = World(), attempt("a", given=2)
-        world.orphans.lose(orphan)
+        world.orphans.lost(OLD, [orphan])
         for index in range(3):
             orphan.tokens.append(200 + index)
             orphan.logprobs.append(TokenLogprobs(-index, (5, 6), (-0.5, -1.5)))
         orphan.cached_tokens = 1
-        world.orphans.report(NEW)
+        world.orphans.linked(NEW, world.sent.append)
         (message,) = world.sent
         told = message.orphan
         assert (told.num_tokens, told.cached_tokens, told.assignment.ticket) == (5, 1, b"ticket")
@@ -82,7 +83,7 @@ def test_long_streams_are_handed_over_in_pieces(monkeypatch: pytest.MonkeyPatch)
         world, orphan = World(), attempt("a", given=3)
         orphan.tokens += range(200, 207)
         orphan.logprobs += [TokenLogprobs(-1.0 * index) for index in range(7)]
-        world.orphans.lose(orphan)
+        world.orphans.lost(OLD, [orphan])
         pieces = [message.tokens for message in world.adopt(orphan)[1:]]
         assert [index for piece in pieces for index in piece.indices] == list(range(10))
         assert [token for piece in pieces for token in piece.token_ids] == orphan.tokens
@@ -95,7 +96,7 @@ def test_long_streams_are_handed_over_in_pieces(monkeypatch: pytest.MonkeyPatch)
 def test_what_nobody_asks_for_is_aborted_when_its_time_is_over() -> None:
     async def run() -> None:
         world = World(keep_s=0.02)
-        world.orphans.lose(attempt("a"))
+        world.orphans.lost(OLD, [attempt("a")])
         world.orphans.ended(attempt("b"), wire.Ending(reason=wire.END_REASON_STOP))
         await asyncio.sleep(0.05)
         assert world.aborted == ["a/1"]
@@ -108,16 +109,27 @@ def test_what_nobody_asks_for_is_aborted_when_its_time_is_over() -> None:
 def test_a_coordinator_that_comes_back_has_given_up_on_its_attempts() -> None:
     async def run() -> None:
         world = World()
-        world.orphans.lose(attempt("a"))
+        world.orphans.lost(OLD, [attempt("a")])
         world.orphans.ended(attempt("b"), wire.Ending(reason=wire.END_REASON_STOP))
-        waiting = attempt("c", given=2)
-        waiting.coordinator = NEW  # its first token will come from a prefill worker
-        world.orphans.lose(waiting)
-        world.orphans.report(OLD)
-        assert world.sent.pop().orphan.without_logprobs == 3
+        world.orphans.linked(OLD, world.sent.append)
         assert world.sent == []
         assert world.aborted == ["a/1"]
-        assert len(world.orphans) == 1
+        assert len(world.orphans) == 0
+
+    asyncio.run(run())
+
+
+def test_coordinators_that_are_there_already_are_told_at_once() -> None:
+    async def run() -> None:
+        world = World()
+        world.orphans.linked(NEW, world.sent.append)
+        waiting, other = attempt("a", given=2), attempt("b")
+        other.coordinator = NEW
+        world.orphans.ended(other, wire.Ending(id=other.id, reason=wire.END_REASON_STOP))
+        world.orphans.lost(OLD, [waiting])
+        (message,) = world.sent
+        assert message.orphan.assignment.id == waiting.id
+        assert message.orphan.without_logprobs == 3, "its first token will come from a prefill worker"
 
     asyncio.run(run())
 
@@ -129,12 +141,13 @@ def test_attempts_that_have_just_ended_are_reported_too_and_end_again_where_they
         for reason in reasons:  # aborted: perhaps because its coordinator saw a stop string
             one = attempt(wire.EndReason.Name(reason), given=1)
             world.orphans.ended(one, wire.Ending(id=one.id, reason=reason, num_tokens=1))
-        world.orphans.report(NEW)
+        world.orphans.linked(NEW, world.sent.append)
         assert [message.orphan.assignment.id.request_id for message in world.sent] == [
             "END_REASON_LENGTH", "END_REASON_ABORTED",
         ]  # fmt: skip
-        for _ in range(2):  # whoever adopted it may die as well
-            kinds = [message.WhichOneof("message") for message in world.adopt(attempt("END_REASON_LENGTH"))]
+        for coordinator in (NEW, 33):  # whoever adopted it may die as well
+            messages = world.adopt(attempt("END_REASON_LENGTH"), coordinator)
+            kinds = [message.WhichOneof("message") for message in messages]
             assert kinds == ["admission", "tokens", "ending"]
 
     asyncio.run(run())
@@ -143,7 +156,7 @@ def test_attempts_that_have_just_ended_are_reported_too_and_end_again_where_they
 def test_an_orphan_that_ends_while_it_waits_is_still_handed_over() -> None:
     async def run() -> None:
         world, orphan = World(), attempt("a", given=2)
-        world.orphans.lose(orphan)
+        world.orphans.lost(OLD, [orphan])
         world.orphans.ended(orphan, wire.Ending(id=orphan.id, reason=wire.END_REASON_STOP, num_tokens=2))
         kinds = [message.WhichOneof("message") for message in world.adopt(orphan)]
         assert kinds == ["admission", "tokens", "ending"]
@@ -154,12 +167,12 @@ def test_an_orphan_that_ends_while_it_waits_is_still_handed_over() -> None:
 def test_prefills_go_on_by_themselves_and_nothing_is_kept_where_that_is_off() -> None:
     async def run() -> None:
         world, prefill = World(), attempt("a", wire.ROLE_PREFILL)
-        world.orphans.lose(prefill)
+        world.orphans.lost(OLD, [prefill])
         world.orphans.ended(prefill, wire.Ending(reason=wire.END_REASON_HANDED_OVER))
         assert prefill.orphaned
         assert len(world.orphans) == 0
         off: Any = World(keep_s=0)
-        off.orphans.lose(attempt("b"))
+        off.orphans.lost(OLD, [attempt("b")])
         off.orphans.ended(attempt("c"), wire.Ending(reason=wire.END_REASON_STOP))
         assert off.aborted == ["b/1"]
         assert world.aborted == []
@@ -172,7 +185,7 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "MAX_KEPT", 3)
         world = World()
         for number in range(5):
-            world.orphans.lose(attempt(str(number)))
+            world.orphans.lost(OLD, [attempt(str(number))])
         assert world.aborted == ["0/1", "1/1"]
         assert len(world.orphans) == 3
 
