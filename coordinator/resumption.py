@@ -165,7 +165,8 @@ class Resumption:
         if id not in self._orphans and len(self._orphans) >= MAX_ORPHANED:
             self._forget(next(iter(self._orphans)))
         found = self._orphans.setdefault(id, {})
-        timer = asyncio.get_running_loop().call_later(message.kept_s, self._expire, id, ticket.choice)
+        kept_s = min(message.kept_s, self._options.request_timeout_s)
+        timer = asyncio.get_running_loop().call_later(kept_s, self._expire, id, ticket.choice)
         orphan, other = _Orphan(worker, ticket, message, timer), found.get(ticket.choice)
         if other is not None:
             orphan, beaten = (orphan, other) if _beats(orphan, other) else (other, orphan)
