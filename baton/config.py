@@ -209,6 +209,9 @@ class WorkerOptions:
     host: str = setting("127.0.0.1", "address that other workers reach this one at")
     connect_timeout_s: float = setting(30.0, "seconds to wait for a coordinator before giving up at start")
     drain_timeout_s: float = setting(30.0, "seconds that running requests get to finish after SIGTERM")
+    orphan_s: float = setting(
+        10.0, "seconds that requests of a dead coordinator go on and wait for their clients at another; 0: not at all"
+    )
     parent_pid: int = setting(0, "exit when this process is gone; 0 watches nobody")
 
 
@@ -230,6 +233,9 @@ class CoordinatorOptions:
         3, "tries of one request that living workers may fail; those whose worker died do not count"
     )
     worker_return_s: float = setting(30.0, "seconds that streams wait for a worker when the last that could serve died")
+    max_resume_s: float = setting(
+        60.0, "longest that a request is kept for a client that hung up and asked for it with X-Baton-Resume-S"
+    )
     drain_timeout_s: float = setting(30.0, "seconds that running requests get to finish after SIGTERM")
     parent_pid: int = setting(0, "exit when this process is gone; 0 watches nobody")
 
@@ -246,7 +252,9 @@ _POSITIVE = {
     "max_body_bytes", "request_timeout_s", "max_attempts", "speculate_tokens", "speculate_running", "seconds",
     "discovery_ttl_s",
 }  # fmt: skip
-_NOT_NEGATIVE = {"max_model_tokens", "threads", "local_prefill_tokens", "parent_pid", "worker_return_s"}
+_NOT_NEGATIVE = {
+    "max_model_tokens", "threads", "local_prefill_tokens", "parent_pid", "worker_return_s", "orphan_s", "max_resume_s",
+}  # fmt: skip
 _PORTS = {"port", "grpc_port", "link_port"}
 
 

@@ -108,6 +108,7 @@ async def _live(settings: Settings, worker_id: str, folder: Path) -> int:
         lambda message: late_links[0].send_all(message), on_crash,
     )  # fmt: skip
     async with wiring as wired:
+        wired.shell.orphans.keep_s = settings.worker.orphan_s
         if cores:
             # The thread that computes, and with it those that it starts; wires run wherever there is room.
             await wired.shell.steps.call(lambda engine: os.sched_setaffinity(0, cores))

@@ -1,17 +1,20 @@
 """A request and its choices on the way to the client: what has arrived, what has not been taken yet, how it ended.
 
 Workers' tokens come in on the link, are detokenised at once (so a stop string ends the work even when the client
-reads slowly) and wait here, merged into one delta a choice, until the front end takes them. What waits is bounded by
+reads slowly) and wait here until the front end takes them, as one delta a choice. All of them are kept until the
+request is forgotten, so that a client whose connection broke can go on from any place; what that takes is bounded by
 max_tokens. The front end is woken once for all tokens that a step brought.
 """
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.detokenizer import TextStream
-from coordinator.failures import RequestFailed
+from coordinator.failures import FailureKind, RequestFailed
 from coordinator.stream import TokenStream
 
 STOP, LENGTH, ABORTED = "stop", "length", "abort"
@@ -28,6 +31,25 @@ class TokenLogprob:
     """Characters of the choice's text before this token."""
 
 
+class Position(NamedTuple):
+    """What a client has of one choice."""
+
+    num_tokens: int = 0
+    ended: bool = False
+    """Its finish reason, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerForm:
+    """What a client asked of its answer beyond the tokens."""
+
+    chat: bool = False
+    include_usage: bool = False
+    keep_special_tokens: bool = False
+    stop: tuple[str, ...] = ()
+    choices_per_prompt: int = 1
+
+
 @dataclass(slots=True)
 class Delta:
     """What one choice gained since the last delta."""
@@ -40,12 +62,21 @@ class Delta:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
 
+    @property
+    def position(self) -> Position:
+        """Of a client that has this delta and all before it."""
+        return Position(self.first_index + len(self.token_ids), self.finish_reason is not None)
+
 
 class Choice:
     """One stream of a request: its prompt, its tokens and text so far."""
 
     __slots__ = (
-        "_delta",
+        "_dirty",
+        "_logprobs",
+        "_muted",
+        "_pieces",
+        "_taken",
         "avoid",
         "begun_by",
         "cached_tokens",
@@ -92,17 +123,23 @@ class Choice:
         """No worker has been there since that could go on with it."""
         self.last_token_s: float | None = None
         self.finish_reason: str | None = None
-        self._delta: Delta | None = None
+        self._pieces: list[str] = []
+        """Of the text: what each token lets show, and then what the end does. A function of the tokens alone."""
+        self._logprobs: list[TokenLogprob] = []
+        self._taken = 0
+        """Tokens that the client has."""
+        self._dirty = False
+        self._muted = False
+        """The client knows how it ended."""
         request.choices.append(self)
 
     def add(self, token_id: int, logprob: wire.StepLogprob | None, is_stop_token: bool) -> bool:
         """Append a delivered token. True if a stop string is complete now."""
-        delta = self._pending(len(self.stream.tokens) - 1)
-        delta.token_ids.append(token_id)
         if self.sampling.HasField("logprobs"):
-            delta.logprobs.append(_token_logprob(token_id, logprob, self.text.length))
-        if not is_stop_token or self.show_stop_token:
-            delta.text += self.text.push(token_id)
+            self._logprobs.append(_token_logprob(token_id, logprob, self.text.length))
+        self._pieces.append(self.text.push(token_id) if not is_stop_token or self.show_stop_token else "")
+        if len(self._pieces) > self._taken:  # else a client is here that had more before its coordinator died
+            self._touch()
         return self.text.stopped
 
     def end(self, reason: str) -> None:
@@ -111,22 +148,29 @@ class Choice:
             return
         self.finish_reason = reason
         self.stream.close()
-        delta = self._pending(len(self.stream.tokens))
         if not self.text.stopped:
-            delta.text += self.text.finish()
-        delta.finish_reason = reason
+            self._pieces.append(self.text.finish())
+        self._touch()
 
-    def _pending(self, index: int) -> Delta:
-        """The delta that waits to be taken; a new one begins at `index`."""
-        if self._delta is None:
-            self._delta = Delta(self.number, self.prompt_index, index)
+    def _touch(self) -> None:
+        if not self._dirty and not self._muted:
+            self._dirty = True
             self.request.touch(self)
-        return self._delta
 
     def take(self) -> Delta:
-        delta, self._delta = self._delta, None
-        assert delta is not None
-        return delta
+        """What came since the last time."""
+        first, tokens = self._taken, self.stream.tokens
+        self._dirty, self._taken = False, max(first, len(tokens))
+        text = "".join(self._pieces[first:])
+        return Delta(
+            self.number, self.prompt_index, first, tokens[first:], text, self._logprobs[first:], self.finish_reason
+        )
+
+    def rewind(self, position: Position) -> None:
+        """The client goes on from there."""
+        self._dirty, self._muted, self._taken = False, position.ended, position.num_tokens
+        if len(self._pieces) > self._taken or self.finish_reason is not None:
+            self._touch()
 
 
 def _token_logprob(token_id: int, entry: wire.StepLogprob | None, text_offset: int) -> TokenLogprob:
@@ -153,9 +197,12 @@ class UsageCounts:
 class Request:
     """All choices of one client's call. The dispatcher ends it; the front end reads it."""
 
-    def __init__(self, id: str, cache_salt: str = "") -> None:
+    def __init__(self, id: str, cache_salt: str = "", form: AnswerForm = AnswerForm(), resume_s: float = 0.0) -> None:
         self.id = id
         self.cache_salt = cache_salt
+        self.form = form
+        self.resume_s = resume_s
+        """How long it is kept for a client that hung up."""
         self.created_unix_s = int(time.time())
         self.started_s = time.monotonic()
         self.first_token_s: float | None = None
@@ -164,6 +211,8 @@ class Request:
         self.failure: RequestFailed | None = None
         self.ended = False
         self.deadline: asyncio.TimerHandle | None = None
+        self.reader = 0
+        """Number of the client that has it now: of two, the one that came later."""
         self._dirty: list[Choice] = []
         self._waiter: asyncio.Future[None] | None = None
 
@@ -181,22 +230,36 @@ class Request:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def deltas(self) -> list[Delta]:
+    def attach(self, positions: Sequence[Position] = ()) -> int:
+        """The number of a new reader that goes on from `positions`, by choice; one before it is done."""
+        self.reader += 1
+        self._dirty = []
+        for choice in self.choices:
+            choice.rewind(positions[choice.number] if choice.number < len(positions) else Position())
+        self.wake()
+        return self.reader
+
+    async def deltas(self, reader: int = 0) -> list[Delta]:
         """Waits for what is new, at most one delta a choice; [] when the request is complete.
 
-        Raises RequestFailed, after everything that was delivered has been taken. The wait ends at the request's
-        deadline at the latest, because the dispatcher then ends the request.
+        Raises RequestFailed, after everything that was delivered has been taken, and for a reader that is not the
+        latest. The wait ends at the request's deadline at the latest, because the dispatcher then ends the request.
         """
-        while not self._dirty:
+        while True:
+            if reader != self.reader:
+                raise RequestFailed(FailureKind.SUPERSEDED, "another connection goes on with this request")
+            if self._dirty:
+                break
             if self.failure is not None:
                 raise self.failure
             if self.ended:
                 return []
-            self._waiter = asyncio.get_running_loop().create_future()
+            waiter = self._waiter = asyncio.get_running_loop().create_future()
             try:
-                await self._waiter
+                await waiter
             finally:
-                self._waiter = None
+                if self._waiter is waiter:  # else it is that of a reader that came meanwhile
+                    self._waiter = None
         dirty, self._dirty = self._dirty, []
         return [choice.take() for choice in dirty]
 

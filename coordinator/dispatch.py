@@ -15,7 +15,8 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from baton.block_names import root_name
 from baton.config import CoordinatorOptions
@@ -30,6 +31,7 @@ from coordinator.retries import RetryBudget
 from coordinator.routing import Route, RoutingPolicy, Work, WorkerLoad
 from coordinator.stream import ABANDON, COMPLETE, Outcome
 from coordinator.suspects import Suspects
+from coordinator.tickets import issue
 from coordinator.workers import Leg, Worker, WorkerRegistry, work_together
 
 events = logging.getLogger("baton.events")
@@ -37,6 +39,14 @@ log = logging.getLogger("baton.requests")
 RETURN_POLL_S = 0.1
 MAX_HOLDERS = 2
 """Workers that an assignment names for the beginning of its prompt."""
+
+
+class Adoption(NamedTuple):
+    """An attempt that another coordinator began and that goes on, or has ended, at a worker of this one."""
+
+    worker: Worker
+    attempt: int
+    num_tokens: int
 
 
 class Dispatcher:
@@ -61,6 +71,10 @@ class Dispatcher:
         self.requests: dict[str, Request] = {}
         self.num_streams = 0
         self.draining = False
+        self.model = ""
+        """Name of the one served, for tickets."""
+        self.on_orphan: Callable[[Worker, wire.Orphan], None] = lambda worker, orphan: None
+        """Set by the resumption."""
         self.idle = asyncio.Event()
         self.idle.set()
         registry.on_lost = self._on_lost
@@ -76,18 +90,43 @@ class Dispatcher:
 
     def start(self, request: Request) -> None:
         """Admit and route every choice. Raises RequestFailed if there is no room; later failures are the request's."""
+        self._admit(request)
+        for choice in request.choices:
+            if not request.ended:
+                self._begin_attempt(choice)
+
+    def adopt(self, request: Request, orphans: Mapping[Choice, Adoption]) -> None:
+        """Go on with what another coordinator began; a choice without an orphan starts its next attempt.
+
+        Raises RequestFailed if there is no room.
+        """
+        self._admit(request)
+        for choice in request.choices:
+            if request.ended:
+                return
+            orphan = orphans.get(choice)
+            if orphan is None or orphan.worker.lost.is_set():
+                self._begin_attempt(choice)
+                continue
+            choice.stream.attempt = orphan.attempt
+            choice.begun_by = orphan.worker.registration
+            leg = Leg(choice, orphan.attempt, orphan.worker, True, next(self._handles))
+            leg.admitted = True  # what it found in its cache was said with the orphan
+            self._legs[choice] = [leg]
+            orphan.worker.open(leg, len(choice.prompt) + orphan.num_tokens, 0)
+            orphan.worker.send(wire.CoordinatorMessage(adopt=wire.Adopt(id=leg.id, handle=leg.handle)))
+
+    def _admit(self, request: Request) -> None:
         self.check_capacity(len(request.choices))
+        if request.id in self.requests:
+            raise RequestFailed(FailureKind.ID_IN_USE, "a request with this id is here already; choose another id")
         self.requests[request.id] = request
         self.num_streams += len(request.choices)
         self.idle.clear()
         self._retries.admitted(len(request.choices))
         self._suspects.begin(request)
         loop = asyncio.get_running_loop()
-        remaining_s = self._remaining_s(request)
-        request.deadline = loop.call_later(remaining_s, self._expire, request)
-        for choice in request.choices:
-            if not request.ended:
-                self._begin_attempt(choice)
+        request.deadline = loop.call_later(self._remaining_s(request), self._expire, request)
 
     def abort(self, request: Request) -> None:
         """The client does not want the rest. Effective in every state, idempotent."""
@@ -242,6 +281,8 @@ class Dispatcher:
                 peer.CopyFrom(_peer(decode if worker is prefill else prefill))
             if computes:
                 assignment.holders.extend(self._holders(leg))
+            if role == wire.ROLE_DECODE:
+                assignment.ticket = issue(choice, self.model)
             worker.send(message)
 
     def _holders(self, leg: Leg) -> list[wire.PrefixHolder]:
@@ -341,6 +382,8 @@ class Dispatcher:
                     self._alone_now(leg.choice)
         elif kind == "ending":
             self._on_ending(worker, message.ending)
+        elif kind == "orphan":
+            self.on_orphan(worker, message.orphan)
         else:
             worker.lose(f"it sent an unexpected message ({kind or 'empty'})")
 
@@ -389,6 +432,10 @@ class Dispatcher:
             # Only the first word counts: a request that was preempted finds its own blocks when it comes back.
             if leg.attempt == 1 and not leg.admitted:
                 choice.cached_tokens = max(choice.cached_tokens, min(admission.cached_tokens, len(choice.prompt)))
+                for other in self._legs.get(choice, ()):
+                    if other.decode and other is not leg and choice.cached_tokens:
+                        cached = wire.CachedTokens(id=other.id, num_tokens=choice.cached_tokens)
+                        other.worker.send(wire.CoordinatorMessage(cached_tokens=cached))
             leg.waiting_tokens = max(0, leg.waiting_tokens - admission.cached_tokens)
             leg.admitted = True
             return

@@ -1,12 +1,15 @@
 """The gRPC front end: the Inference service beside the standard health and reflection services.
 
-Requests take the same path as those over HTTP. A cancelled call aborts its request in every worker.
+Requests take the same path as those over HTTP. A cancelled call aborts its request in every worker, unless its client
+asked that it be kept.
 """
 
 import asyncio
+import contextlib
 import logging
+import math
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -16,10 +19,19 @@ from grpc_reflection.v1alpha import reflection
 from baton.errors import InvalidRequestError
 from baton.v1 import inference_pb2 as api
 from baton.v1 import inference_pb2_grpc as rpc
-from coordinator.delivery import ABORTED, LENGTH, STOP, Delta, Request
+from coordinator.delivery import ABORTED, LENGTH, STOP, Delta, Position, Request
 from coordinator.failures import FailureKind, RequestFailed
 from coordinator.pins import CachePin
-from coordinator.requests import ChatPrompt, GenerateSpec, Intake, PinSpec, Prompt, new_request_id
+from coordinator.requests import (
+    ChatPrompt,
+    GenerateSpec,
+    Intake,
+    PinSpec,
+    Prompt,
+    check_request_id,
+    new_request_id,
+)
+from coordinator.resumption import Resumption
 from coordinator.sampling import SamplingRequest
 
 access = logging.getLogger("baton.access")
@@ -28,6 +40,9 @@ _SERVICE = api.DESCRIPTOR.services_by_name["Inference"].full_name
 _CODES = {
     FailureKind.UNKNOWN_MODEL: grpc.StatusCode.NOT_FOUND,
     FailureKind.UNKNOWN_PIN: grpc.StatusCode.NOT_FOUND,
+    FailureKind.UNKNOWN_REQUEST: grpc.StatusCode.NOT_FOUND,
+    FailureKind.ID_IN_USE: grpc.StatusCode.ALREADY_EXISTS,
+    FailureKind.SUPERSEDED: grpc.StatusCode.ABORTED,
     FailureKind.CANNOT_PIN: grpc.StatusCode.FAILED_PRECONDITION,
     FailureKind.OVERLOADED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     FailureKind.POISON: grpc.StatusCode.FAILED_PRECONDITION,  # "should not be retried", unlike UNAVAILABLE and ABORTED
@@ -46,15 +61,40 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class InferenceServicer(rpc.InferenceServicer):
-    def __init__(self, intake: Intake) -> None:
+    def __init__(self, intake: Intake, resumption: Resumption) -> None:
         self._intake = intake
+        self._resumption = resumption
 
     async def Generate(self, request: api.GenerateRequest, context: _Context) -> AsyncIterator[api.GenerateResponse]:
+        async def start() -> Request:
+            if not 0 <= request.resume_s < math.inf:
+                raise InvalidRequestError("resume_s must be a number of seconds, such as 30", "resume_s")
+            if request.request_id:
+                self._resumption.check_free(check_request_id(request.request_id))
+            id = request.request_id or new_request_id("gen")
+            return await self._intake.submit(_spec(request), id, request.resume_s)
+
+        async with contextlib.aclosing(self._answer("Generate", context, start())) as responses:
+            async for response in responses:
+                yield response
+
+    async def Resume(self, request: api.ResumeRequest, context: _Context) -> AsyncIterator[api.GenerateResponse]:
+        positions = [Position(each.num_tokens, each.ended) for each in request.positions]
+        found = self._resumption.resume(request.request_id, positions)
+        async with contextlib.aclosing(self._answer("Resume", context, found, positions)) as responses:
+            async for response in responses:
+                yield response
+
+    async def _answer(
+        self, method: str, context: _Context, start: Awaitable[Request], positions: Sequence[Position] = ()
+    ) -> AsyncGenerator[api.GenerateResponse]:
         running: Request | None = None
+        reader = 0
         code = "CANCELLED"
         try:
-            running = await self._intake.submit(_spec(request), new_request_id("gen"))
-            while deltas := await running.deltas():
+            running = await start
+            reader = running.attach(positions)
+            while deltas := await running.deltas(reader):
                 for delta in deltas:
                     last = running.drained and delta is deltas[-1]
                     yield _response(running, delta, last)
@@ -67,8 +107,8 @@ class InferenceServicer(rpc.InferenceServicer):
             await _internal(context, error)
         finally:
             if running is not None:
-                self._intake.dispatcher.abort(running)
-            _log_access("Generate", code, running)
+                self._resumption.left(running, reader)
+            _log_access(method, code, running)
 
     async def Tokenize(self, request: api.TokenizeRequest, context: _Context) -> api.TokenizeResponse:
         async def answer() -> api.TokenizeResponse:
@@ -98,9 +138,7 @@ class InferenceServicer(rpc.InferenceServicer):
         return api.ListModelsResponse(models=[model])
 
     async def Abort(self, request: api.AbortRequest, context: _Context) -> api.AbortResponse:
-        running = self._intake.dispatcher.requests.get(request.request_id)
-        if running is not None:
-            self._intake.dispatcher.abort(running)
+        self._resumption.abort(request.request_id)
         return api.AbortResponse()
 
     async def CreatePin(self, request: api.CreatePinRequest, context: _Context) -> api.CachePin:
@@ -129,12 +167,12 @@ class InferenceServicer(rpc.InferenceServicer):
 class GrpcApi:
     """The server and its health. `host:port` is opened by `start`."""
 
-    def __init__(self, intake: Intake, max_message_bytes: int) -> None:
+    def __init__(self, intake: Intake, resumption: Resumption, max_message_bytes: int) -> None:
         # Without so_reuseport=0 a second coordinator would share the port, and clients would meet either.
         options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", max_message_bytes)]
         self.server = grpc.aio.server(options=options)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        rpc.add_InferenceServicer_to_server(InferenceServicer(intake), self.server)
+        rpc.add_InferenceServicer_to_server(InferenceServicer(intake, resumption), self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         names = (_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.server)

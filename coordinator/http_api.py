@@ -1,14 +1,16 @@
 """The HTTP front end: OpenAI's endpoints with SSE, and those that operators need.
 
-A client that hangs up cancels its handler, and the handler's `finally` aborts the request in every worker.
+A client that hangs up cancels its handler, and the handler's `finally` aborts the request in every worker, unless the
+client asked that it be kept (`coordinator.resumption`).
 """
 
 import asyncio
 import ipaddress
 import logging
+import math
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -17,17 +19,21 @@ from aiohttp import web
 
 from baton.errors import InvalidRequestError
 from coordinator import openai_api, status
-from coordinator.delivery import Delta, Request
+from coordinator.delivery import Delta, Position, Request
 from coordinator.failures import FailureKind, RequestFailed
-from coordinator.openai_answers import AnswerWriter, ErrorBody, ErrorDetail, json_body, sse
+from coordinator.openai_answers import SSE_DONE, AnswerWriter, ErrorBody, ErrorDetail, json_body, positions_of, sse
 from coordinator.pins import CachePin
-from coordinator.requests import GenerateSpec, Intake, new_request_id
+from coordinator.requests import GenerateSpec, Intake, check_request_id, new_request_id
+from coordinator.resumption import Resumption
 
 access = logging.getLogger("baton.access")
 
 _HTTP_STATUS = {
     FailureKind.UNKNOWN_MODEL: (404, "invalid_request_error", "model_not_found"),
     FailureKind.UNKNOWN_PIN: (404, "invalid_request_error", "pin_not_found"),
+    FailureKind.UNKNOWN_REQUEST: (404, "invalid_request_error", "request_not_found"),
+    FailureKind.ID_IN_USE: (409, "invalid_request_error", "request_id_in_use"),
+    FailureKind.SUPERSEDED: (409, "invalid_request_error", "resumed_elsewhere"),
     FailureKind.CANNOT_PIN: (422, "invalid_request_error", "cannot_pin"),
     FailureKind.OVERLOADED: (429, "rate_limit_error", "overloaded"),
     FailureKind.POISON: (422, "invalid_request_error", "poison"),  # no 5xx, which clients' libraries send again
@@ -54,8 +60,15 @@ _call: ContextVar[_Call] = ContextVar("call")
 
 
 class HttpApi:
-    def __init__(self, intake: Intake, max_body_bytes: int, worker_status: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        intake: Intake,
+        resumption: Resumption,
+        max_body_bytes: int,
+        worker_status: Callable[[], Mapping[str, Any]],
+    ) -> None:
         self._intake = intake
+        self._resumption = resumption
         self._max_body_bytes = max_body_bytes
         self._worker_status = worker_status
 
@@ -63,6 +76,9 @@ class HttpApi:
         app = web.Application(middlewares=[self._outermost], client_max_size=self._max_body_bytes)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_get("/v1/streams/{id}", self._resume_stream)
+        app.router.add_get("/v1/requests/{id}", self._resume_whole)
+        app.router.add_delete("/v1/requests/{id}", self._abort)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{name:.+}", self._model)
         app.router.add_post("/tokenize", self._tokenize)
@@ -82,29 +98,58 @@ class HttpApi:
 
     async def _completions(self, http: web.Request) -> web.StreamResponse:
         body = openai_api.parse(await _json_bytes(http), openai_api.CompletionRequest)
-        return await self._generate(http, body.spec(), bool(body.stream), body.include_usage, chat=False)
+        return await self._generate(http, body.spec(), bool(body.stream))
 
     async def _chat(self, http: web.Request) -> web.StreamResponse:
         body = openai_api.parse(await _json_bytes(http), openai_api.ChatRequest)
-        return await self._generate(http, body.spec(), bool(body.stream), body.include_usage, chat=True)
+        return await self._generate(http, body.spec(), bool(body.stream))
 
-    async def _generate(
-        self, http: web.Request, spec: GenerateSpec, stream: bool, include_usage: bool, chat: bool
-    ) -> web.StreamResponse:
+    async def _generate(self, http: web.Request, spec: GenerateSpec, stream: bool) -> web.StreamResponse:
         call = _call.get()
-        call.id = new_request_id("chatcmpl" if chat else "cmpl")
-        request = call.request = await self._intake.submit(spec, call.id)
-        name, token_bytes = self._intake.model_name, self._intake.tokenizer.token_bytes
-        writer = AnswerWriter(request, name, chat, include_usage, token_bytes)
+        resume_s = _resume_s(http)
+        if chosen := http.headers.get("X-Request-Id"):
+            self._resumption.check_free(check_request_id(chosen))
+        call.id = chosen or new_request_id("chatcmpl" if spec.chat else "cmpl")
+        call.request = await self._intake.submit(spec, call.id, resume_s)
+        return await self._answer(http, call.request, stream)
+
+    async def _answer(
+        self, http: web.Request, request: Request, stream: bool, positions: Sequence[Position] = ()
+    ) -> web.StreamResponse:
+        reader = request.attach(positions)
+        writer = AnswerWriter(request, self._intake.model_name, self._intake.tokenizer.token_bytes, positions)
         try:
             if stream:
-                return await _stream(http, request, writer)
+                return await _stream(http, request, reader, writer)
             deltas: list[Delta] = []
-            while new := await request.deltas():
+            while new := await request.deltas(reader):
                 deltas += new
             return _json(writer.whole(deltas))
         finally:
-            self._intake.dispatcher.abort(request)
+            self._resumption.left(request, reader)
+
+    # Clients that come back
+
+    async def _resume_stream(self, http: web.Request) -> web.StreamResponse:
+        call, id = _call.get(), http.match_info["id"]
+        last = http.headers.get("Last-Event-ID") or http.query.get("last_event_id", "")
+        positions = positions_of(last, id)
+        if positions is None:
+            return web.Response(body=SSE_DONE, content_type="text/event-stream")
+        call.request = await self._resumption.resume(id, positions)
+        call.id = id
+        return await self._answer(http, call.request, True, positions)
+
+    async def _resume_whole(self, http: web.Request) -> web.StreamResponse:
+        call, id = _call.get(), http.match_info["id"]
+        call.request = await self._resumption.resume(id)
+        call.id = id
+        return await self._answer(http, call.request, False)
+
+    async def _abort(self, http: web.Request) -> web.Response:
+        id = http.match_info["id"]
+        self._resumption.abort(id)
+        return _json(json_body({"id": id, "object": "request", "aborted": True}))
 
     # What is here
 
@@ -195,27 +240,29 @@ class HttpApi:
         return outermost
 
 
-async def _stream(http: web.Request, request: Request, writer: AnswerWriter) -> web.StreamResponse:
+async def _stream(http: web.Request, request: Request, reader: int, writer: AnswerWriter) -> web.StreamResponse:
     # Wait for the first token before saying 200: what fails until then gets a status of its own.
-    deltas = await request.deltas()
+    deltas = await request.deltas(reader)
     headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Request-Id": request.id}
     response = web.StreamResponse(headers=headers)
     await response.prepare(http)
     try:
         try:
-            while deltas:
+            complete = False
+            while not complete:
                 data = b"".join([writer.chunk(delta) for delta in deltas])
                 complete = request.drained and request.failure is None
                 if complete:
                     data += writer.last()
                 if data:
                     await response.write(data)
-                deltas = [] if complete else await request.deltas()
+                if not complete:
+                    deltas = await request.deltas(reader)
         except RequestFailed as failure:
             await response.write(sse(_failure_body(failure)))
         await response.write_eof()
     except ConnectionError:
-        # The client hung up while we wrote; the caller aborts the request.
+        # The client hung up while we wrote; the caller decides what becomes of the request.
         return response
     return response
 
@@ -291,6 +338,18 @@ async def _json_bytes(http: web.Request) -> bytes:
             return await http.read()
     except TimeoutError:
         raise web.HTTPRequestTimeout(reason=f"the body did not arrive within {_BODY_TIMEOUT_S:g} s") from None
+
+
+def _resume_s(http: web.Request) -> float:
+    """How long the client may be gone."""
+    text = http.headers.get("X-Baton-Resume-S", "0")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise InvalidRequestError("X-Baton-Resume-S must be a number of seconds, such as 30", "X-Baton-Resume-S")
+    return seconds
 
 
 def _operators_only(http: web.Request) -> None:

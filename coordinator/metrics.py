@@ -50,6 +50,8 @@ class Metrics:
         self.attempts = Counter("baton_attempts", "Attempts begun", ["kind"], registry=registry)
         self.attempts_failed = Counter("baton_attempts_failed", "Attempts abandoned", ["cause"], registry=registry)
         self.prefill_choice = Counter("baton_prefill_choice", "Who prefills, and why", ["choice"], registry=registry)
+        self.resumed = Counter("baton_requests_resumed", "Clients that came back", ["how"], registry=registry)
+        self.orphans = Counter("baton_orphans", "Attempts of lost coordinators", ["event"], registry=registry)
         self.pins = Counter("baton_cache_pins", "Pins of prefixes", ["event"], registry=registry)
         self.suspects = Counter("baton_suspects", "Requests present at a worker's death, each time", registry=registry)
         self.quarantine = Counter("baton_quarantine", "Isolated requests by event", ["event"], registry=registry)

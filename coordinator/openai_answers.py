@@ -1,12 +1,14 @@
 """OpenAI's response bodies, whole and in chunks. One writer a request holds what its answers have in common."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from coordinator.delivery import Delta, Request, TokenLogprob, UsageCounts
+from baton.errors import InvalidRequestError
+from coordinator.delivery import Delta, Position, Request, TokenLogprob, UsageCounts
 
 _encode = msgspec.json.Encoder().encode
 TokenBytes = Callable[[int], bytes]
@@ -101,11 +103,14 @@ def json_body(value: Any) -> bytes:
     return _encode(value)
 
 
-def sse(value: Any) -> bytes:
-    return b"data: " + _encode(value) + b"\n\n"
+def sse(value: Any, id: str = "") -> bytes:
+    """`id` comes first: a client that has read the data knows where it would go on."""
+    name = b"id: %s\n" % id.encode() if id else b""
+    return name + b"data: " + _encode(value) + b"\n\n"
 
 
 SSE_DONE = b"data: [DONE]\n\n"
+END = "end"
 
 
 def usage_of(counts: UsageCounts) -> Usage:
@@ -114,15 +119,23 @@ def usage_of(counts: UsageCounts) -> Usage:
 
 
 class AnswerWriter:
-    """Turns the deltas of one request into bodies."""
+    """Turns the deltas of one request, of a client that has what `positions` say, into bodies.
 
-    def __init__(self, request: Request, model: str, chat: bool, include_usage: bool, token_bytes: TokenBytes) -> None:
+    The id of an event is that of the request and what the client has with it: of each choice the number of tokens,
+    with `e` once it knows how it ended, or `end` for everything. So it says the same whoever reads it.
+    """
+
+    def __init__(
+        self, request: Request, model: str, token_bytes: TokenBytes, positions: Sequence[Position] = ()
+    ) -> None:
         self._request = request
         self._model = model
-        self._chat = chat
-        self._include_usage = include_usage
+        self._chat = request.form.chat
+        self._include_usage = request.form.include_usage
         self._token_bytes = token_bytes
-        self._introduced: set[int] = set()
+        had = [*positions, *[Position()] * len(request.choices)][: len(request.choices)]
+        self._introduced = {number for number, position in enumerate(had) if position != Position()}
+        self._had = [_written(position) for position in had]
 
     def whole(self, deltas: Sequence[Delta]) -> bytes:
         """`deltas` are all deltas of the request."""
@@ -142,22 +155,27 @@ class AnswerWriter:
     def chunk(self, delta: Delta) -> bytes:
         """An event, or nothing for a delta that shows nothing (half a character, or text held back)."""
         first = delta.choice not in self._introduced
+        self._had[delta.choice] = _written(delta.position)
         if not (delta.text or delta.finish_reason or delta.logprobs or (first and self._chat)):
             return b""
         usage = None if self._include_usage else UNSET
         if not self._chat:
-            return sse(self._answer("text_completion", [self._completion(delta)], usage))
+            return sse(self._answer("text_completion", [self._completion(delta)], usage), self._event_id())
         self._introduced.add(delta.choice)
         text = ChatText("assistant" if first else UNSET, delta.text if delta.text or first else UNSET)
         body = ChatChunkChoice(delta.choice, text, self._logprobs(delta), delta.finish_reason)
-        return sse(self._answer("chat.completion.chunk", [body], usage))
+        return sse(self._answer("chat.completion.chunk", [body], usage), self._event_id())
+
+    def _event_id(self) -> str:
+        return f"{self._request.id}:{'.'.join(self._had)}"
 
     def last(self) -> bytes:
         """The events that end a stream."""
         if not self._include_usage:
             return SSE_DONE
         kind = "chat.completion.chunk" if self._chat else "text_completion"
-        return sse(self._answer(kind, [], usage_of(self._request.usage()))) + SSE_DONE
+        usage = self._answer(kind, [], usage_of(self._request.usage()))
+        return sse(usage, f"{self._request.id}:{END}") + SSE_DONE
 
     def _answer(self, kind: str, choices: Sequence[Any], usage: Usage | UnsetType | None) -> Answer:
         return Answer(self._request.id, kind, self._request.created_unix_s, self._model, choices, usage)
@@ -193,6 +211,25 @@ class AnswerWriter:
 
     def _text(self, token_id: int) -> str:
         return self._token_bytes(token_id).decode(errors="replace")
+
+
+def positions_of(event_id: str, request_id: str) -> list[Position] | None:
+    """What a client has whose last event was this, of no event if empty; None for everything.
+
+    Raises InvalidRequestError.
+    """
+    if not event_id:
+        return []
+    id, _, written = event_id.rpartition(":")
+    if id == request_id and written == END:
+        return None
+    if id != request_id or not re.fullmatch(r"\d{1,9}e?(\.\d{1,9}e?)*", written, re.ASCII):
+        raise InvalidRequestError("the last event id must be the id of an event of this stream", "last_event_id")
+    return [Position(int(each.rstrip("e")), each.endswith("e")) for each in written.split(".")]
+
+
+def _written(position: Position) -> str:
+    return f"{position.num_tokens}{'e' if position.ended else ''}"
 
 
 def _merge(choice: int, deltas: Sequence[Delta]) -> Delta:

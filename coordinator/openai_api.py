@@ -101,8 +101,9 @@ class CompletionRequest(_Sampled, forbid_unknown_fields=True, kw_only=True):
             raise InvalidRequestError("best_of is not supported; ask for n choices and choose", "best_of")
         sampling = self.sampling(self.max_tokens, self.logprobs)
         return GenerateSpec(
-            self.model or "", _prompts(self.prompt), sampling, COMPLETION_DEFAULT_TOKENS, cache_salt=self.cache_salt
-        )
+            self.model or "", _prompts(self.prompt), sampling, COMPLETION_DEFAULT_TOKENS, cache_salt=self.cache_salt,
+            include_usage=self.include_usage,
+        )  # fmt: skip
 
 
 class TextPart(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="text"):
@@ -152,6 +153,8 @@ class ChatRequest(_Sampled, forbid_unknown_fields=True, kw_only=True):
             ),
             max_tokens_name="max_tokens" if completion is None else "max_completion_tokens",
             cache_salt=self.cache_salt,
+            chat=True,
+            include_usage=self.include_usage,
         )
 
 

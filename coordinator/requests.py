@@ -3,6 +3,7 @@
 HTTP and gRPC both build a `GenerateSpec` and hand it to `Intake.submit`; what holds for one holds for the other.
 """
 
+import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,8 @@ from typing import Any
 
 from baton.config import CoordinatorOptions
 from baton.errors import InvalidRequestError
-from coordinator.delivery import Choice, Request
+from baton.v1 import worker_link_pb2 as wire
+from coordinator.delivery import AnswerForm, Choice, Request
 from coordinator.detokenizer import TextStream
 from coordinator.dispatch import Dispatcher
 from coordinator.failures import FailureKind, RequestFailed, unavailable
@@ -55,6 +57,8 @@ class GenerateSpec:
     """The field that the client would change."""
     cache_salt: str | None = None
     """Requests of different salts share no KV."""
+    chat: bool = False
+    include_usage: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +102,13 @@ class Intake:
                 FailureKind.UNKNOWN_MODEL, f"the model does not exist here; '{self.model_name}' is served"
             )
 
-    async def submit(self, spec: GenerateSpec, request_id: str) -> Request:
-        """Start a request. Raises InvalidRequestError, or RequestFailed if it cannot be taken now."""
+    async def submit(self, spec: GenerateSpec, request_id: str, resume_s: float = 0.0) -> Request:
+        """Start a request, kept for `resume_s` when its client hangs up.
+
+        Raises InvalidRequestError, or RequestFailed if it cannot be taken now.
+        """
         try:
-            return await self._submit(spec, request_id)
+            return await self._submit(spec, request_id, resume_s)
         except InvalidRequestError:
             self.metrics.refused.labels("invalid_request").inc()
             raise
@@ -109,7 +116,7 @@ class Intake:
             self.metrics.refused.labels(failure.kind.value).inc()
             raise
 
-    async def _submit(self, spec: GenerateSpec, request_id: str) -> Request:
+    async def _submit(self, spec: GenerateSpec, request_id: str, resume_s: float) -> Request:
         self.check_model(spec.model)
         check(spec.sampling, self.tokenizer.facts.vocab_size)
         if not 1 <= len(spec.prompts) <= MAX_PROMPTS:
@@ -125,11 +132,14 @@ class Intake:
         salt = check_salt(spec.cache_salt)
         # Refused before the work of tokenising, and again by `start`, because others may have come meanwhile.
         self.dispatcher.check_capacity(num_streams)
-        request = Request(request_id, salt)
+        stop = tuple(spec.sampling.stop)
+        form = AnswerForm(spec.chat, spec.include_usage, spec.keep_special_tokens, stop, n)
+        request = Request(request_id, salt, form, resume_s)
         for index, prompt in enumerate(spec.prompts):
             token_ids = await self.token_ids(prompt)
-            request.prompt_tokens += len(token_ids)
-            self._add_choices(request, spec, index, token_ids, n)
+            param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
+            max_tokens = self._max_tokens(spec, len(token_ids), param)
+            self.add_choices(request, index, token_ids, resolve(spec.sampling, self.tokenizer.facts, max_tokens))
         self.dispatcher.start(request)
         return request
 
@@ -172,15 +182,14 @@ class Intake:
         if min(token_ids) < 0 or max(token_ids) >= vocab_size:
             raise InvalidRequestError(f"{param} has a token id outside the vocabulary of {vocab_size}", param)
 
-    def _add_choices(self, request: Request, spec: GenerateSpec, index: int, prompt: list[int], n: int) -> None:
-        asked = spec.sampling
-        param = "messages" if isinstance(spec.prompts[index], ChatPrompt) else "prompt"
-        max_tokens = self._max_tokens(spec, len(prompt), param)
-        sampling = resolve(asked, self.tokenizer.facts, max_tokens)
-        for number in range(n):
-            detokenizer = self.tokenizer.detokenizer(prompt, spec.keep_special_tokens)
-            text = TextStream(detokenizer, asked.stop, sampling.min_tokens)
-            Choice(request, index, prompt, for_choice(sampling, number), text, spec.keep_special_tokens)
+    def add_choices(self, request: Request, index: int, prompt: list[int], sampling: wire.EngineSampling) -> None:
+        """All choices of one prompt; `sampling` is that of the first."""
+        form = request.form
+        request.prompt_tokens += len(prompt)
+        for number in range(form.choices_per_prompt):
+            detokenizer = self.tokenizer.detokenizer(prompt, form.keep_special_tokens)
+            text = TextStream(detokenizer, form.stop, sampling.min_tokens)
+            Choice(request, index, prompt, for_choice(sampling, number), text, form.keep_special_tokens)
 
     def _max_tokens(self, spec: GenerateSpec, num_prompt_tokens: int, param: str) -> int:
         context = self.registry.context_tokens
@@ -229,6 +238,15 @@ def _check_messages(prompt: ChatPrompt) -> None:
             raise InvalidRequestError(f"messages[{at}].role must be one of {', '.join(_ROLES)}", f"messages[{at}].role")
 
 
+def check_request_id(id: str) -> str:
+    """One that a client chose. Raises InvalidRequestError."""
+    if not re.fullmatch(r"[A-Za-z0-9-]{16,64}", id):
+        raise InvalidRequestError(
+            "a request id must be 16 to 64 letters, digits and dashes; leave X-Request-Id out to get one", "request_id"
+        )
+    return id
+
+
 def new_request_id(prefix: str) -> str:
-    """Unguessable, because whoever knows it may abort the request."""
+    """Unguessable, because whoever knows it may read and abort the request."""
     return f"{prefix}-{secrets.token_hex(16)}"

@@ -27,6 +27,7 @@ from coordinator.http_api import HttpApi
 from coordinator.link import LinkServicer
 from coordinator.metrics import Metrics
 from coordinator.requests import Intake
+from coordinator.resumption import Resumption
 from coordinator.routing import LeastLoaded
 from coordinator.status import cluster_status
 from coordinator.tokenizer import ModelTokenizer
@@ -67,6 +68,8 @@ class Coordinator:
         policy = LeastLoaded(options.local_prefill_tokens)
         self.dispatcher = Dispatcher(options, self.registry, policy, self.metrics)
         self.intake = Intake(options, name, self._tokenizer, self.registry, self.dispatcher, self.metrics)
+        self.dispatcher.model = name
+        self.resumption = Resumption(options, self.intake, self.dispatcher, self.metrics)
         self._link = LinkServicer(options, self.registry, self.dispatcher)
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = contextlib.AsyncExitStack()
@@ -76,7 +79,7 @@ class Coordinator:
         options = self._options
         try:
             link = await self._start_link()
-            self._grpc = GrpcApi(self.intake, options.max_body_bytes)
+            self._grpc = GrpcApi(self.intake, self.resumption, options.max_body_bytes)
             grpc_port = _bind(self._grpc.server, options.host, options.grpc_port, "--grpc-port")
             await self._grpc.server.start()
             self._closing.push_async_callback(self._grpc.server.stop, _STOP_GRACE_S)
@@ -103,6 +106,7 @@ class Coordinator:
         options = self._options
         api = HttpApi(
             self.intake,
+            self.resumption,
             options.max_body_bytes,
             lambda: cluster_status(self.intake.model_name, self.registry, self.dispatcher),
         )
@@ -155,6 +159,7 @@ class Coordinator:
         self.dispatcher.draining = True
         for request in list(self.dispatcher.requests.values()):
             self.dispatcher.end(request, "failed", unavailable("this coordinator was shut down before the end"))
+        self.resumption.close()
         for task in list(self._tasks):
             task.cancel()
         await self._closing.aclose()

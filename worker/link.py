@@ -1,8 +1,8 @@
 """A worker's stream to one coordinator: register, answer, heartbeat, and dial again when it breaks.
 
 The coordinator owns every stream of tokens, so work without a link has no reader: when the link breaks, the worker
-aborts what it did for that coordinator (`on_lost`) and registers afresh. Silence counts as a break: both sides send
-a heartbeat every `heartbeat_interval_s`, and one that hears nothing for `heartbeat_timeout_s` hangs up.
+is told (`on_lost`), keeps what another coordinator may go on with, and registers afresh. Silence counts as a break:
+both sides send a heartbeat every `heartbeat_interval_s`, and one that hears nothing for `heartbeat_timeout_s` hangs up.
 """
 
 import asyncio
@@ -44,6 +44,16 @@ class LinkHandler(ABC):
 
     @abstractmethod
     def on_drain(self) -> None: ...
+
+    @abstractmethod
+    def on_adopt(self, link: Link, adopt: wire.Adopt) -> None: ...
+
+    @abstractmethod
+    def on_cached_tokens(self, cached: wire.CachedTokens) -> None: ...
+
+    @abstractmethod
+    def on_linked(self, link: Link) -> None:
+        """Its coordinator has welcomed this worker."""
 
     @abstractmethod
     def on_lost(self, link: Link) -> None: ...
@@ -134,6 +144,7 @@ class CoordinatorLink:
                 self.coordinator = welcome.welcome.coordinator_incarnation
                 self.connected.set()
                 self._told_failure = False
+                self._handler.on_linked(self)
                 on_connected()
                 log.info("registered with the coordinator at %s", self._address)
                 await self._serve(call, welcome.welcome)
@@ -177,6 +188,10 @@ class CoordinatorLink:
                 self._handler.on_pin(self, message.pin)
             case "unpin":
                 self._handler.on_unpin(self, message.unpin.id)
+            case "adopt":
+                self._handler.on_adopt(self, message.adopt)
+            case "cached_tokens":
+                self._handler.on_cached_tokens(message.cached_tokens)
             case "drain":
                 self._handler.on_drain()
             case _:

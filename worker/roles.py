@@ -6,17 +6,31 @@ the engine says about them. The shell owns the wires, the attempt table and how 
 
 import asyncio
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from baton.block_names import root_name, tenant_name
 from baton.v1 import worker_link_pb2 as wire
-from engine.requests import Computed, Ended, EngineRequest, Handover, Placement, Reserved, SamplingParams, TokenOutput
+from engine.requests import (
+    Computed,
+    Ended,
+    EngineRequest,
+    Handover,
+    Placement,
+    Reserved,
+    SamplingParams,
+    TokenLogprobs,
+    TokenOutput,
+)
 from kvtransfer.wire import PeerRef
 
 
 class Link(Protocol):
     """Where messages to one coordinator go."""
+
+    @property
+    def coordinator(self) -> int:
+        """Its incarnation; 0: nobody has answered yet."""
 
     def send(self, message: wire.WorkerMessage) -> None: ...
 
@@ -39,6 +53,16 @@ class Attempt:
     deadline: asyncio.TimerHandle | None = None
     holder: PeerRef | None = None
     """The worker that the beginning of the prompt may come from."""
+    coordinator: int = 0
+    """Incarnation of the one that assigned or adopted it."""
+    orphaned: bool = False
+    """That coordinator is gone, and nobody is told what becomes of it: see `worker.orphans`."""
+    cached_tokens: int | None = None
+    """Of the prompt, in the prefix cache when a worker took it up; None before."""
+    tokens: list[int] = field(default_factory=list)
+    """The stream so far, with the tokens that came with the assignment."""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of the last of `tokens`, where they are asked for."""
 
 
 class RoleHandler(ABC):

@@ -7,7 +7,8 @@ Life of an attempt in a worker:
 2. The role submits an engine request. The engine's outputs come back once a step: tokens of all attempts leave as one
    StepTokens message a link, everything else goes to the attempt's role.
 3. `end` reports the first ending and forgets the attempt; whatever still comes for it is dropped.
-4. An abort, a deadline, a broken link and a drain all go through `_abort`.
+4. An abort, a deadline and a drain all go through `_abort`.
+5. A broken link ends nothing at once: what another coordinator can go on with is kept for a while (`worker.orphans`).
 """
 
 import asyncio
@@ -29,6 +30,7 @@ from kvtransfer.tiers.store import BlockStore, Unsaved
 from kvtransfer.wire import PeerRef, spawn
 from worker.arrivals import Arrivals, Arrived, Fetch
 from worker.link import LinkHandler
+from worker.orphans import Orphans
 from worker.pins import Pins
 from worker.roles import Attempt, Link, RoleHandler
 from worker.step_loop import Command, StepLoop
@@ -96,6 +98,7 @@ class WorkerShell(LinkHandler):
             self._new_pins = partial(Pins, engine, self.steps, store, root)
         self._roles: dict[int, RoleHandler] = {}
         self._attempts: dict[str, Attempt] = {}
+        self.orphans = Orphans(lambda attempt: self._abort(attempt.key, wire.END_REASON_ABORTED), self.counters)
         self._changed = asyncio.Event()
 
     def carry(self, role: RoleHandler) -> None:
@@ -114,7 +117,9 @@ class WorkerShell(LinkHandler):
             self._refuse(link, assignment.id, "this attempt is here already")
         else:
             attempt = Attempt(link, assignment.id, key, assignment.handle, assignment, role)
-            attempt.num_tokens = len(assignment.token_ids) - assignment.num_prompt_tokens
+            attempt.coordinator = link.coordinator
+            attempt.tokens = list(assignment.token_ids[assignment.num_prompt_tokens :])
+            attempt.num_tokens = len(attempt.tokens)
             self._attempts[key] = attempt
             if assignment.deadline_s > 0:
                 loop = asyncio.get_running_loop()
@@ -123,7 +128,7 @@ class WorkerShell(LinkHandler):
 
     def on_abort(self, link: Link, id: wire.AttemptId) -> None:
         attempt = self._attempts.get(attempt_key(id))
-        if attempt is not None and attempt.link is link:
+        if attempt is not None and (attempt.link is link or attempt.orphaned):
             self._abort(attempt.key, wire.END_REASON_ABORTED)
 
     def on_pin(self, link: Link, pin: wire.Pin) -> None:
@@ -143,12 +148,24 @@ class WorkerShell(LinkHandler):
             self.draining = True
             self._send_all(wire.WorkerMessage(heartbeat=self.heartbeat()))  # at once: whatever comes now is refused
 
+    def on_adopt(self, link: Link, adopt: wire.Adopt) -> None:
+        key = attempt_key(adopt.id)
+        if (attempt := self._attempts.get(key)) is not None and attempt.orphaned:
+            attempt.link = link
+        self.orphans.adopt(adopt.id, key, adopt.handle, link.coordinator)
+
+    def on_cached_tokens(self, cached: wire.CachedTokens) -> None:
+        if attempt := self._attempts.get(attempt_key(cached.id)):
+            attempt.cached_tokens = max(attempt.cached_tokens or 0, cached.num_tokens)
+
+    def on_linked(self, link: Link) -> None:
+        self.orphans.linked(link.coordinator, link.send)
+
     def on_lost(self, link: Link) -> None:
-        keys = [key for key, attempt in self._attempts.items() if attempt.link is link]
-        if keys:
-            log.warning("link lost: aborting %d of %d attempts", len(keys), len(self._attempts))
-        for key in keys:
-            self._abort(key, wire.END_REASON_ABORTED)
+        lost = [each for each in self._attempts.values() if each.link is link and not each.orphaned]
+        if lost:
+            log.warning("link lost: %d of %d attempts wait for another coordinator", len(lost), len(self._attempts))
+        self.orphans.lost(link.coordinator, lost)
         if link in self._pins:
             self._pins.pop(link).unpin_all()
 
@@ -201,7 +218,9 @@ class WorkerShell(LinkHandler):
     def end(self, attempt: Attempt, reason: "wire.EndReason.ValueType", detail: str = "") -> None:
         if self._forget(attempt):
             ending = wire.Ending(id=attempt.id, reason=reason, num_tokens=attempt.num_tokens, detail=detail)
-            attempt.link.send(wire.WorkerMessage(ending=ending))
+            if not attempt.orphaned:
+                attempt.link.send(wire.WorkerMessage(ending=ending))
+            self.orphans.ended(attempt, ending)
 
     async def drained(self, timeout_s: float) -> bool:
         """Wait until no attempt and no hand-over needs this process; False when the time ran out first."""
@@ -241,7 +260,8 @@ class WorkerShell(LinkHandler):
     def report_failed_prefill(self, attempt: Attempt, num_tokens: int) -> None:
         """The attempt's prefill worker did not hand over all; so many tokens are here."""
         progress = wire.Progress(id=attempt.id, computed_tokens=num_tokens, prefill_failed=True)
-        attempt.link.send(wire.WorkerMessage(progress=progress))
+        if not attempt.orphaned:
+            attempt.link.send(wire.WorkerMessage(progress=progress))
 
     def _refuse(self, link: Link, id: wire.AttemptId, reason: str) -> None:
         self.counters["requests_refused"] += 1
@@ -250,6 +270,7 @@ class WorkerShell(LinkHandler):
 
     def _on_refused(self, attempt: Attempt, reason: str) -> None:
         if self._forget(attempt):
+            self.orphans.ended(attempt, wire.Ending(reason=wire.END_REASON_ERROR))
             self._refuse(attempt.link, attempt.id, reason)
             attempt.role.abort(attempt)
 
@@ -278,6 +299,10 @@ class WorkerShell(LinkHandler):
     def _on_output(self, output: StepOutput) -> None:
         for started in output.started:
             if attempt := self._attempts.get(started.request_id):
+                if attempt.cached_tokens is None:
+                    attempt.cached_tokens = started.num_cached_tokens
+                if attempt.orphaned:
+                    continue
                 admission = wire.Admission(id=attempt.id, accepted=True, cached_tokens=started.num_cached_tokens)
                 attempt.link.send(wire.WorkerMessage(admission=admission))
         if output.tokens:  # before what nobody waits for: each message is a write of its own
@@ -290,7 +315,7 @@ class WorkerShell(LinkHandler):
         for computed in output.computed:
             if attempt := self._attempts.get(computed.request_id):
                 attempt.role.on_computed(attempt, computed)
-                if not computed.is_whole:
+                if not computed.is_whole or attempt.orphaned:
                     continue
                 progress = wire.Progress(id=attempt.id, computed_tokens=computed.num_tokens)
                 attempt.link.send(wire.WorkerMessage(progress=progress))
@@ -309,10 +334,16 @@ class WorkerShell(LinkHandler):
             attempt = self._attempts.get(token.request_id)
             if attempt is None:
                 continue
+            attempt.num_tokens = token.index + 1
+            attempt.tokens.append(token.token_id)
+            if token.logprobs is not None:
+                attempt.logprobs.append(token.logprobs)
+            if attempt.orphaned:
+                attempt.role.on_token(attempt, token)
+                continue
             message = messages.get(attempt.link)
             if message is None:
                 message = messages[attempt.link] = wire.StepTokens()
-            attempt.num_tokens = token.index + 1
             if token.logprobs is not None:
                 message.logprobs.add(
                     entry=len(message.handles),

@@ -89,6 +89,7 @@ class WorkerMessage(_message.Message):
     PROGRESS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     ENDING_FIELD_NUMBER: _builtins.int
+    ORPHAN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def registration(self) -> Global___Registration: ...
     @_builtins.property
@@ -101,6 +102,8 @@ class WorkerMessage(_message.Message):
     def tokens(self) -> Global___StepTokens: ...
     @_builtins.property
     def ending(self) -> Global___Ending: ...
+    @_builtins.property
+    def orphan(self) -> Global___Orphan: ...
     def __init__(
         self,
         *,
@@ -110,12 +113,13 @@ class WorkerMessage(_message.Message):
         progress: Global___Progress | None = ...,
         tokens: Global___StepTokens | None = ...,
         ending: Global___Ending | None = ...,
+        orphan: Global___Orphan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "ending", b"ending", "heartbeat", b"heartbeat", "message", b"message", "progress", b"progress", "registration", b"registration", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "ending", b"ending", "heartbeat", b"heartbeat", "message", b"message", "orphan", b"orphan", "progress", b"progress", "registration", b"registration", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "ending", b"ending", "heartbeat", b"heartbeat", "message", b"message", "progress", b"progress", "registration", b"registration", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "ending", b"ending", "heartbeat", b"heartbeat", "message", b"message", "orphan", b"orphan", "progress", b"progress", "registration", b"registration", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["registration", "heartbeat", "admission", "progress", "tokens", "ending"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["registration", "heartbeat", "admission", "progress", "tokens", "ending", "orphan"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -132,6 +136,8 @@ class CoordinatorMessage(_message.Message):
     DRAIN_FIELD_NUMBER: _builtins.int
     PIN_FIELD_NUMBER: _builtins.int
     UNPIN_FIELD_NUMBER: _builtins.int
+    ADOPT_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -146,6 +152,10 @@ class CoordinatorMessage(_message.Message):
     def pin(self) -> Global___Pin: ...
     @_builtins.property
     def unpin(self) -> Global___Unpin: ...
+    @_builtins.property
+    def adopt(self) -> Global___Adopt: ...
+    @_builtins.property
+    def cached_tokens(self) -> Global___CachedTokens: ...
     def __init__(
         self,
         *,
@@ -156,12 +166,14 @@ class CoordinatorMessage(_message.Message):
         drain: Global___Drain | None = ...,
         pin: Global___Pin | None = ...,
         unpin: Global___Unpin | None = ...,
+        adopt: Global___Adopt | None = ...,
+        cached_tokens: Global___CachedTokens | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "assignment", b"assignment", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "pin", b"pin", "unpin", b"unpin", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "adopt", b"adopt", "assignment", b"assignment", "cached_tokens", b"cached_tokens", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "pin", b"pin", "unpin", b"unpin", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "assignment", b"assignment", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "pin", b"pin", "unpin", b"unpin", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "adopt", b"adopt", "assignment", b"assignment", "cached_tokens", b"cached_tokens", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "pin", b"pin", "unpin", b"unpin", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "heartbeat", "assignment", "abort", "drain", "pin", "unpin"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "heartbeat", "assignment", "abort", "drain", "pin", "unpin", "adopt", "cached_tokens"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -461,6 +473,7 @@ class Assignment(_message.Message):
     PREFILL_FIELD_NUMBER: _builtins.int
     DECODE_FIELD_NUMBER: _builtins.int
     HOLDERS_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """names this attempt in StepTokens; unique on this link"""
     role: Global___Role.ValueType
@@ -471,6 +484,8 @@ class Assignment(_message.Message):
     adapter: _builtins.str
     deadline_s: _builtins.float
     """seconds from receipt after which the worker ends the attempt by itself"""
+    ticket: _builtins.bytes
+    """For ROLE_DECODE: what another coordinator needs to go on with the request. The worker gives it back in an Orphan."""
     @_builtins.property
     def id(self) -> Global___AttemptId: ...
     @_builtins.property
@@ -506,14 +521,113 @@ class Assignment(_message.Message):
         prefill: Global___HandoverPeer | None = ...,
         decode: Global___HandoverPeer | None = ...,
         holders: _abc.Iterable[Global___PrefixHolder] | None = ...,
+        ticket: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "id", b"id", "prefill", b"prefill", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "deadline_s", b"deadline_s", "decode", b"decode", "handle", b"handle", "holders", b"holders", "id", b"id", "num_prompt_tokens", b"num_prompt_tokens", "prefill", b"prefill", "role", b"role", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "deadline_s", b"deadline_s", "decode", b"decode", "handle", b"handle", "holders", b"holders", "id", b"id", "num_prompt_tokens", b"num_prompt_tokens", "prefill", b"prefill", "role", b"role", "sampling", b"sampling", "ticket", b"ticket", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Assignment: _TypeAlias = Assignment  # noqa: Y015
+
+@_typing.final
+class Orphan(_message.Message):
+    """Right after the welcome, one for each attempt of a coordinator that this worker lost: one that goes on, or that ended
+    a short while ago. It is kept until somebody adopts it, or aborted and forgotten when its time is over.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ASSIGNMENT_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    REMAINING_S_FIELD_NUMBER: _builtins.int
+    KEPT_S_FIELD_NUMBER: _builtins.int
+    WITHOUT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    num_tokens: _builtins.int
+    """output tokens in the stream so far, those in the assignment included"""
+    cached_tokens: _builtins.int
+    """of the prompt, found in the prefix cache"""
+    remaining_s: _builtins.float
+    """until the deadline of the attempt"""
+    kept_s: _builtins.float
+    """how long it waits for an Adopt"""
+    without_logprobs: _builtins.int
+    """Leading tokens whose logprobs, if asked for, are not here: given with the assignment, or sampled by a prefill worker."""
+    @_builtins.property
+    def assignment(self) -> Global___Assignment:
+        """as it came, without peers, holders and handle"""
+
+    def __init__(
+        self,
+        *,
+        assignment: Global___Assignment | None = ...,
+        num_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        remaining_s: _builtins.float = ...,
+        kept_s: _builtins.float = ...,
+        without_logprobs: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "cached_tokens", b"cached_tokens", "kept_s", b"kept_s", "num_tokens", b"num_tokens", "remaining_s", b"remaining_s", "without_logprobs", b"without_logprobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Orphan: _TypeAlias = Orphan  # noqa: Y015
+
+@_typing.final
+class Adopt(_message.Message):
+    """Go on with an orphan. The answer is an Admission; where it accepts, all tokens of the stream follow from index 0 on,
+    those of the assignment included, and then whatever comes as if this coordinator had assigned it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    HANDLE_FIELD_NUMBER: _builtins.int
+    handle: _builtins.int
+    @_builtins.property
+    def id(self) -> Global___AttemptId: ...
+    def __init__(
+        self,
+        *,
+        id: Global___AttemptId | None = ...,
+        handle: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Adopt: _TypeAlias = Adopt  # noqa: Y015
+
+@_typing.final
+class CachedTokens(_message.Message):
+    """To the decode worker, where the prefill worker found some of the prompt in its cache: for its Orphan."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    num_tokens: _builtins.int
+    @_builtins.property
+    def id(self) -> Global___AttemptId: ...
+    def __init__(
+        self,
+        *,
+        id: Global___AttemptId | None = ...,
+        num_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "num_tokens", b"num_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CachedTokens: _TypeAlias = CachedTokens  # noqa: Y015
 
 @_typing.final
 class PrefixHolder(_message.Message):

@@ -57,6 +57,8 @@ class Recorded:
 class _Worker:
     """One worker, and its messages to the coordinator."""
 
+    coordinator = 0
+
     def __init__(self, parts: Parts, notes: Notes, number: int, coordinator: "_Coordinator") -> None:
         self.parts = parts
         self.notes = notes

@@ -66,7 +66,10 @@ class FakeWorker:
         self.dies_of: Callable[[wire.Assignment, int], bool] = lambda assignment, index: False  # at this index
         self.pace_s = 0.0  # between two tokens of a stream
         self.heals = False  # misbehaves only in a request's first attempt
+        self.orphans: dict[tuple[str, int], wire.Assignment] = {}  # what it has of coordinators that are gone
         # What it saw.
+        self.adopted: list[wire.AttemptId] = []
+        self.cached_tokens: list[int] = []  # as it was told by the coordinator
         self.assignments: list[wire.Assignment] = []
         self.aborts: list[wire.AttemptId] = []
         self.pins: dict[str, wire.Pin] = {}
@@ -102,6 +105,12 @@ class FakeWorker:
         async with asyncio.timeout(timeout_s), self.heard:
             await self.heard.wait_for(condition)
 
+    async def report(self, assignment: wire.Assignment, num_tokens: int = 0, **orphan: object) -> None:
+        """Say that a coordinator is gone that gave it this assignment, and go on with it once it is adopted."""
+        self.orphans[assignment.id.request_id, assignment.id.attempt] = assignment
+        told = {"num_tokens": num_tokens, "cached_tokens": 3, "remaining_s": 15.0, "kept_s": 5.0} | orphan
+        await self.send(orphan=wire.Orphan(assignment=assignment, **told))
+
     async def send(self, **message: object) -> None:
         self._outbox.put_nowait(wire.WorkerMessage(**message))
 
@@ -133,6 +142,17 @@ class FakeWorker:
                 self.assignments.append(assignment)
                 key = (assignment.id.request_id, assignment.id.attempt)
                 self._runs[key] = asyncio.create_task(self._serve(assignment))
+            elif kind == "adopt":
+                self.adopted.append(message.adopt.id)
+                key = (message.adopt.id.request_id, message.adopt.id.attempt)
+                if (orphan := self.orphans.pop(key, None)) is None:
+                    await self.send(admission=wire.Admission(id=message.adopt.id, accepted=False, reason="not here"))
+                else:
+                    orphan.handle = message.adopt.handle
+                    del orphan.token_ids[orphan.num_prompt_tokens :]  # everything is sent again
+                    self._runs[key] = asyncio.create_task(self._serve(orphan))
+            elif kind == "cached_tokens":
+                self.cached_tokens.append(message.cached_tokens.num_tokens)
             elif kind == "pin":
                 self.pins[message.pin.id] = message.pin
             elif kind == "unpin":

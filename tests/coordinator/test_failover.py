@@ -20,7 +20,8 @@ async def collect(system: System, prompt: str, max_tokens: int, **options: Any) 
     body = {"prompt": prompt, "max_tokens": max_tokens, "stream": True, **options}
     async with system.http.post("/v1/completions", json=body) as response:
         assert response.status == 200
-        return [event.removeprefix("data: ") for event in (await response.text()).strip().split("\n\n")]
+        lines = (await response.text()).split("\n")
+    return [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
 
 
 def text_of(events: list[str]) -> str:

@@ -250,7 +250,7 @@ def test_hanging_up_aborts_the_request_in_both_workers_at_once(run, stream: bool
             call = asyncio.create_task(system.http.post("/v1/completions", json=body))
             if stream:
                 response = await call
-                assert (await response.content.readline()).startswith(b"data: ")
+                assert (await response.content.readline()).startswith(b"id: cmpl-")
                 response.close()
             else:
                 await decode.wait_for(lambda: bool(decode.assignments))

@@ -40,6 +40,8 @@ class Stream:
 class Worker:
     """One worker of the pair and what it said."""
 
+    coordinator = 0
+
     def __init__(self, name: str, parts: Parts, streams: dict[int, Stream], ids: dict[str, Stream]) -> None:
         self.name = name
         self.parts = parts

@@ -1,6 +1,7 @@
 """A worker that serves two coordinators: each hears of its own attempts alone, and the loss of one costs only those."""
 
 import asyncio
+import itertools
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, list[l
     return load(folder), [each.tokens for each in reference_generate(folder, PROMPTS, NEW_TOKENS)]
 
 
+_incarnations = itertools.count(1)
+
+
 class Coordinator:
     """One link's other end, which numbers its attempts from 1 like any other."""
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.coordinator = next(_incarnations)
         self.tokens: dict[int, list[int]] = {}
         self.endings: dict[str, int] = {}
         self.heartbeats = 0

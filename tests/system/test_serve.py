@@ -122,7 +122,7 @@ def test_curl_streams(cluster: Cluster) -> None:
         ["curl", "-sN", cluster.url + "/v1/completions", "-H", json_type, "-d", json.dumps(body)],
         capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
-    events = [line.removeprefix("data: ") for line in answer.stdout.splitlines() if line]
+    events = [line.removeprefix("data: ") for line in answer.stdout.splitlines() if line.startswith("data: ")]
     assert len(events) > 3
     assert events[-1] == "[DONE]"
     assert all(json.loads(event)["object"] == "text_completion" for event in events[:-1])

@@ -26,6 +26,9 @@ class Recorder(LinkHandler):
         self.assigned: asyncio.Queue[str] = asyncio.Queue()
         self.aborted: asyncio.Queue[str] = asyncio.Queue()
         self.pins: list[str] = []
+        self.adopted: list[str] = []
+        self.cached: dict[str, int] = {}
+        self.linked: list[int] = []
         self.drains = 0
         self.lost = asyncio.Event()
 
@@ -43,6 +46,15 @@ class Recorder(LinkHandler):
 
     def on_drain(self) -> None:
         self.drains += 1
+
+    def on_adopt(self, link: Link, adopt: wire.Adopt) -> None:
+        self.adopted.append(adopt.id.request_id)
+
+    def on_cached_tokens(self, cached: wire.CachedTokens) -> None:
+        self.cached[cached.id.request_id] = cached.num_tokens
+
+    def on_linked(self, link: Link) -> None:
+        self.linked.append(link.coordinator)
 
     def on_lost(self, link: Link) -> None:
         self.lost.set()

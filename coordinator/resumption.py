@@ -1,0 +1,269 @@
+"""Clients that come back: to the coordinator that has their request, or to another one after its death.
+
+1. A client whose connection broke names its request and says how far it got. If the request is here, because the
+   client asked that it be kept (`X-Baton-Resume-S`) or its old connection only looks alive, it simply goes on reading.
+2. Workers that lost their coordinator report its attempts here (`Orphan`), each with the ticket that came with it. They
+   wait, and go on computing, for the time that the worker says; nothing of them is kept here but that message.
+3. When the client comes, the request is built again from the tickets of its choices and the dispatcher adopts their
+   attempts. The worker sends all tokens again, so text, stop strings and usage come out as they did the first time.
+   A choice that nobody has any more starts its next attempt from its prompt, with the same sampling and seed.
+4. Whoever reads last has the request. A request whose client is gone for too long is aborted.
+
+A client may be faster than the workers that find their coordinator dead: an unknown id is waited for.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from baton.config import CoordinatorOptions
+from baton.v1 import worker_link_pb2 as wire
+from coordinator.delivery import Choice, Position, Request
+from coordinator.dispatch import Adoption, Dispatcher
+from coordinator.failures import FailureKind, RequestFailed
+from coordinator.metrics import Metrics
+from coordinator.requests import Intake
+from coordinator.tickets import Ticket, TicketError, num_choices, read, same_request
+from coordinator.workers import Worker
+
+log = logging.getLogger("baton.requests")
+MAX_ORPHANED = 4096
+"""Requests of other coordinators that may wait here for their clients."""
+LINK_AGAIN_S = 1.0
+"""What a worker needs to find another coordinator, once it knows that it lost one."""
+
+
+@dataclass(slots=True)
+class _Orphan:
+    worker: Worker
+    ticket: Ticket
+    message: wire.Orphan
+    timer: asyncio.TimerHandle
+
+    @property
+    def id(self) -> wire.AttemptId:
+        return self.message.assignment.id
+
+
+@dataclass(slots=True)
+class _Left:
+    request: Request
+    timer: asyncio.TimerHandle
+
+
+class Resumption:
+    def __init__(self, options: CoordinatorOptions, intake: Intake, dispatcher: Dispatcher, metrics: Metrics) -> None:
+        self._options = options
+        self._intake = intake
+        self._dispatcher = dispatcher
+        self._metrics = metrics
+        self._wait_s = options.heartbeat_timeout_s + LINK_AGAIN_S
+        self._orphans: dict[str, dict[int, _Orphan]] = {}
+        """By request id and number of the choice."""
+        self._left: dict[str, _Left] = {}
+        """Requests, running or ended, whose client hung up and may come back."""
+        self._waiters: dict[asyncio.Future[None], str] = {}
+        dispatcher.on_orphan = self._on_orphan
+
+    def close(self) -> None:
+        """Nobody comes back any more."""
+        orphans = [orphan for found in self._orphans.values() for orphan in found.values()]
+        for timer in [*(left.timer for left in self._left.values()), *(orphan.timer for orphan in orphans)]:
+            timer.cancel()
+
+    def check_free(self, id: str) -> None:
+        """Raise RequestFailed for an id that a request has already."""
+        if id in self._dispatcher.requests or id in self._left or id in self._orphans:
+            raise RequestFailed(FailureKind.ID_IN_USE, "a request with this id is here already; choose another id")
+
+    def left(self, request: Request, reader: int) -> None:
+        """A client is gone, or has all of its answer: keep the request for it, or abort it. Idempotent."""
+        if reader != request.reader:
+            return  # it came back meanwhile
+        keep_s = min(request.resume_s, self._options.max_resume_s)
+        if keep_s <= 0 or request.failure is not None or self._dispatcher.draining:
+            self._dispatcher.abort(request)
+            return
+        if len(self._left) >= self._options.max_requests:
+            self._give_up(next(iter(self._left)))
+        timer = asyncio.get_running_loop().call_later(keep_s, self._give_up, request.id)
+        self._left[request.id] = _Left(request, timer)
+
+    def _give_up(self, id: str) -> None:
+        left = self._left.pop(id)
+        left.timer.cancel()
+        if not left.request.ended:
+            self._metrics.resumed.labels("given_up").inc()
+        self._dispatcher.abort(left.request)
+
+    def abort(self, id: str) -> None:
+        """The client does not want the rest. Idempotent: an unknown or ended id is not an error."""
+        if id in self._left:
+            self._give_up(id)
+        elif id in self._orphans:
+            self._forget(id)
+        elif (request := self._dispatcher.requests.get(id)) is not None:
+            self._dispatcher.abort(request)
+
+    async def resume(self, id: str, positions: Sequence[Position] = ()) -> Request:
+        """The request, for a client to go on with from `positions`, by choice.
+
+        Raises RequestFailed where nobody has it any more.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._wait_s
+        while True:
+            left = self._left.pop(id, None)
+            if left is not None:
+                left.timer.cancel()
+            request = left.request if left is not None else self._dispatcher.requests.get(id)
+            if request is not None:
+                self._metrics.resumed.labels("here").inc()
+                return request
+            late = loop.time() >= deadline
+            if (found := self._orphans.get(id)) and (late or len(found) == num_choices(_any(found).ticket)):
+                return self._adopt(id, found, positions)
+            if late:
+                self._metrics.resumed.labels("unknown").inc()
+                message = "no request with this id is kept here: it never was, or it waited too long; send it again"
+                raise RequestFailed(FailureKind.UNKNOWN_REQUEST, message)
+            await self._news(id, deadline)
+
+    async def _news(self, id: str, deadline: float) -> None:
+        """Wait until an orphan of this request was reported, or the time is over."""
+        if len(self._waiters) >= self._options.max_requests:
+            raise RequestFailed(FailureKind.OVERLOADED, "too many clients wait for their requests; try again later")
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters[waiter] = id
+        try:
+            async with asyncio.timeout_at(deadline):
+                await waiter
+        except TimeoutError:
+            pass
+        finally:
+            del self._waiters[waiter]
+
+    # What workers report
+
+    def _on_orphan(self, worker: Worker, message: wire.Orphan) -> None:
+        try:
+            ticket = read(message.assignment.ticket)
+            self._check(ticket, message.assignment)
+        except TicketError as error:
+            log.warning("worker %s reports an attempt that cannot be adopted: %s", worker.id, error)
+            self._metrics.orphans.labels("rejected").inc()
+            _abort(worker, message.assignment.id)
+            return
+        id = ticket.request_id
+        if id in self._dispatcher.requests or id in self._left:
+            # Somebody goes on with this choice already, from what was known before.
+            self._metrics.orphans.labels("late").inc()
+            _abort(worker, message.assignment.id)
+            return
+        if id not in self._orphans and len(self._orphans) >= MAX_ORPHANED:
+            self._forget(next(iter(self._orphans)))
+        found = self._orphans.setdefault(id, {})
+        kept_s = min(message.kept_s, self._options.request_timeout_s)
+        timer = asyncio.get_running_loop().call_later(kept_s, self._expire, id, ticket.choice)
+        orphan, other = _Orphan(worker, ticket, message, timer), found.get(ticket.choice)
+        if other is not None:
+            orphan, beaten = (orphan, other) if _beats(orphan, other) else (other, orphan)
+            beaten.timer.cancel()
+            if beaten.worker.id != orphan.worker.id or beaten.id != orphan.id:
+                _abort(beaten.worker, beaten.id)
+        found[ticket.choice] = orphan
+        self._metrics.orphans.labels("reported").inc()
+        for waiter, waits_for in self._waiters.items():
+            if waits_for == id and not waiter.done():
+                waiter.set_result(None)
+
+    def _check(self, ticket: Ticket, assignment: wire.Assignment) -> None:
+        num_prompt, vocab_size = assignment.num_prompt_tokens, self._intake.tokenizer.facts.vocab_size
+        if ticket.model != self._intake.model_name:
+            raise TicketError("it is of another model")
+        if assignment.id.request_id != f"{ticket.request_id}-{ticket.choice}" or not assignment.id.attempt:
+            raise TicketError("it is of another attempt")
+        if not 1 <= num_prompt <= len(assignment.token_ids) or max(assignment.token_ids) >= vocab_size:
+            raise TicketError("its prompt is none of this model")
+        if any(other.ticket.request_id == ticket.request_id and not same_request(other.ticket, ticket)
+               for other in self._orphans.get(ticket.request_id, {}).values()):  # fmt: skip
+            raise TicketError("it contradicts another one of its request")
+
+    def _expire(self, id: str, choice: int) -> None:
+        found = self._orphans[id]
+        del found[choice]
+        if not found:
+            del self._orphans[id]
+            self._metrics.orphans.labels("expired").inc()
+
+    def _forget(self, id: str) -> None:
+        for orphan in self._orphans.pop(id).values():
+            orphan.timer.cancel()
+            _abort(orphan.worker, orphan.id)
+
+    # A client has come
+
+    def _adopt(self, id: str, found: dict[int, _Orphan], positions: Sequence[Position]) -> Request:
+        """Raises RequestFailed if there is no room; the orphans then wait on."""
+        request = self._rebuild(_any(found), list(found.values()))
+        adoptions: dict[Choice, Adoption] = {}
+        given_up: list[_Orphan] = []
+        for choice in request.choices:
+            choice.stream.attempt = 1  # where nobody has it: a number that its next attempt does not repeat
+            orphan = found.get(choice.number)
+            if orphan is None:
+                continue
+            assignment, attempt = orphan.message.assignment, orphan.id.attempt
+            choice.stream.attempt = attempt
+            cached_tokens = orphan.message.cached_tokens if attempt == 1 else orphan.ticket.cached_tokens
+            choice.cached_tokens = min(cached_tokens, len(choice.prompt))
+            # Logprobs of tokens from other workers went with the coordinator; a client that has them needs none.
+            had = positions[choice.number].num_tokens if choice.number < len(positions) else 0
+            lacks_logprobs = choice.sampling.HasField("logprobs") and had < orphan.message.without_logprobs
+            if lacks_logprobs or assignment.sampling != choice.sampling:
+                given_up.append(orphan)
+            else:
+                adoptions[choice] = Adoption(orphan.worker, attempt, orphan.message.num_tokens)
+        self._dispatcher.adopt(request, adoptions)
+        for orphan in found.values():
+            orphan.timer.cancel()
+        for orphan in given_up:
+            _abort(orphan.worker, orphan.id)
+        self._orphans.pop(id, None)
+        self._metrics.resumed.labels("adopted").inc()
+        log.info("request %s goes on here: %d of %d choices adopted", id, len(adoptions), len(request.choices))
+        return request
+
+    def _rebuild(self, one: _Orphan, all: list[_Orphan]) -> Request:
+        """As it was, before its first token. `one` has the ticket that it is built from."""
+        ticket, assignment = one.ticket, one.message.assignment
+        request = Request(ticket.request_id, ticket.cache_salt, ticket.form, ticket.resume_s)
+        request.created_unix_s = ticket.created_unix_s
+        remaining_s = max(orphan.message.remaining_s for orphan in all)
+        request.started_s = time.monotonic() - max(0.0, self._options.request_timeout_s - remaining_s)
+        request.first_token_s = request.started_s  # measured where it arrived
+        own = ticket.choice // ticket.form.choices_per_prompt
+        for index, prompt in enumerate(ticket.prompts):
+            sampling = wire.EngineSampling()
+            sampling.CopyFrom(assignment.sampling)
+            sampling.seed, sampling.max_tokens = prompt.seed, prompt.max_tokens
+            token_ids = list(assignment.token_ids[: assignment.num_prompt_tokens]) if index == own else prompt.token_ids
+            self._intake.add_choices(request, index, token_ids, sampling)
+        return request
+
+
+def _any(found: dict[int, _Orphan]) -> _Orphan:
+    return next(iter(found.values()))
+
+
+def _beats(one: _Orphan, other: _Orphan) -> bool:
+    """Whether `one`, which came later, is the one to go on with: the newer attempt, or the one that is still there."""
+    if one.id.attempt != other.id.attempt:
+        return one.id.attempt > other.id.attempt
+    return other.worker.lost.is_set() or one.message.num_tokens >= other.message.num_tokens
+
+
+def _abort(worker: Worker, id: wire.AttemptId) -> None:
+    worker.send(wire.CoordinatorMessage(abort=wire.AbortAttempt(id=id)))
