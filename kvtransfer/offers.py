@@ -219,7 +219,13 @@ class OfferServer:
         future.add_done_callback(lambda done: self._checksummed(handover_id, first_block, num_layers or 0, done))
 
     def close(
-        self, handover_id: str, num_blocks: int, num_tokens: int, first_token_id: int, first_token_index: int
+        self,
+        handover_id: str,
+        num_blocks: int,
+        num_tokens: int,
+        first_token_id: int,
+        first_token_index: int,
+        first_logprob: bytes = b"",
     ) -> None:
         """Every block has been offered. Ignored once the hand-over has ended; ValueError on a wrong count."""
         if self._book.close(handover_id, num_blocks):
@@ -230,6 +236,7 @@ class OfferServer:
                 num_tokens=num_tokens,
                 first_token_id=first_token_id,
                 first_token_index=first_token_index,
+                first_logprob=first_logprob,
             )
             self._flush(handover_id, outgoing)
 
@@ -241,13 +248,20 @@ class OfferServer:
         self._tell_written(pb.Written(handover_id=handover_id, num_blocks=num_blocks, stopped=stopped))
 
     def written_all(
-        self, handover_id: str, num_blocks: int, num_tokens: int, first_token_id: int, first_token_index: int
+        self,
+        handover_id: str,
+        num_blocks: int,
+        num_tokens: int,
+        first_token_id: int,
+        first_token_index: int,
+        first_logprob: bytes = b"",
     ) -> None:
         """As `written`, of all blocks: the last word, which carries the first token."""
         message = pb.Written(handover_id=handover_id, num_blocks=num_blocks, stopped=True)
         message.closed.handover_id, message.closed.num_blocks = handover_id, num_blocks
         message.closed.num_tokens = num_tokens
         message.closed.first_token_id, message.closed.first_token_index = first_token_id, first_token_index
+        message.closed.first_logprob = first_logprob
         self._tell_written(message)
 
     def _tell_written(self, message: pb.Written) -> None:

@@ -10,7 +10,17 @@ from dataclasses import dataclass
 
 from baton.block_names import root_name, tenant_name
 from baton.v1 import worker_link_pb2 as wire
-from engine.requests import Computed, Ended, EngineRequest, Handover, Placement, Reserved, SamplingParams, TokenOutput
+from engine.requests import (
+    Computed,
+    Ended,
+    EngineRequest,
+    Handover,
+    Placement,
+    Reserved,
+    SamplingParams,
+    TokenLogprobs,
+    TokenOutput,
+)
 from kvtransfer.wire import PeerRef
 
 
@@ -96,4 +106,14 @@ def engine_request(
         handover=handover,
         placement=placement,
         tenant=tenant_name(assignment.cache_salt),
+    )
+
+
+def step_logprob(logprobs: TokenLogprobs, entry: int = 0) -> wire.StepLogprob:
+    """As the wire has it; `entry` is the token's place in its message."""
+    return wire.StepLogprob(
+        entry=entry,
+        logprob=logprobs.chosen,
+        alternative_ids=logprobs.alternative_ids,
+        alternative_logprobs=logprobs.alternative_logprobs,
     )

@@ -30,7 +30,7 @@ from kvtransfer.wire import PeerRef, spawn
 from worker.arrivals import Arrivals, Arrived, Fetch
 from worker.link import LinkHandler
 from worker.pins import Pins
-from worker.roles import Attempt, RoleHandler
+from worker.roles import Attempt, RoleHandler, step_logprob
 from worker.step_loop import Command, StepLoop
 
 log = logging.getLogger(__name__)
@@ -293,12 +293,7 @@ class WorkerShell(LinkHandler):
                 continue
             attempt.num_tokens = token.index + 1
             if token.logprobs is not None:
-                message.logprobs.add(
-                    entry=len(message.handles),
-                    logprob=token.logprobs.chosen,
-                    alternative_ids=token.logprobs.alternative_ids,
-                    alternative_logprobs=token.logprobs.alternative_logprobs,
-                )
+                message.logprobs.append(step_logprob(token.logprobs, len(message.handles)))
             message.handles.append(attempt.handle)
             message.indices.append(token.index)
             message.token_ids.append(token.token_id)
