@@ -411,11 +411,6 @@ class OfferServer:
                 self._apply([change] if change else [])
             case "heartbeat":
                 self._book.renew(message.heartbeat.renew, connection.peer, now)
-                for handover_id in message.heartbeat.renew:
-                    parked = self._parked.get(handover_id)
-                    if parked is not None and parked.connection is connection:
-                        expires_at = now + self._options.lease_s
-                        self._parked[handover_id] = Parked(connection, parked.want, expires_at)
             case kind:
                 raise PeerError(f"the peer sent '{kind}', which is not for it to send")
 
@@ -432,7 +427,9 @@ class OfferServer:
             self._send_failed(connection, handover_id, "the offer has ended")
             self._decline(connection, want)
         elif not want.names:
-            self._parked[handover_id] = Parked(connection, want, now + self._options.lease_s)
+            # Both workers are assigned at the same time. What has not come here by then is lost with the way to here,
+            # and the peer, who sees that this worker lives, would wait for as long as its request may take.
+            self._parked[handover_id] = Parked(connection, want, now + self._options.heartbeat_timeout_s)
         elif handover_id not in self._parked:
             self._parked[handover_id] = Parked(connection, want, now + self._options.lease_s)
             if self._on_ask is None:
