@@ -8,7 +8,7 @@ from pathlib import Path
 
 import uvloop
 
-from tests.faults.matrix import Result, as_json, run_cases, table
+from tests.faults.matrix import Result, as_json, batches, run_cases, table
 
 
 def main() -> int:
@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write every result here")
     arguments = parser.parse_args()
     until_s = time.monotonic() + 60 * arguments.minutes if arguments.minutes else None
-    results = uvloop.run(run_cases(arguments.cases, arguments.seed, show, until_s))
+    results = uvloop.run(run_cases(batches(arguments.cases, arguments.seed), arguments.seed, show, until_s))
     print(table(results))
     if arguments.json:
         arguments.json.write_text(json.dumps(as_json(results), indent=1) + "\n")

@@ -28,6 +28,7 @@ from tests.faults.shapes import Answer, Shape, Undisturbed, ask
 NUM_REQUESTS, STAGGER_S = 6, 0.25
 MAX_TRIES = 4
 """Of a case whose fault could not be proven, each with another seed."""
+BATCH = 15
 STREAMS = 0.85
 """Share of the requests over HTTP that stream."""
 
@@ -386,25 +387,52 @@ class Case:
 # All cases
 
 
-async def run_cases(
-    num_cases: int, seed: int, on_result: Callable[[Result], None], until_s: float | None = None
-) -> list[Result]:
-    """So many cases, spread over all cells by the seed; the sooner the end (monotonic) `until_s`. Raises nothing for
-    what goes wrong in a case: that is in its result."""
+@dataclass(frozen=True)
+class Batch:
+    """Cases that one fleet goes through, one after the other. `exact`: its workers are deterministic."""
+
+    fleet: tuple[tuple[str, int], ...]
+    exact: bool
+    cells: tuple[Cell, ...]
+
+
+def batches(num_cases: int, seed: int) -> list[Batch]:
+    """So many cases, spread over all cells: each comes once before any comes twice."""
     chance = random.Random(seed)
     chosen: list[Cell] = []
     while len(chosen) < num_cases:
         every = list(cells())
         chance.shuffle(every)
         chosen += every[: num_cases - len(chosen)]
-    fleets = sorted({cell.victim.fleet for cell in chosen}, key=str)
+    found = []
+    for fleet, exact in product((TWO_EACH, ONE_EACH, MIXED), (False, True)):
+        its = [cell for cell in chosen if cell.victim.fleet == fleet][exact::2]
+        found += [Batch(fleet, exact, tuple(its[at : at + BATCH])) for at in range(0, len(its), BATCH)]
+    chance.shuffle(found)
+    return found
+
+
+def sample(num_cases: int, seed: int) -> list[Batch]:
+    """Few fleets, because each takes its time to start."""
+    chance, every = random.Random(seed), list(cells())
+    chance.shuffle(every)
+    found = []
+    for fleet, exact in ((TWO_EACH, True), (ONE_EACH, True)):
+        found.append(Batch(fleet, exact, tuple(cell for cell in every if cell.victim.fleet == fleet)[: num_cases // 2]))
+    return found
+
+
+async def run_cases(
+    planned: list[Batch], seed: int, on_result: Callable[[Result], None], until_s: float | None = None
+) -> list[Result]:
+    """The sooner the end (monotonic) `until_s`. What goes wrong in a case is in its result, and raises nothing."""
     results: list[Result] = []
+    undisturbed: dict[bool, Undisturbed] = {}
     with Nursery() as nursery:
-        undisturbed = {exact: await _undisturbed(nursery, exact) for exact in (False, True)}
-        for kinds in fleets:
-            of_kind = [cell for cell in chosen if cell.victim.fleet == kinds]
-            for exact, part in ((False, of_kind[::2]), (True, of_kind[1::2])):
-                await _run_on_one_fleet(nursery, part, undisturbed[exact], seed, results, on_result, until_s)
+        for batch in planned:
+            if batch.exact not in undisturbed:
+                undisturbed[batch.exact] = await _undisturbed(nursery, batch.exact)
+            await _run(nursery, batch, undisturbed[batch.exact], seed, results, on_result, until_s)
     return results
 
 
@@ -419,14 +447,14 @@ def _options(exact: bool) -> tuple[str, ...]:
     return ("--deterministic", "--lanes", "tcp") if exact else ("--lanes", "shm,tcp")
 
 
-async def _run_on_one_fleet(
-    nursery: Nursery, part: list[Cell], undisturbed: Undisturbed, seed: int, results: list[Result],
+async def _run(
+    nursery: Nursery, batch: Batch, undisturbed: Undisturbed, seed: int, results: list[Result],
     on_result: Callable[[Result], None], until_s: float | None,
 ) -> None:  # fmt: skip
-    """Cases one after the other; a fleet in which something was not as before is replaced."""
-    remaining = list(part)
+    """A fleet in which something was wrong is replaced."""
+    remaining = list(batch.cells)
     while remaining and not _is_over(until_s):
-        async with Fleet(nursery, dict(remaining[0].victim.fleet), *_options(undisturbed.exact)) as fleet:
+        async with Fleet(nursery, dict(batch.fleet), *_options(batch.exact)) as fleet:
             usual_s = await _usual(fleet, undisturbed)
             while remaining and not _is_over(until_s):
                 cell = remaining.pop(0)
@@ -447,12 +475,12 @@ def _is_over(until_s: float | None) -> bool:
 
 
 async def _usual(fleet: Fleet, undisturbed: Undisturbed) -> dict[str, float]:
-    """Everything at once, twice, without a fault: hand-overs are set up, and it is known how long first tokens take."""
+    """Everything without a fault, a case's number at a time: how long first tokens take. Hand-overs are set up, too."""
     usual_s: dict[str, float] = {}
-    for turn in range(2):
-        salt = f"usual {turn}"
-        asked = [ask(fleet, shape, f"{salt} {shape.name}") for shape in undisturbed.shapes]
-        for shape, answer in zip(undisturbed.shapes, await asyncio.gather(*asked), strict=True):
+    for at in range(0, len(undisturbed.shapes), NUM_REQUESTS):
+        shapes = undisturbed.shapes[at : at + NUM_REQUESTS]
+        asked = [ask(fleet, shape, f"usual {shape.name}") for shape in shapes]
+        for shape, answer in zip(shapes, await asyncio.gather(*asked), strict=True):
             wrong = answer.trouble or undisturbed.judge(shape, answer)
             assert not wrong, f"without any fault: {shape.name}: {wrong}"
             usual_s[shape.name] = max(gaps[0] for gaps in answer.gaps_s())
