@@ -123,6 +123,19 @@ class Restart(Kill):
         self.fleet.start(self.victim.name)
 
 
+class Drain(Kill):
+    """Asked to end: takes nothing new and finishes what it has, as long as it is let."""
+
+    name = "SIGTERM"
+
+    def strike(self, unsent: bool) -> None:
+        send(self.pid, signal.SIGTERM)
+
+    def heal(self) -> None:
+        send(self.pid, signal.SIGKILL)
+        super().heal()
+
+
 class Freeze(Fault):
     """Stops, and never goes on."""
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -68,8 +69,18 @@ def num_descriptors(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
-def resident_bytes(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+@dataclass(frozen=True)
+class Resident:
+    """Memory of a process, in bytes. `shared`: its own KV pool and those of others that it has mapped."""
+
+    private: int
+    shared: int
+
+
+def resident(pid: int) -> Resident:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    kib = {name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines) if "kB" in value}
+    return Resident((kib["RssAnon"] + kib["RssFile"]) << 10, kib["RssShmem"] << 10)
 
 
 def _become(log: str, *words: str) -> None:

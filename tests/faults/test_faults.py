@@ -16,7 +16,7 @@ def test_a_sample_of_the_matrix_costs_pauses_and_nothing_else() -> None:
     results = uvloop.run(run_cases(sample(NUM_CASES, SEED), SEED, lambda result: None, time.monotonic() + SECONDS))
     print(table(results))
     assert [(result.seed, result.wrong, result.lost, result.not_kept) for result in results if result.bad] == []
-    assert sum(result.proven for result in results) >= 8
+    assert sum(result.proven for result in results) >= 4
 
 
 @pytest.mark.slow
