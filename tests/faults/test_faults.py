@@ -5,18 +5,20 @@ import time
 import pytest
 import uvloop
 
-from tests.faults.matrix import cells, run_cases, sample, table
+from tests.faults.matrix import ONE_EACH, TWO_EACH, cells, run_cases, sample, table
 from tests.faults.soak import soak
 
-NUM_CASES, SEED, SECONDS = 20, 7, 80.0
+NUM_CASES, SEED, SECONDS = 10, 7, 40.0
 
 
 @pytest.mark.slow
-def test_a_sample_of_the_matrix_costs_pauses_and_nothing_else() -> None:
-    results = uvloop.run(run_cases(sample(NUM_CASES, SEED), SEED, lambda result: None, time.monotonic() + SECONDS))
+@pytest.mark.parametrize("fleet", [TWO_EACH, ONE_EACH], ids=["two of each", "one of each"])
+def test_a_sample_of_the_matrix_costs_pauses_and_nothing_else(fleet: tuple[tuple[str, int], ...]) -> None:
+    planned = [sample(fleet, NUM_CASES, SEED)]
+    results = uvloop.run(run_cases(planned, SEED, lambda result: None, time.monotonic() + SECONDS))
     print(table(results))
     assert [(result.seed, result.wrong, result.lost, result.not_kept) for result in results if result.bad] == []
-    assert sum(result.proven for result in results) >= 4
+    assert any(result.proven for result in results)
 
 
 @pytest.mark.slow
