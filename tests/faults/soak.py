@@ -27,8 +27,8 @@ NUM_CLIENTS = 4
 EVERY_FAULT: tuple[type[Fault], ...] = (*FAULTS, Drain)
 SAMPLES = 60
 MAX_GROWTH_BYTES = 24 << 20
-MAX_MAPPED_BYTES = 4 * (50 << 20)
-"""Of shared memory: a worker maps its own pool and those of the three others, and lets go of those of the dead."""
+MAX_MAPPED_BYTES = 6 * (50 << 20)
+"""Of shared memory: a worker maps its own pool, those of the three others, and for a moment those of the dead."""
 MAX_GROWTH_DESCRIPTORS = 12
 """Requests come and go while these are counted."""
 
