@@ -7,7 +7,7 @@ PACKAGES := baton cli coordinator prefill decode worker engine kvtransfer kernel
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install dev optional-lanes system-packages test lint types contracts proto proto-check unit format gpu-check bench clean
+.PHONY: help serve install dev optional-lanes system-packages test lint types contracts proto proto-check unit format gpu-check bench faults soak clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -81,6 +81,12 @@ gpu-check:  ## GPU kernels and engine: right, and how near to the limits (instal
 
 bench: dev  ## the quick form of every benchmark
 	$(BIN)/python -m benchmarks.relay --quick
+
+faults: dev  ## what dies when, with real processes: the whole matrix, printed (CASES=300 SEED=1; about 30 minutes)
+	$(BIN)/python -m tests.faults --cases $(or $(CASES),300) --seed $(or $(SEED),1)
+
+soak: dev  ## random faults under load (MINUTES=30): every answer right, memory, blocks and descriptors flat
+	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),30)
 
 clean:  ## remove the virtual environment and every cache
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -16,8 +16,10 @@ import logging
 import time
 from functools import partial
 
+from google.protobuf.message import DecodeError
+
 from baton.v1 import worker_link_pb2 as wire
-from engine.requests import Ended, Handover, Reserved
+from engine.requests import Ended, Handover, Reserved, TokenLogprobs
 from kvtransfer.intake import CANCELLED, Intake
 from kvtransfer.wire import PeerRef
 from worker.arrivals import Arrived
@@ -68,7 +70,7 @@ class DecodeRole(RoleHandler):
         first_token = result.first_token_id
         if first_token is not None and first_token >= self._vocab_size:
             first_token = None  # no token of this model: sample it here
-        return Arrived(verified, first_token, result.same_bits, result.fence)
+        return Arrived(verified, first_token, result.same_bits, result.fence, _logprobs(result.first_logprob))
 
     def abort(self, attempt: Attempt) -> None:
         self._shell.arrivals.abort(attempt.key)
@@ -76,6 +78,17 @@ class DecodeRole(RoleHandler):
 
     def on_ended(self, attempt: Attempt, ended: Ended) -> None:
         """Nothing to give back: the engine owns every block."""
+
+
+def _logprobs(data: bytes) -> TokenLogprobs | None:
+    """None where the request asked for none, or they cannot be read: the coordinator may still have the peer's own."""
+    if not data:
+        return None
+    try:
+        told = wire.StepLogprob.FromString(data)
+    except DecodeError:
+        return None
+    return TokenLogprobs(told.logprob, tuple(told.alternative_ids), tuple(told.alternative_logprobs))
 
 
 def _peer(attempt: Attempt) -> PeerRef:

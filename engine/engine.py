@@ -10,7 +10,7 @@ from engine.blocks import BlockAllocator, Generations
 from engine.limits import SchedulerLimits
 from engine.pace import Pace
 from engine.plan import Drafter, Launched, LaunchingRunner, OnLayer, Runner, StepPlan, StepResult
-from engine.requests import EngineLoad, EngineRequest, LeasedBlocks, StepOutput
+from engine.requests import EngineLoad, EngineRequest, LeasedBlocks, StepOutput, TokenLogprobs
 from engine.scheduler import Scheduler
 from engine.store import BlockStore
 
@@ -111,6 +111,7 @@ class Engine:
         num_loaded: int = 0,
         same_bits: bool = True,
         fenced: bool = False,
+        first_logprobs: TokenLogprobs | None = None,
     ) -> bool:
         """The first `num_tokens` positions of a request are verified KV; see `Scheduler.receive`.
 
@@ -118,7 +119,9 @@ class Engine:
         """
         if self._mirror is not None and (blocks := self._scheduler.blocks_from_outside(request_id, num_tokens)):
             self._mirror.fetch(blocks)
-        return self._scheduler.receive(request_id, num_tokens, first_token, num_loaded, same_bits, fenced)
+        return self._scheduler.receive(
+            request_id, num_tokens, first_token, num_loaded, same_bits, fenced, first_logprobs
+        )
 
     def abort(self, request_id: str) -> bool:
         """End a request in whatever state; its end is in the next step's output. False when it is not here.

@@ -49,6 +49,7 @@ from engine.requests import (
     Reserved,
     Started,
     StepOutput,
+    TokenLogprobs,
     TokenOutput,
 )
 from engine.sequence import Phase, Sequence
@@ -139,12 +140,14 @@ class Scheduler:
         num_loaded: int = 0,
         same_bits: bool = True,
         fenced: bool = False,
+        first_logprobs: TokenLogprobs | None = None,
     ) -> bool:
         """The first `num_tokens` positions of a request hold verified KV, and nobody outside writes any more.
 
         Of those after the cached ones the first `num_loaded` came from the store. What is missing is computed here.
-        `first_token` is the output token that the giver sampled; it comes out as a TokenOutput once more. False, and
-        nothing happens, unless the request waits for its KV: late and repeated calls are harmless. `same_bits` False:
+        `first_token` is the output token that the giver sampled; it comes out as a TokenOutput once more, with its
+        `first_logprobs`, because the coordinator shows what it hears first. False, and nothing happens, unless the
+        request waits for its KV: late and repeated calls are harmless. `same_bits` False:
         the KV was cast and is not what would have been computed here, so that no block of this request gets a name,
         which would promise just that to others. `fenced`: somebody may still write behind those positions. The request
         then parts with these blocks, which stay in quarantine until `resolve(fence_id(request_id))`, and waits in the
@@ -168,7 +171,7 @@ class Scheduler:
         takes = sequence.request.handover is Handover.TAKE
         source = "prompt_tokens_received" if takes else "prompt_tokens_fetched"
         self._count(source, min(num_cached + num_loaded, num_valid), num_valid, sequence)
-        reason = None if first_token is None else self._emit_token(sequence, Sampled(first_token))
+        reason = None if first_token is None else self._emit_token(sequence, Sampled(first_token, first_logprobs))
         # The last token's KV is computed again when its logits are needed: its block must not be published before.
         sequence.settle(min(num_valid, len(sequence.token_ids) - 1))
         self._publish(sequence)

@@ -219,7 +219,13 @@ class OfferServer:
         future.add_done_callback(lambda done: self._checksummed(handover_id, first_block, num_layers or 0, done))
 
     def close(
-        self, handover_id: str, num_blocks: int, num_tokens: int, first_token_id: int, first_token_index: int
+        self,
+        handover_id: str,
+        num_blocks: int,
+        num_tokens: int,
+        first_token_id: int,
+        first_token_index: int,
+        first_logprob: bytes = b"",
     ) -> None:
         """Every block has been offered. Ignored once the hand-over has ended; ValueError on a wrong count."""
         if self._book.close(handover_id, num_blocks):
@@ -230,6 +236,7 @@ class OfferServer:
                 num_tokens=num_tokens,
                 first_token_id=first_token_id,
                 first_token_index=first_token_index,
+                first_logprob=first_logprob,
             )
             self._flush(handover_id, outgoing)
 
@@ -241,13 +248,20 @@ class OfferServer:
         self._tell_written(pb.Written(handover_id=handover_id, num_blocks=num_blocks, stopped=stopped))
 
     def written_all(
-        self, handover_id: str, num_blocks: int, num_tokens: int, first_token_id: int, first_token_index: int
+        self,
+        handover_id: str,
+        num_blocks: int,
+        num_tokens: int,
+        first_token_id: int,
+        first_token_index: int,
+        first_logprob: bytes = b"",
     ) -> None:
         """As `written`, of all blocks: the last word, which carries the first token."""
         message = pb.Written(handover_id=handover_id, num_blocks=num_blocks, stopped=True)
         message.closed.handover_id, message.closed.num_blocks = handover_id, num_blocks
         message.closed.num_tokens = num_tokens
         message.closed.first_token_id, message.closed.first_token_index = first_token_id, first_token_index
+        message.closed.first_logprob = first_logprob
         self._tell_written(message)
 
     def _tell_written(self, message: pb.Written) -> None:
@@ -397,11 +411,6 @@ class OfferServer:
                 self._apply([change] if change else [])
             case "heartbeat":
                 self._book.renew(message.heartbeat.renew, connection.peer, now)
-                for handover_id in message.heartbeat.renew:
-                    parked = self._parked.get(handover_id)
-                    if parked is not None and parked.connection is connection:
-                        expires_at = now + self._options.lease_s
-                        self._parked[handover_id] = Parked(connection, parked.want, expires_at)
             case kind:
                 raise PeerError(f"the peer sent '{kind}', which is not for it to send")
 
@@ -418,7 +427,9 @@ class OfferServer:
             self._send_failed(connection, handover_id, "the offer has ended")
             self._decline(connection, want)
         elif not want.names:
-            self._parked[handover_id] = Parked(connection, want, now + self._options.lease_s)
+            # Both workers are assigned at the same time. What has not come here by then is lost with the way to here,
+            # and the peer, who sees that this worker lives, would wait for as long as its request may take.
+            self._parked[handover_id] = Parked(connection, want, now + self._options.heartbeat_timeout_s)
         elif handover_id not in self._parked:
             self._parked[handover_id] = Parked(connection, want, now + self._options.lease_s)
             if self._on_ask is None:

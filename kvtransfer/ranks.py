@@ -202,11 +202,17 @@ class RankOffers:
             self.offers.offer(part, first_block, block_ids, generations, num_layers)
 
     def close(
-        self, handover_id: str, num_blocks: int, num_tokens: int, first_token_id: int, first_token_index: int
+        self,
+        handover_id: str,
+        num_blocks: int,
+        num_tokens: int,
+        first_token_id: int,
+        first_token_index: int,
+        first_logprob: bytes = b"",
     ) -> None:
         """As `OfferServer.close`."""
         for part in self._parts(handover_id):
-            self.offers.close(part, num_blocks, num_tokens, first_token_id, first_token_index)
+            self.offers.close(part, num_blocks, num_tokens, first_token_id, first_token_index, first_logprob)
 
     def fail(self, handover_id: str, reason: str) -> None:
         """As `OfferServer.fail`."""

@@ -34,6 +34,7 @@ class IntakeResult:
 
     num_blocks: leading blocks that are here and verified, those that were here before included.
     num_tokens, first_token_id, first_token_index: what closed the offer; None unless everything arrived.
+    first_logprob: what came with the first token, as its owner wrote it.
     failure: why it ended early, or None.
     fence: while this is not done, the peer may still write into the blocks from `num_blocks` on. None: nobody does.
     same_bits: False where numbers were cast, so that the blocks do not hold what this worker would compute.
@@ -48,6 +49,7 @@ class IntakeResult:
     same_bits: bool = True
     fence: asyncio.Future[None] | None = None
     answer: Answer | None = None
+    first_logprob: bytes = b""
 
 
 @dataclass(slots=True)
@@ -245,8 +247,9 @@ class Taking:
             return IntakeResult(num_blocks, failure=self.failure or CANCELLED, same_bits=same_bits)
         closed = self._closed
         return IntakeResult(
-            num_blocks, closed.num_tokens, closed.first_token_id, closed.first_token_index, same_bits=same_bits
-        )
+            num_blocks, closed.num_tokens, closed.first_token_id, closed.first_token_index, same_bits=same_bits,
+            first_logprob=closed.first_logprob,
+        )  # fmt: skip
 
     @property
     def _num_wanted(self) -> int:

@@ -25,7 +25,7 @@ from engine.requests import Computed, Ended, EndReason, Handover, Placement, Res
 from kvtransfer.direct import Placed
 from kvtransfer.offers import OfferServer
 from kvtransfer.wire import PeerIdentity, PeerRef
-from worker.roles import Attempt, RoleHandler, engine_request
+from worker.roles import Attempt, RoleHandler, engine_request, step_logprob
 from worker.shell import WorkerShell
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,8 @@ class PrefillRole(RoleHandler):
         if ended.reason is EndReason.HANDED_OVER and lease.token is not None:
             token = lease.token
             close = self.offers.written_all if lease.placed else self.offers.close
-            close(attempt.key, lease.num_blocks, lease.num_tokens, token.token_id, token.index)
+            logprob = step_logprob(token.logprobs).SerializeToString() if token.logprobs is not None else b""
+            close(attempt.key, lease.num_blocks, lease.num_tokens, token.token_id, token.index, logprob)
         else:
             self.offers.written(attempt.key, lease.num_blocks, stopped=True)
             self.offers.fail(attempt.key, "the stream ended with its first token")

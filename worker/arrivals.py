@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from engine.block_tables import fence_id
-from engine.requests import Reserved
+from engine.requests import Reserved, TokenLogprobs
 from kvtransfer.tiers.store import BlockStore
 from worker.step_loop import StepLoop
 
@@ -30,6 +30,7 @@ class Arrived:
     """Whether they are what would have been computed here."""
     fence: asyncio.Future[None] | None = None
     """While this is not done, a peer may still write behind these positions."""
+    first_logprobs: TokenLogprobs | None = None
 
 
 Fetch = Callable[[int], Awaitable[Arrived]]
@@ -91,7 +92,7 @@ class Arrivals:
         loaded, fenced = num_loaded * self._page_size, arrived.fence is not None
         self._steps.submit(
             lambda engine: engine.receive(
-                key, arrived.num_tokens, arrived.first_token, loaded, arrived.same_bits, fenced
+                key, arrived.num_tokens, arrived.first_token, loaded, arrived.same_bits, fenced, arrived.first_logprobs
             )
         )
         if arrived.fence is not None:

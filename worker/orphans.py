@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 
 from baton.v1 import worker_link_pb2 as wire
-from worker.roles import Attempt
+from worker.roles import Attempt, step_logprob
 
 MAX_KEPT = 1024
 """Beyond it the attempt that was kept first goes."""
@@ -160,10 +160,5 @@ def _replay(attempt: Attempt, first: int) -> wire.StepTokens:
     given = len(attempt.tokens) - len(attempt.logprobs)
     for entry in range(max(0, given - first), len(token_ids) if attempt.logprobs else 0):
         logprobs = attempt.logprobs[first + entry - given]
-        message.logprobs.add(
-            entry=entry,
-            logprob=logprobs.chosen,
-            alternative_ids=logprobs.alternative_ids,
-            alternative_logprobs=logprobs.alternative_logprobs,
-        )
+        message.logprobs.append(step_logprob(logprobs, entry))
     return message

@@ -131,3 +131,13 @@ def engine_request(
         placement=placement,
         tenant=tenant_name(assignment.cache_salt),
     )
+
+
+def step_logprob(logprobs: TokenLogprobs, entry: int = 0) -> wire.StepLogprob:
+    """As the wire has it; `entry` is the token's place in its message."""
+    return wire.StepLogprob(
+        entry=entry,
+        logprob=logprobs.chosen,
+        alternative_ids=logprobs.alternative_ids,
+        alternative_logprobs=logprobs.alternative_logprobs,
+    )

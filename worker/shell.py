@@ -32,7 +32,7 @@ from worker.arrivals import Arrivals, Arrived, Fetch
 from worker.link import LinkHandler
 from worker.orphans import Orphans
 from worker.pins import Pins
-from worker.roles import Attempt, Link, RoleHandler
+from worker.roles import Attempt, Link, RoleHandler, step_logprob
 from worker.step_loop import Command, StepLoop
 
 log = logging.getLogger(__name__)
@@ -345,12 +345,7 @@ class WorkerShell(LinkHandler):
             if message is None:
                 message = messages[attempt.link] = wire.StepTokens()
             if token.logprobs is not None:
-                message.logprobs.add(
-                    entry=len(message.handles),
-                    logprob=token.logprobs.chosen,
-                    alternative_ids=token.logprobs.alternative_ids,
-                    alternative_logprobs=token.logprobs.alternative_logprobs,
-                )
+                message.logprobs.append(step_logprob(token.logprobs, len(message.handles)))
             message.handles.append(attempt.handle)
             message.indices.append(token.index)
             message.token_ids.append(token.token_id)

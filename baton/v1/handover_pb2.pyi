@@ -438,6 +438,7 @@ class OfferClosed(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_ID_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_INDEX_FIELD_NUMBER: _builtins.int
+    FIRST_LOGPROB_FIELD_NUMBER: _builtins.int
     handover_id: _builtins.str
     num_blocks: _builtins.int
     num_tokens: _builtins.int
@@ -445,6 +446,8 @@ class OfferClosed(_message.Message):
     first_token_id: _builtins.int
     first_token_index: _builtins.int
     """position in the output stream"""
+    first_logprob: _builtins.bytes
+    """a StepLogprob of it where its request asked for one; the hand-over does not look inside"""
     def __init__(
         self,
         *,
@@ -453,10 +456,11 @@ class OfferClosed(_message.Message):
         num_tokens: _builtins.int = ...,
         first_token_id: _builtins.int = ...,
         first_token_index: _builtins.int = ...,
+        first_logprob: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token_id", b"first_token_id", "first_token_index", b"first_token_index", "handover_id", b"handover_id", "num_blocks", b"num_blocks", "num_tokens", b"num_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_logprob", b"first_logprob", "first_token_id", b"first_token_id", "first_token_index", b"first_token_index", "handover_id", b"handover_id", "num_blocks", b"num_blocks", "num_tokens", b"num_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

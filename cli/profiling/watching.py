@@ -21,7 +21,7 @@ from engine.costs import StepShape
 from engine.engine import Engine, OnOutput
 from engine.loading import LoadedModel
 from engine.plan import OnLayer, Runner, StepPlan, StepResult
-from engine.requests import EngineRequest, StepOutput
+from engine.requests import EngineRequest, StepOutput, TokenLogprobs
 from engine.weights import Weights
 from kernels.ops import Matrix, Ops
 from kvtransfer import pulls
@@ -177,8 +177,9 @@ class WatchedEngine(Engine):
         num_loaded: int = 0,
         same_bits: bool = True,
         fenced: bool = False,
+        first_logprobs: TokenLogprobs | None = None,
     ) -> bool:
-        received = super().receive(request_id, num_tokens, first_token, num_loaded, same_bits, fenced)
+        received = super().receive(request_id, num_tokens, first_token, num_loaded, same_bits, fenced, first_logprobs)
         if received:
             self._notes.received[request_id] = (now(), num_tokens)
         return received

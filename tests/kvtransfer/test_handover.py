@@ -190,17 +190,6 @@ def test_nobody_at_the_address_fails_at_once():
     run(scenario)
 
 
-def test_a_want_that_is_never_answered_by_an_opening_ends_with_its_lease():
-    async def scenario(world: Pair) -> None:
-        raw = RawPuller(world.peer.address)
-        assert (await raw.hello()).accepted
-        await raw.send(want=pb.Want(handover_id="h", first_block=0))
-        assert "in time" in (await raw.next("failed")).failed.reason
-        raw.close()
-
-    run(scenario, lease_s=0.2)
-
-
 # -- messages late, doubled and lost -----------------------------------------------------------------------------------
 
 
@@ -219,6 +208,17 @@ def test_a_release_that_comes_twice_or_for_an_unknown_id_changes_nothing():
         world.offers.fail("h", "too late")
         assert world.owner.events == [("h", "released", "unverified")]
         raw.close()
+
+    run(scenario)
+
+
+def test_a_want_whose_hand_over_is_never_opened_ends_although_both_workers_live():
+    async def scenario(world: Pair) -> None:
+        result = await world.take("h", [0])
+        assert "in time" in str(result.failure)
+        assert result.num_blocks == 0
+        world.offers.open("h", DECODE_REF)  # the assignment comes late after all
+        await world.owner.has_seen("h", "released", "unverified")
 
     run(scenario)
 

@@ -26,6 +26,8 @@ class Stream:
 
     tokens: dict[int, int] = field(default_factory=dict)
     logprobs: dict[int, float] = field(default_factory=dict)
+    first_logprobs: dict[str, wire.StepLogprob] = field(default_factory=dict)
+    """Of the first token, by the worker that says it."""
     senders: dict[int, set[str]] = field(default_factory=dict)
     endings: dict[str, wire.Ending] = field(default_factory=dict)
     cached_tokens: dict[str, int] = field(default_factory=dict)
@@ -86,7 +88,12 @@ class Worker:
             assert stream.tokens.setdefault(index, token) == token, "two workers disagree about a token"
             stream.senders.setdefault(index, set()).add(self.name)
         for logprob in step.logprobs:
-            self._streams[step.handles[logprob.entry]].logprobs[step.indices[logprob.entry]] = logprob.logprob
+            stream, index = self._streams[step.handles[logprob.entry]], step.indices[logprob.entry]
+            stream.logprobs[index] = logprob.logprob
+            if index == 0:
+                stream.first_logprobs[self.name] = wire.StepLogprob()
+                stream.first_logprobs[self.name].CopyFrom(logprob)
+                stream.first_logprobs[self.name].entry = 0
 
 
 class Pair:

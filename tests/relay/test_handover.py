@@ -1,6 +1,7 @@
 """The two roles against each other, without a coordinator: aborts, deadlines, faults, resumed streams."""
 
 import asyncio
+import dataclasses
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -179,6 +180,26 @@ def test_a_later_attempt_continues_the_stream_of_an_earlier_one(
                 await pair.finished(stream)
                 assert stream.output == whole.output[delivered:]
                 assert min(stream.tokens) == delivered
+            await pair.whole()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("direct_wait_s", [0.0, 5.0])
+def test_both_workers_that_send_the_first_token_send_its_logprobs(
+    model: tuple[LoadedModel, list[int]], direct_wait_s: float
+) -> None:
+    """The coordinator shows what it hears first, and a prefill worker may die between its two sends."""
+    sampling = wire.EngineSampling(top_p=1.0, repetition_penalty=1.0, logprobs=3)
+
+    async def run() -> None:
+        handover = dataclasses.replace(HANDOVER, direct_wait_s=direct_wait_s)
+        async with relay(model[0], prefill=OPTIONS, decode=OPTIONS, handover=handover) as pair:
+            for prompt in (PROMPT, PROMPT[::-1]):  # pools are lent during the first
+                stream = await pair.finished(pair.start(prompt, NEW_TOKENS, remote=True, sampling=sampling)[1])
+                assert stream.senders[0] == {"prefill", "decode"}
+                assert len(stream.first_logprobs["prefill"].alternative_ids) == 3
+                assert stream.first_logprobs["decode"] == stream.first_logprobs["prefill"]
             await pair.whole()
 
     asyncio.run(run())
