@@ -64,5 +64,5 @@ def alive(pid: int) -> bool:
     """Whether a process runs; one that is dead but not yet waited for does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
