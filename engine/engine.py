@@ -1,7 +1,7 @@
 """The engine as its owner sees it: requests in, one step at a time, outputs out. Confined to one thread."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -21,6 +21,9 @@ class _Done:
 
     step_result: StepResult
 
+    def layers(self) -> Iterator[int]:
+        return iter(())  # said while it ran
+
     def result(self) -> StepResult:
         return self.step_result
 
@@ -38,8 +41,8 @@ OnOutput = Callable[[StepOutput], None]
 class Mirror(Protocol):
     """Keeps blocks of the runner and those that peers read and write the same; the engine says when."""
 
-    def publish(self, block_ids: Sequence[int]) -> None:
-        """Computed by a finished step, about to be announced: what peers read must be this when it returns."""
+    def publish(self, block_ids: Sequence[int], layers: range | None = None) -> None:
+        """Computed, about to be announced: what peers read must be this when it returns. None: all layers."""
 
     def fetch(self, block_ids: Sequence[int]) -> None:
         """Written by a peer: every step launched from now on must find it."""
@@ -168,8 +171,8 @@ class Engine:
         if flight is None:
             output = self._scheduler.take_events()
         else:
-            self._flight = self._launch({}) if self._can_look_ahead(flight.plan) else None
-            output = self._land(flight)
+            self._flight = self._launch({}, on_output) if self._can_look_ahead(flight.plan) else None
+            output = self._land(flight, on_output)
         return self._checked_out(output)
 
     def save_cached(self, names: Sequence[bytes], tenant: bytes) -> None:
@@ -228,22 +231,31 @@ class Engine:
             on_output(self._checked_out(early))
         start = time.perf_counter()
         if self._look_ahead and isinstance(self._runner, LaunchingRunner):
-            return _Flight(plan, self._runner.launch(plan), start)
-        on_layer = self._announcer(on_output) if on_output is not None and self._mirror is None else None
+            return _Flight(plan, self._runner.launch(plan, self._layer_groups), start)
+        on_layer = self._announcer(on_output) if on_output is not None else None
         return _Flight(plan, _Done(self._runner.run(plan, on_layer)), start)
 
     def _announcer(self, on_output: OnOutput) -> OnLayer | None:
-        """Announces what the plan in flight makes final; None when that is nothing."""
+        """Announces what the earliest plan in flight makes final; None when that is nothing."""
         groups = self._layer_groups
         finishing = self._scheduler.finishing() if groups else []
         if not finishing:
             return None
 
+        blocks = [block for each in finishing for block in each.block_ids]
+        num_published = 0
+
         def on_layer(num_layers: int) -> None:
+            nonlocal num_published
+            if num_layers not in groups:
+                return
+            if self._mirror is not None:
+                self._mirror.publish(blocks, range(num_published, num_layers))
+                num_published = num_layers
+            self._scheduler.announcing(finishing, whole=num_layers == groups[-1])
             if num_layers == groups[-1]:
-                self._scheduler.announced(finishing)
                 on_output(StepOutput(computed=finishing))
-            elif num_layers in groups:
+            else:
                 on_output(StepOutput(computed=[replace(each, num_layers=num_layers) for each in finishing]))
 
         return on_layer
@@ -255,7 +267,10 @@ class Engine:
             known = self._scheduler.block_compute_s
             self._scheduler.block_compute_s = block_s if known is None else known + 0.2 * (block_s - known)
 
-    def _land(self, flight: _Flight) -> StepOutput:
+    def _land(self, flight: _Flight, on_output: OnOutput | None) -> StepOutput:
+        if on_output is not None and (on_layer := self._announcer(on_output)) is not None:
+            for num_layers in flight.launched.layers():
+                on_layer(num_layers)
         result = flight.launched.result()
         now = time.perf_counter()
         seconds = now - max(flight.start, self._landed_at)  # before that the device had the step before

@@ -1,6 +1,6 @@
 """The contract between the scheduler, which knows requests, and the runner, which knows tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -95,6 +95,9 @@ class Runner(Protocol):
 class Launched(Protocol):
     """A step on its way."""
 
+    def layers(self) -> Iterator[int]:
+        """Of the groups it was launched with, each once it is in the blocks; waits in between. Before `result`."""
+
     def result(self) -> StepResult:
         """Waits for the step. Called once, in the order of the launches."""
 
@@ -110,7 +113,8 @@ class LaunchingRunner(Runner, Protocol):
     logits, the seed and the index alone decide.
     """
 
-    def launch(self, plan: StepPlan) -> Launched: ...
+    def launch(self, plan: StepPlan, layer_groups: Sequence[int] = ()) -> Launched:
+        """`layer_groups`: numbers of leading layers that the caller wants to know of, in a step with a prompt."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -260,23 +260,21 @@ class Scheduler:
         return plan
 
     def finishing(self) -> list[Computed]:
-        """What the plan in flight makes final for GIVE requests, in their own blocks. Others may read parts of it now.
-
-        Only without look-ahead.
-        """
-        step, computed = self._in_flight[-1], []
-        for sequence in step.sequences:
-            if sequence.gives and sequence.request.placement is None:
-                last = sequence.num_launched == len(sequence.token_ids)
-                if (each := self._final(sequence, sequence.num_launched, last)).block_ids:
-                    sequence.is_exposed = True
+        """What the earliest plan in flight makes final for GIVE requests, in their own blocks."""
+        step, computed = self._in_flight[0], []
+        for sequence, planned in zip(step.sequences, step.planned, strict=True):
+            if sequence.gives and sequence.phase is not Phase.ENDED and sequence.request.placement is None:
+                end = planned.start + len(planned.token_ids)
+                if (each := self._final(sequence, end, planned.sample is not None)).block_ids:
                     computed.append(each)
         return computed
 
-    def announced(self, computed: Many[Computed]) -> None:
-        """What `finishing` stated is final, and its readers know."""
+    def announcing(self, computed: Many[Computed], whole: bool) -> None:
+        """Readers are being told of what `finishing` stated: that layers of it are final, or `whole` blocks."""
         for each in computed:
-            self._sequences[each.request_id].num_announced_blocks += len(each.block_ids)
+            sequence = self._sequences[each.request_id]
+            sequence.is_exposed = True
+            sequence.num_announced_blocks += len(each.block_ids) if whole else 0
 
     def apply(self, plan: StepPlan, result: StepResult) -> StepOutput:
         """Account for the earliest plan in flight. Returns everything that changed since the last output."""

@@ -17,7 +17,7 @@ class Step:
         self.singles: list[Sequence] = []
         self.sequences: list[Sequence] = []
         """In the order of the plan, once it is made."""
-        self._planned: list[PlannedSequence] = []
+        self.planned: list[PlannedSequence] = []
         self._chunks: list[tuple[Sequence, int]] = []
         self._drafts: dict[str, list[int]] = {}
 
@@ -40,15 +40,15 @@ class Step:
         """Nothing is added any more; the sequences take note of what they do in this step."""
         parts = [(sequence, 1) for sequence in self.singles] + self._chunks
         self.sequences = [sequence for sequence, _ in parts]
-        self._planned = [
+        self.planned = [
             sequence.launch(num_tokens, self._drafts.get(sequence.id, ()), self.blocks)
             for sequence, num_tokens in parts
         ]
-        return StepPlan(self._planned, self.blocks.copies)
+        return StepPlan(self.planned, self.blocks.copies)
 
     def samples_on_device(self) -> bool:
         """Whether it gives at most one token a sequence, and each is chosen from the logits without the host."""
         return not any(
             planned.num_drafts or (planned.sample is not None and planned.sample.adjusts(planned.sample_index))
-            for planned in self._planned
+            for planned in self.planned
         )

@@ -49,6 +49,15 @@ class HostCopy:
         return self._host
 
 
+def mark_stream(device: torch.device) -> torch.cuda.Event | None:
+    """Tells when all that was launched on the device so far is done; None where that is so already."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
 def wait_for(event: torch.cuda.Event) -> None:
     """`Event.synchronize` with a deadline. Raises DeviceError."""
     deadline = time.monotonic() + DEVICE_TIMEOUT_S

@@ -29,6 +29,8 @@ class HostMirror:
         """`host`: uint8 [num_blocks, block_bytes], which must outlive this."""
         self._device_blocks = pool.slabs.view(pool.num_blocks, -1).view(torch.uint8)
         self._host_blocks = host
+        self._num_layers = pool.shape.num_layers
+        self._layer_bytes = pool.shape.block_bytes // self._num_layers
         self._stream = torch.cuda.Stream(pool.slabs.device) if pool.slabs.is_cuda else None  # type: ignore[no-untyped-call]
         self.counters = {"kv_blocks_to_host": 0.0, "kv_blocks_to_device": 0.0}
         if self._stream is not None:
@@ -39,16 +41,23 @@ class HostMirror:
         counters.update(self.counters)
         self.counters = counters
 
-    def publish(self, block_ids: Sequence[int]) -> None:
-        """Bring blocks that a finished step computed to the host; when this returns peers may read them.
+    def publish(self, block_ids: Sequence[int], layers: range | None = None) -> None:
+        """Bring computed blocks, or these layers of them, to the host; when this returns peers may read them.
 
-        On a stream of its own, beside the step that may be running by now: that one writes no announced block.
+        On a stream of its own, beside the step that may be running by now: that one writes no announced block, or only
+        its other layers.
         """
         with self._copying():
-            for first, count in _runs(block_ids):
-                part = slice(first, first + count)
-                self._host_blocks[part].copy_(self._device_blocks[part], non_blocking=True)
-        self.counters["kv_blocks_to_host"] += len(block_ids)
+            if layers is not None:
+                part = slice(layers.start * self._layer_bytes, layers.stop * self._layer_bytes)
+                for block in block_ids:  # one run of bytes each
+                    self._host_blocks[block, part].copy_(self._device_blocks[block, part], non_blocking=True)
+            else:
+                for first, count in _runs(block_ids):
+                    run = slice(first, first + count)
+                    self._host_blocks[run].copy_(self._device_blocks[run], non_blocking=True)
+        if layers is None or layers.stop == self._num_layers:
+            self.counters["kv_blocks_to_host"] += len(block_ids)
 
     def fetch(self, block_ids: Sequence[int]) -> None:
         """Bring blocks that a peer filled to the device, after every step launched so far."""

@@ -7,6 +7,7 @@
 A step of single tokens is a replayed recording (`engine.gpu.decode_graphs`); any other is launched kernel by kernel.
 """
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from engine.gpu.batch import BLOCKS, IDS, POSITIONS, ROPE_LENGTHS, SOURCES, HostBatch, host_batch, singles_first
 from engine.gpu.decode_graphs import Capture, DecodeGraphs
+from engine.gpu.device import mark_stream
 from engine.gpu.sampler import DeviceSampler, DeviceSamples
 from engine.loading import LoadedModel
 from engine.model import Batch, Model
@@ -56,20 +58,28 @@ class DeviceRunner:
         return self.launch(plan).result()
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> DeviceSamples:
+    def launch(self, plan: StepPlan, layer_groups: Sequence[int] = ()) -> DeviceSamples:
         self.pool.copy_blocks(plan.copies)
         if not plan.sequences:
             return DeviceSamples.none()
         sequences = singles_first(plan.sequences)
         batch = host_batch(sequences, self.pool.shape.page_size, self._sampler.row_of)
+        marks: list[tuple[int, torch.cuda.Event | None]] = []
+
+        def mark(num_layers: int) -> None:
+            if num_layers in layer_groups:
+                marks.append((num_layers, mark_stream(self._device)))
+
         if len(sequences[-1].token_ids) > 1:
-            logits = self._eager(batch, sequences)
+            logits = self._eager(batch, sequences, mark if layer_groups else None)
         elif self._graphs is not None and self._graphs.fits(len(sequences)):
             logits = self._replay(self._graphs, batch, sequences)
         else:
             self.counters["decode_steps_without_graph"] += 1
             logits = self._eager(batch, sequences)
-        return self._sampler.launch(logits, sequences)
+        samples = self._sampler.launch(logits, sequences)
+        samples.marks = marks
+        return samples
 
     @torch.inference_mode()
     def record_graphs(self, sizes: tuple[int, ...], max_tokens: int, capture: Capture) -> None:
@@ -90,7 +100,7 @@ class DeviceRunner:
             for start, count in ((0, length), (length, 1)):
                 self.run(StepPlan([PlannedSequence("warm-up", [0] * count, start, blocks, length, spec)], []))
 
-    def _eager(self, batch: HostBatch, sequences: list[PlannedSequence]) -> Tensor:
+    def _eager(self, batch: HostBatch, sequences: list[PlannedSequence], on_layer: OnLayer | None = None) -> Tensor:
         spans: list[SequenceSpan] = []
         first = 0
         for sequence in sequences:
@@ -100,7 +110,7 @@ class DeviceRunner:
         tokens, sample_rows = to_device(self._device, *batch)
         return self._forward(tokens, sample_rows, {
             window: self._ops.plan_attention(self.pool.slabs, spans, window) for window in self._windows
-        })  # fmt: skip
+        }, on_layer)  # fmt: skip
 
     def _replay(self, graphs: DecodeGraphs, batch: HostBatch, sequences: list[PlannedSequence]) -> Tensor:
         logits = graphs.run(batch.tokens, block_table([sequence.block_ids for sequence in sequences]))
@@ -114,7 +124,13 @@ class DeviceRunner:
         rows = torch.arange(tokens.shape[1], dtype=torch.int32, device=self._device)
         return self._forward(tokens, rows, {window: GpuPlan(window, singles, None) for window in self._windows})
 
-    def _forward(self, tokens: Tensor, sample_rows: Tensor, attention: dict[int | None, GpuPlan]) -> Tensor:
+    def _forward(
+        self,
+        tokens: Tensor,
+        sample_rows: Tensor,
+        attention: dict[int | None, GpuPlan],
+        on_layer: OnLayer | None = None,
+    ) -> Tensor:
         """`tokens` as in `HostBatch`. Logits [len(sample_rows), vocab_size]."""
         sources, positions = tokens[SOURCES], tokens[POSITIONS]
         ids = torch.where(sources < 0, tokens[IDS], self._sampler.latest.index_select(0, sources.clamp(min=0)))
@@ -128,4 +144,5 @@ class DeviceRunner:
                 sample_rows=sample_rows,
             ),
             slabs,
+            on_layer,
         )

@@ -4,13 +4,14 @@ Temperature, top_k, top_p, min_p and logprobs are computed there. Rows whose sco
 bias, min_tokens) are copied, and `engine.sampler` chooses their tokens when the result is asked for.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.gpu.device import HostCopy
+from engine.gpu.device import HostCopy, wait_for
 from engine.plan import PlannedSequence, Sampled, SampleSpec, StepResult
 from engine.requests import TokenLogprobs
 from engine.sampler import choices_of, drafts_of, num_right, verify
@@ -131,10 +132,19 @@ class DeviceSamples:
         self._tokens = tokens
         self._adjusted = adjusted
         self._logprobs = logprobs
+        self.marks: list[tuple[int, torch.cuda.Event | None]] = []
+        """Numbers of leading layers, and what tells that they are in the blocks; None: they are."""
 
     @classmethod
     def none(cls) -> "DeviceSamples":
         return cls([], None, None, {})
+
+    def layers(self) -> Iterator[int]:
+        """Raises DeviceError when the device hangs."""
+        for num_layers, mark in self.marks:
+            if mark is not None:
+                wait_for(mark)
+            yield num_layers
 
     def result(self) -> StepResult:
         """Waits for the step. Raises DeviceError when the device hangs."""

@@ -6,6 +6,7 @@ function of the last number, so each stream has one undisturbed form that can be
 """
 
 from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -104,8 +105,17 @@ class Flight:
     generations: list[int]
     """Of the sources of copies."""
 
+    groups: tuple[int, ...] = ()
+    landed: StepResult | None = None
+
+    def layers(self) -> Iterator[int]:
+        """KV is on the device by then, as far as the stand-in goes."""
+        if any(len(sequence.token_ids) > 1 for sequence in self.plan.sequences):
+            self.landed = self.runner.land(self)
+            yield from self.groups
+
     def result(self) -> StepResult:
-        return self.runner.land(self)
+        return self.runner.land(self) if self.landed is None else self.landed
 
 
 class StandInRunner:
@@ -141,7 +151,7 @@ class StandInRunner:
                 on_layer(num_layers)
         return result
 
-    def launch(self, plan: StepPlan) -> Flight:
+    def launch(self, plan: StepPlan, layer_groups: Many[int] = ()) -> Flight:
         self.plans.append(plan)
         assert not {source for source, _ in plan.copies} & {target for _, target in plan.copies}
         assert len({target for _, target in plan.copies}) == len(plan.copies)
@@ -153,7 +163,7 @@ class StandInRunner:
             live = [self.scheduler._sequences[sequence.request_id] for sequence in plan.sequences]
             generations = [self.scheduler._allocator.generations[source] for source, _ in plan.copies]
         frozen = [replace(sequence, block_ids=list(sequence.block_ids)) for sequence in plan.sequences]
-        self._flights.append(Flight(self, StepPlan(frozen, list(plan.copies)), live, generations))
+        self._flights.append(Flight(self, StepPlan(frozen, list(plan.copies)), live, generations, tuple(layer_groups)))
         return self._flights[-1]
 
     def land(self, flight: Flight) -> StepResult:

@@ -24,6 +24,7 @@ from engine.requests import SamplingParams
 from engine.runner import ModelRunner
 from engine.weights import load_weights
 from kernels.ops import TorchOps
+from kvtransfer import outgoing
 from tests.engine.tiny_models import VOCAB_SIZE, reference_generate, write_tiny_model
 from tests.relay.pair import relay
 
@@ -226,7 +227,11 @@ def test_a_mirror_copies_the_blocks_that_it_is_told_and_no_other():
     pool.slabs[:] = torch.arange(6).view(6, 1, 1, 1, 1, 1) + 1
     host = torch.zeros(6, shape.block_bytes, dtype=torch.uint8)
     mirror = HostMirror(pool, host)
-    mirror.publish([4, 1, 2, 0])
+    mirror.publish([4], range(1))
+    assert host.view(torch.bfloat16).view(6, 2, -1).amax(2).tolist() == [[0, 0]] * 4 + [[5, 0], [0, 0]]
+    assert mirror.counters["kv_blocks_to_host"] == 0
+    mirror.publish([4], range(1, 2))
+    mirror.publish([1, 2, 0])
     on_host = host.view(torch.bfloat16)
     assert on_host.amax(1).tolist() == [1, 2, 3, 0, 5, 0]
     host.view(torch.bfloat16)[:] = 9
@@ -250,7 +255,9 @@ async def handed_over(tiny, prompts, spoil=lambda pair: None):
     return outputs, counters
 
 
-def test_a_handover_between_devices_gives_the_tokens_of_transformers(folder, tiny):
+@pytest.mark.parametrize("smallest_group", [outgoing.MIN_GROUP_BYTES, 1], ids=["whole blocks", "layer by layer"])
+def test_a_handover_between_devices_gives_the_tokens_of_transformers(folder, tiny, smallest_group, monkeypatch):
+    monkeypatch.setattr(outgoing, "MIN_GROUP_BYTES", smallest_group)
     outputs, counters = asyncio.run(handed_over(tiny, PROMPTS))
     assert outputs == [each.tokens for each in reference_generate(folder, PROMPTS, NEW_TOKENS)]
     assert counters["prefill"]["kv_blocks_to_host"] == 3 + 3
@@ -263,7 +270,7 @@ def test_that_test_notices_a_copy_that_is_skipped(folder, tiny, monkeypatch, wor
     def spoil(pair):
         mirror = getattr(pair, worker).parts.engine._mirror
         whole = getattr(mirror, copy)
-        monkeypatch.setattr(mirror, copy, lambda blocks: whole(blocks[1:]))
+        monkeypatch.setattr(mirror, copy, lambda blocks, *layers: whole(blocks[1:], *layers))
 
     outputs, _ = asyncio.run(handed_over(tiny, PROMPTS[:1], spoil))
     assert outputs != [each.tokens for each in reference_generate(folder, PROMPTS[:1], NEW_TOKENS)]

@@ -255,3 +255,41 @@ def test_a_runner_that_cannot_launch_is_refused() -> None:
             shareable_tokens=shareable_tokens,
             look_ahead=True,
         )
+
+
+def test_blocks_are_announced_group_of_layers_by_group_while_the_next_step_is_in_flight() -> None:
+    world = World(look_ahead=True, early=True, max_batch_tokens=8)
+    world.add(make_request("a", list(range(1, 20)), Handover.GIVE))
+    output = world.step()
+    assert world.runner.num_ahead == 1
+    assert world.announced_layers == [("a", 2, 2), ("a", 2, 4), ("a", 2, 5)]
+    assert output.computed == []
+    world.step()
+    (computed,) = world.step().computed
+    assert world.announced_layers[3:] == [("a", blocks, layers) for blocks in (4, 5) for layers in (2, 4, 5)] + [
+        ("a", 5, 5)
+    ]
+    assert (computed.block_ids, computed.num_tokens, computed.last) == ((), 19, True)
+    world.run_to_the_end()
+
+
+def test_a_request_that_ends_while_its_step_is_in_flight_announces_nothing_more() -> None:
+    world = World(look_ahead=True, early=True, max_batch_tokens=8)
+    world.add(make_request("a", list(range(1, 20)), Handover.GIVE))
+    world.step()
+    world.abort("a")
+    world.step()
+    assert world.announced_layers == [("a", 2, 2), ("a", 2, 4), ("a", 2, 5)]
+    assert world.leases == {"a"}
+    world.run_to_the_end()
+
+
+def test_a_request_of_which_no_layer_was_announced_leaves_no_lease() -> None:
+    """Its prompt but for one token is cached: a step of single tokens tells of no layers."""
+    world = World(look_ahead=True, early=True, max_batch_tokens=8)
+    world.add(make_request("warm", list(range(4)), max_tokens=1))
+    world.run_to_the_end()
+    world.add(make_request("a", list(range(4)), Handover.GIVE, max_tokens=1))
+    world.run_to_the_end()
+    assert world.announced_layers == []
+    assert world.allocator.counts().leased == 0
