@@ -554,7 +554,7 @@ class Orphan(_message.Message):
     kept_s: _builtins.float
     """how long it waits for an Adopt"""
     without_logprobs: _builtins.int
-    """Leading tokens whose logprobs, if asked for, are not here: given with the assignment, or sampled by a prefill worker."""
+    """Leading tokens whose logprobs, if asked for, are not here: those that were given with the assignment."""
     @_builtins.property
     def assignment(self) -> Global___Assignment:
         """as it came, without peers, holders and handle"""
