@@ -1,6 +1,7 @@
 """A worker's link: it registers, hears assignments, notices a dead or silent coordinator, and dials again."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace
@@ -152,6 +153,38 @@ def test_a_dead_or_silent_coordinator_is_noticed_and_dialled_again(script: Scrip
             await recorder.lost.wait()
             await link.connected.wait()
             assert coordinator.connections == 2
+
+    asyncio.run(run())
+
+
+def test_a_silent_coordinator_is_left_when_the_stated_time_is_over() -> None:
+    welcome = wire.CoordinatorMessage(welcome=wire.Welcome(heartbeat_interval_s=0.4, heartbeat_timeout_s=0.8))
+
+    async def last_word(_: Any, __: Any) -> AsyncIterator[wire.CoordinatorMessage]:
+        yield welcome
+        await asyncio.sleep(0.45)
+        yield BEAT
+        said.append(time.monotonic())
+        await asyncio.Event().wait()
+
+    said: list[float] = []
+
+    async def run() -> None:
+        async with linked(FakeCoordinator(last_word, lambda _, __: beating())) as (recorder, _, _):
+            await recorder.lost.wait()
+            assert 0.7 < time.monotonic() - said[0] < 1.1
+
+    asyncio.run(run())
+
+
+def test_a_worker_that_stood_still_does_not_leave_a_coordinator_that_spoke_meanwhile() -> None:
+    async def run() -> None:
+        coordinator = FakeCoordinator(lambda _, __: beating())
+        async with linked(coordinator) as (recorder, link, _):
+            await link.connected.wait()
+            time.sleep(0.6)  # noqa: ASYNC251 - as if the process had been stopped
+            await asyncio.sleep(0.3)
+            assert not recorder.lost.is_set()
 
     asyncio.run(run())
 
