@@ -14,6 +14,7 @@ class FailureKind(Enum):
     UNKNOWN_REQUEST = "unknown_request"
     ID_IN_USE = "id_in_use"
     SUPERSEDED = "superseded"
+    DIFFERS = "differs"
     CANNOT_PIN = "cannot_pin"
     UNAVAILABLE = "unavailable"
     POISON = "poison"

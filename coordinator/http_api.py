@@ -34,6 +34,7 @@ _HTTP_STATUS = {
     FailureKind.UNKNOWN_REQUEST: (404, "invalid_request_error", "request_not_found"),
     FailureKind.ID_IN_USE: (409, "invalid_request_error", "request_id_in_use"),
     FailureKind.SUPERSEDED: (409, "invalid_request_error", "resumed_elsewhere"),
+    FailureKind.DIFFERS: (409, "conflict_error", "computed_otherwise"),
     FailureKind.CANNOT_PIN: (422, "invalid_request_error", "cannot_pin"),
     FailureKind.OVERLOADED: (429, "rate_limit_error", "overloaded"),
     FailureKind.POISON: (422, "invalid_request_error", "poison"),  # no 5xx, which clients' libraries send again

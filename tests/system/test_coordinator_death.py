@@ -311,7 +311,9 @@ def test_grpc_goes_on_from_its_offsets(pools: Apart, undisturbed: list[str]) -> 
     with pytest.raises(grpc.RpcError):
         read()
     pools.wait_for(pools.complete, "the workers found the new coordinator")
-    position = inference_pb2.ChoicePosition(num_tokens=had[-1].first_index + len(had[-1].token_ids))
+    position = inference_pb2.ChoicePosition(
+        num_tokens=had[-1].first_index + len(had[-1].token_ids), digest=had[-1].digest
+    )
     with grpc.insecure_channel(pools.grpc) as channel:
         resume = inference_pb2.ResumeRequest(request_id=id, positions=[position])
         rest = list(inference_pb2_grpc.InferenceStub(channel).Resume(resume))
