@@ -23,7 +23,7 @@ from baton.config import CoordinatorOptions
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.breakers import Breakers
 from coordinator.delivery import ABORTED, LENGTH, STOP, Choice, Request
-from coordinator.failures import FailureKind, RequestFailed, poison, unavailable
+from coordinator.failures import FailureKind, RequestFailed, handed_on, poison, unavailable
 from coordinator.metrics import Metrics
 from coordinator.prefixes import Life, PrefixMemory, strides
 from coordinator.quarantine import Quarantine
@@ -155,6 +155,12 @@ class Dispatcher:
             self.idle.set()
         self._metrics.request_ended(outcome, request, time.monotonic())
         request.wake()
+
+    def let_go(self) -> None:
+        """End every request here, but not in its workers: they keep it for the coordinator that its client finds."""
+        self._legs.clear()
+        for request in list(self.requests.values()):
+            self.end(request, "handed_on", handed_on())
 
     def _expire(self, request: Request) -> None:
         message = f"the request took longer than {self._options.request_timeout_s:g} s"

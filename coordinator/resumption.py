@@ -23,7 +23,7 @@ from baton.config import CoordinatorOptions
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import Choice, Position, Request
 from coordinator.dispatch import Adoption, Dispatcher
-from coordinator.failures import FailureKind, RequestFailed
+from coordinator.failures import FailureKind, RequestFailed, unavailable
 from coordinator.metrics import Metrics
 from coordinator.requests import Intake
 from coordinator.tickets import Ticket, TicketError, num_choices, read, same_request
@@ -88,7 +88,7 @@ class Resumption:
             self._dispatcher.abort(request)
             return
         keep_s = min(request.resume_s, self._options.max_resume_s)
-        if keep_s <= 0 or request.failure is not None or self._dispatcher.draining:
+        if keep_s <= 0 or request.failure is not None:
             self._dispatcher.abort(request)
             return
         if len(self._left) >= self._options.max_requests:
@@ -127,6 +127,8 @@ class Resumption:
             if request is not None:
                 self._metrics.resumed.labels("here").inc()
                 return request
+            if self._dispatcher.draining:
+                raise unavailable("this coordinator is shutting down; resume at another, or later")
             late = loop.time() >= deadline
             if (found := self._orphans.get(id)) and (late or len(found) == num_choices(_any(found).ticket)):
                 return self._adopt(id, found, positions)

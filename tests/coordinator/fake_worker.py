@@ -131,10 +131,14 @@ class FakeWorker:
                 await self.beat()
 
     async def _read(self) -> None:
+        with contextlib.suppress(grpc.RpcError):
+            await self._hear()
+        self.closed.set()
+
+    async def _hear(self) -> None:
         while True:
             message = await self._call.read()
             if not isinstance(message, wire.CoordinatorMessage):
-                self.closed.set()
                 return
             kind = message.WhichOneof("message")
             if kind == "assignment":

@@ -36,7 +36,7 @@ RESUME_FOR_S = 40.0
 class Apart(Cluster):
     """A coordinator and workers that outlive each other."""
 
-    def __init__(self, *kinds: str, orphan_s: float = 10.0) -> None:
+    def __init__(self, *kinds: str, orphan_s: float = 10.0, coordinator: tuple[str, ...] = ()) -> None:
         self._log = tempfile.NamedTemporaryFile("w+", prefix="baton-apart-", suffix=".log")  # noqa: SIM115
         with contextlib.ExitStack() as stack:
             sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
@@ -45,6 +45,7 @@ class Apart(Cluster):
             self._ports = [each.getsockname()[1] for each in sockets]
         self.url, self.grpc = f"http://127.0.0.1:{self._ports[0]}", f"127.0.0.1:{self._ports[1]}"
         self._num_workers = len(kinds)
+        self._words = coordinator
         self.start_coordinator()
         link = f"127.0.0.1:{self._ports[2]}"
         self._workers = [
@@ -63,7 +64,7 @@ class Apart(Cluster):
     def start_coordinator(self) -> None:
         ports = [word for name, port in zip(("port", "grpc-port", "link-port"), self._ports, strict=True)
                  for word in (f"--{name}", str(port))]  # fmt: skip
-        self.coordinator = self._start("coordinator", *ports)
+        self.coordinator = self._start("coordinator", *ports, *self._words)
 
     def complete(self) -> bool:
         with contextlib.suppress(OSError):
