@@ -232,9 +232,9 @@ class Dispatcher:
             choice.homeless_since_s = now
         return now - choice.homeless_since_s < self._options.worker_return_s
 
-    def _pump_soon(self) -> None:
+    def _pump_soon(self, news: bool = False) -> None:
         """Let the quarantine take its turn once whoever calls has finished what it is doing."""
-        if self.quarantine.busy and not self._pump_due:
+        if (news or self.quarantine.busy) and not self._pump_due:
             self._pump_due = True
             asyncio.get_running_loop().call_soon(self._pump)
 
@@ -375,7 +375,7 @@ class Dispatcher:
         elif kind == "heartbeat":
             worker.beat(message.heartbeat)
             self._registry.on_change()
-            self._pump_soon()
+            self._pump_soon(worker.heartbeat.reservation != 0)
         elif kind == "admission":
             self._on_admission(worker, message.admission)
         elif kind == "progress":
@@ -448,7 +448,7 @@ class Dispatcher:
         if choice.stream.refused(leg.attempt) is Outcome.FAILED:
             log.info("worker %s refused %s: %s", worker.id, choice.stream_id, admission.reason)
             worker.close(leg)
-            self._abandon(leg, "refused", own_fault=not admission.draining)
+            self._abandon(leg, "refused", own_fault=not (admission.draining or admission.reserved))
 
     def _on_ending(self, worker: Worker, ending: wire.Ending) -> None:
         leg = worker.leg(ending.id)

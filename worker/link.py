@@ -45,6 +45,12 @@ class LinkHandler(ABC):
     def on_unpin(self, link: Link, id: str) -> None: ...
 
     @abstractmethod
+    def on_reserve(self, link: Link, token: int) -> None: ...
+
+    @abstractmethod
+    def on_unreserve(self, link: Link, token: int) -> None: ...
+
+    @abstractmethod
     def on_drain(self) -> None: ...
 
     @abstractmethod
@@ -198,6 +204,10 @@ class CoordinatorLink:
                 self._handler.on_adopt(self, message.adopt)
             case "cached_tokens":
                 self._handler.on_cached_tokens(message.cached_tokens)
+            case "reserve":
+                self._handler.on_reserve(self, message.reserve.token)
+            case "unreserve":
+                self._handler.on_unreserve(self, message.unreserve.token)
             case "drain":
                 self._handler.on_drain()
             case _:

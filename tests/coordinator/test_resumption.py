@@ -107,7 +107,7 @@ async def go_on(system: System, last_event_id: str = "", query: bool = False) ->
 @contextlib.asynccontextmanager
 async def two_coordinators(**options: object) -> AsyncIterator[tuple[System, FakeWorker, System, FakeWorker]]:
     """One that will be lost, and another with a worker that goes on."""
-    async with running() as old, running(heartbeat_timeout_s=0.3, **options) as new:
+    async with running() as old, running(heartbeat_timeout_s=0.8, **options) as new:
         yield old, await old.worker(), new, await new.worker()
 
 
