@@ -161,27 +161,32 @@ async def play(rng: random.Random) -> int:
     fleet = Fleet(rng)
     for _ in range(rng.randrange(1, 7)):
         fleet.join()
-    at, poison = rng.randrange(30), None
+    at = sorted(rng.randrange(60) for _ in range(rng.randrange(1, 7)))
+    poisons: list[Request] = []
     innocents: list[Request] = []
     for turn in range(6000):
         if len(innocents) < 24 and rng.random() < 0.4:
             number = len(innocents)
             innocents.append(fleet.doors[number % 2].submit(f"i{number}", [number] * 3))
-        if turn == at:
-            poison = fleet.doors[0].submit("poison", [POISON])
+        while len(poisons) < len(at) and turn >= at[len(poisons)]:
+            poisons.append(fleet.doors[0].submit(f"p{len(poisons)}", [POISON, len(poisons)]))
         fleet.step()
         await asyncio.sleep(0)
-        if turn > at and len(innocents) == 24 and not any(door.dispatcher.requests for door in fleet.doors):
+        if (
+            len(poisons) == len(at)
+            and len(innocents) == 24
+            and not any(door.dispatcher.requests for door in fleet.doors)
+        ):
             break
-    assert poison is not None
     assert [door.dispatcher.requests for door in fleet.doors] == [{}, {}], "somebody was forgotten"
-    assert poison.failure is not None or poison.choices[0].finish_reason == "length"
-    assert poison.failure is None or poison.failure.kind is FailureKind.POISON
+    for poison in poisons:
+        assert poison.failure is not None or poison.choices[0].finish_reason == "length"
+        assert poison.failure is None or poison.failure.kind is FailureKind.POISON
     for request in innocents:
         choice = request.choices[0]
         assert request.failure is None, request.failure
         assert choice.stream.tokens == [token_at(choice.prompt, index) for index in range(MAX_TOKENS)]
-    assert fleet.kills <= 8
+    assert fleet.kills <= 8 * len(poisons)
     return fleet.kills
 
 
