@@ -236,7 +236,9 @@ class CoordinatorOptions:
     max_resume_s: float = setting(
         60.0, "longest that a request is kept for a client that hung up and asked for it with X-Baton-Resume-S"
     )
-    drain_timeout_s: float = setting(30.0, "seconds that running requests get to finish after SIGTERM")
+    drain_timeout_s: float = setting(
+        30.0, "seconds that running requests get to finish after SIGTERM, before other coordinators go on with them"
+    )
     parent_pid: int = setting(0, "exit when this process is gone; 0 watches nobody")
 
 

@@ -39,14 +39,20 @@ def watch_parent(parent_pid: int, on_exit: Callable[[], None]) -> None:
     loop.add_reader(pidfd, gone)
 
 
-def stop_signals() -> asyncio.Event:
+class Stop(asyncio.Event):
+    by: signal.Signals | None = None
+    """The signal that set it, if one did."""
+
+
+def stop_signals() -> Stop:
     """An event that SIGTERM and SIGINT set. A second signal ends the process at once."""
-    stop = asyncio.Event()
+    stop = Stop()
     loop = asyncio.get_running_loop()
 
     def asked(number: signal.Signals) -> None:
         if stop.is_set():
             os._exit(128 + number)
+        stop.by = number
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):

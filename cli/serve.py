@@ -96,12 +96,12 @@ class Child:
             sys.executable, "-P", "-m", "cli.main", *self.words, pass_fds=pass_fds, start_new_session=True
         )
 
-    async def stop(self, timeout_s: float) -> None:
-        """SIGTERM, then SIGKILL when the time is up."""
+    async def stop(self, timeout_s: float, number: signal.Signals = signal.SIGTERM) -> None:
+        """The signal, then SIGKILL when the time is up."""
         if self.process is None or self.process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGTERM)
+            self.process.send_signal(number)
         try:
             await asyncio.wait_for(self.process.wait(), timeout_s)
         except TimeoutError:
@@ -290,7 +290,9 @@ class Cluster:
 
     async def stop(self) -> None:
         # Coordinators drain first, while workers still work for them; they have nothing to drain afterwards.
-        await asyncio.gather(*(door.child.stop(door.options.drain_timeout_s + KILL_AFTER_S) for door in self.doors))
+        # SIGINT: there will be no workers to hand anything on to.
+        limits = [(door.child, door.options.drain_timeout_s + KILL_AFTER_S) for door in self.doors]
+        await asyncio.gather(*(child.stop(limit_s, signal.SIGINT) for child, limit_s in limits))
         await asyncio.gather(*(child.stop(KILL_AFTER_S) for child in self.workers))
 
 

@@ -8,9 +8,12 @@ max_tokens. The front end is woken once for all tokens that a step brought.
 
 import asyncio
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+import xxhash
 
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.detokenizer import TextStream
@@ -37,6 +40,8 @@ class Position(NamedTuple):
     num_tokens: int = 0
     ended: bool = False
     """Its finish reason, too."""
+    digest: str = ""
+    """xxh32 of the tokens, as 32-bit numbers of little end: says which they are, when they are computed once more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +66,21 @@ class Delta:
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
+    digest: str = ""
+    """See `Position`."""
 
     @property
     def position(self) -> Position:
         """Of a client that has this delta and all before it."""
-        return Position(self.first_index + len(self.token_ids), self.finish_reason is not None)
+        return Position(self.first_index + len(self.token_ids), self.finish_reason is not None, self.digest)
 
 
 class Choice:
     """One stream of a request: its prompt, its tokens and text so far."""
 
     __slots__ = (
+        "_claimed",
+        "_digest",
         "_dirty",
         "_logprobs",
         "_muted",
@@ -128,6 +137,10 @@ class Choice:
         self._logprobs: list[TokenLogprob] = []
         self._taken = 0
         """Tokens that the client has."""
+        self._digest = xxhash.xxh32()
+        """Of these."""
+        self._claimed: Position | None = None
+        """What a client that came back says it has; until it is known to be right it gets nothing."""
         self._dirty = False
         self._muted = False
         """The client knows how it ended."""
@@ -153,22 +166,45 @@ class Choice:
         self._touch()
 
     def _touch(self) -> None:
-        if not self._dirty and not self._muted:
+        if not self._dirty and (self._claimed is not None or not self._muted):
             self._dirty = True
             self.request.touch(self)
 
-    def take(self) -> Delta:
-        """What came since the last time."""
+    def take(self) -> Delta | None:
+        """What came since the last time; None if the client knows that already.
+
+        Raises RequestFailed where the client has other tokens than these, which were computed once more.
+        """
+        self._dirty = False
         first, tokens = self._taken, self.stream.tokens
-        self._dirty, self._taken = False, max(first, len(tokens))
-        text = "".join(self._pieces[first:])
-        return Delta(
-            self.number, self.prompt_index, first, tokens[first:], text, self._logprobs[first:], self.finish_reason
-        )
+        if self._claimed is not None:
+            self._check(self._claimed)
+            self._claimed = None
+        if self._muted:
+            return None
+        new, self._taken = tokens[first:], max(first, len(tokens))
+        self._digest.update(array("I", new).tobytes())
+        text, logprobs = "".join(self._pieces[first:]), self._logprobs[first:]
+        digest = self._digest.hexdigest()
+        return Delta(self.number, self.prompt_index, first, new, text, logprobs, self.finish_reason, digest)
+
+    def _check(self, claimed: Position) -> None:
+        tokens = self.stream.tokens[: claimed.num_tokens]
+        self._digest.update(array("I", tokens).tobytes())
+        ended = self.finish_reason is not None and len(self.stream.tokens) == claimed.num_tokens
+        if (
+            len(tokens) < claimed.num_tokens
+            or self._digest.hexdigest() != claimed.digest
+            or (claimed.ended and not ended)
+        ):
+            raise RequestFailed(
+                FailureKind.DIFFERS, "this request was computed again, and came out otherwise; send it again"
+            )
 
     def rewind(self, position: Position) -> None:
         """The client goes on from there."""
         self._dirty, self._muted, self._taken = False, position.ended, position.num_tokens
+        self._digest, self._claimed = xxhash.xxh32(), position if position.num_tokens else None
         if len(self._pieces) > self._taken or self.finish_reason is not None:
             self._touch()
 
@@ -213,6 +249,8 @@ class Request:
         self.deadline: asyncio.TimerHandle | None = None
         self.reader = 0
         """Number of the client that has it now: of two, the one that came later."""
+        self.differs = False
+        """From what its client has."""
         self._dirty: list[Choice] = []
         self._waiter: asyncio.Future[None] | None = None
 
@@ -242,14 +280,13 @@ class Request:
     async def deltas(self, reader: int = 0) -> list[Delta]:
         """Waits for what is new, at most one delta a choice; [] when the request is complete.
 
-        Raises RequestFailed, after everything that was delivered has been taken, and for a reader that is not the
-        latest. The wait ends at the request's deadline at the latest, because the dispatcher then ends the request.
+        Raises RequestFailed, after everything that was delivered has been taken, for a reader that is not the latest,
+        and where what its client has turns out to be other tokens. The wait ends at the request's deadline at the
+        latest, because the dispatcher then ends the request.
         """
         while True:
-            if reader != self.reader:
-                raise RequestFailed(FailureKind.SUPERSEDED, "another connection goes on with this request")
-            if self._dirty:
-                break
+            if found := self._take(reader):
+                return found
             if self.failure is not None:
                 raise self.failure
             if self.ended:
@@ -260,8 +297,16 @@ class Request:
             finally:
                 if self._waiter is waiter:  # else it is that of a reader that came meanwhile
                     self._waiter = None
+
+    def _take(self, reader: int) -> list[Delta]:
+        if reader != self.reader:
+            raise RequestFailed(FailureKind.SUPERSEDED, "another connection goes on with this request")
         dirty, self._dirty = self._dirty, []
-        return [choice.take() for choice in dirty]
+        try:
+            return [delta for choice in dirty if (delta := choice.take()) is not None]
+        except RequestFailed:
+            self.differs = True
+            raise
 
     def usage(self) -> UsageCounts:
         cached: dict[int, int] = {}

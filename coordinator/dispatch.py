@@ -23,7 +23,7 @@ from baton.config import CoordinatorOptions
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.breakers import Breakers
 from coordinator.delivery import ABORTED, LENGTH, STOP, Choice, Request
-from coordinator.failures import FailureKind, RequestFailed, poison, unavailable
+from coordinator.failures import FailureKind, RequestFailed, handed_on, poison, unavailable
 from coordinator.metrics import Metrics
 from coordinator.prefixes import Life, PrefixMemory, strides
 from coordinator.quarantine import Quarantine
@@ -156,6 +156,12 @@ class Dispatcher:
         self._metrics.request_ended(outcome, request, time.monotonic())
         request.wake()
 
+    def let_go(self) -> None:
+        """End every request here, but not in its workers: they keep it for the coordinator that its client finds."""
+        self._legs.clear()
+        for request in list(self.requests.values()):
+            self.end(request, "handed_on", handed_on())
+
     def _expire(self, request: Request) -> None:
         message = f"the request took longer than {self._options.request_timeout_s:g} s"
         self.end(request, "timeout", RequestFailed(FailureKind.TIMEOUT, message))
@@ -226,9 +232,9 @@ class Dispatcher:
             choice.homeless_since_s = now
         return now - choice.homeless_since_s < self._options.worker_return_s
 
-    def _pump_soon(self) -> None:
+    def _pump_soon(self, news: bool = False) -> None:
         """Let the quarantine take its turn once whoever calls has finished what it is doing."""
-        if self.quarantine.busy and not self._pump_due:
+        if (news or self.quarantine.busy) and not self._pump_due:
             self._pump_due = True
             asyncio.get_running_loop().call_soon(self._pump)
 
@@ -369,7 +375,7 @@ class Dispatcher:
         elif kind == "heartbeat":
             worker.beat(message.heartbeat)
             self._registry.on_change()
-            self._pump_soon()
+            self._pump_soon(worker.heartbeat.reservation != 0)
         elif kind == "admission":
             self._on_admission(worker, message.admission)
         elif kind == "progress":
@@ -442,7 +448,7 @@ class Dispatcher:
         if choice.stream.refused(leg.attempt) is Outcome.FAILED:
             log.info("worker %s refused %s: %s", worker.id, choice.stream_id, admission.reason)
             worker.close(leg)
-            self._abandon(leg, "refused", own_fault=not admission.draining)
+            self._abandon(leg, "refused", own_fault=not (admission.draining or admission.reserved))
 
     def _on_ending(self, worker: Worker, ending: wire.Ending) -> None:
         leg = worker.leg(ending.id)

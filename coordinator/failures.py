@@ -14,8 +14,10 @@ class FailureKind(Enum):
     UNKNOWN_REQUEST = "unknown_request"
     ID_IN_USE = "id_in_use"
     SUPERSEDED = "superseded"
+    DIFFERS = "differs"
     CANNOT_PIN = "cannot_pin"
     UNAVAILABLE = "unavailable"
+    HANDED_ON = "handed_on"
     POISON = "poison"
     TIMEOUT = "timeout"
     INTERNAL = "internal"
@@ -32,6 +34,11 @@ class RequestFailed(BatonError):
 def poison() -> RequestFailed:
     message = "workers died each time that they computed this request, the last one with nothing else to do; change it"
     return RequestFailed(FailureKind.POISON, message)
+
+
+def handed_on() -> RequestFailed:
+    message = "this coordinator has shut down, and its workers keep the request: resume it by its id at another one"
+    return RequestFailed(FailureKind.HANDED_ON, message)
 
 
 def unavailable(message: str) -> RequestFailed:

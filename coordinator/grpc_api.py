@@ -43,10 +43,12 @@ _CODES = {
     FailureKind.UNKNOWN_REQUEST: grpc.StatusCode.NOT_FOUND,
     FailureKind.ID_IN_USE: grpc.StatusCode.ALREADY_EXISTS,
     FailureKind.SUPERSEDED: grpc.StatusCode.ABORTED,
+    FailureKind.DIFFERS: grpc.StatusCode.DATA_LOSS,
     FailureKind.CANNOT_PIN: grpc.StatusCode.FAILED_PRECONDITION,
     FailureKind.OVERLOADED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     FailureKind.POISON: grpc.StatusCode.FAILED_PRECONDITION,  # "should not be retried", unlike UNAVAILABLE and ABORTED
     FailureKind.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    FailureKind.HANDED_ON: grpc.StatusCode.UNAVAILABLE,
     FailureKind.TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,
     FailureKind.INTERNAL: grpc.StatusCode.INTERNAL,
 }
@@ -79,11 +81,16 @@ class InferenceServicer(rpc.InferenceServicer):
                 yield response
 
     async def Resume(self, request: api.ResumeRequest, context: _Context) -> AsyncIterator[api.GenerateResponse]:
-        positions = [Position(each.num_tokens, each.ended) for each in request.positions]
-        found = self._resumption.resume(request.request_id, positions)
+        positions = [Position(each.num_tokens, each.ended, each.digest) for each in request.positions]
+        found = self._resume(request, positions)
         async with contextlib.aclosing(self._answer("Resume", context, found, positions)) as responses:
             async for response in responses:
                 yield response
+
+    async def _resume(self, request: api.ResumeRequest, positions: Sequence[Position]) -> Request:
+        if any(each.num_tokens and not each.digest for each in request.positions):
+            raise InvalidRequestError("a position needs the digest of the last response of its choice", "positions")
+        return await self._resumption.resume(request.request_id, positions)
 
     async def _answer(
         self, method: str, context: _Context, start: Awaitable[Request], positions: Sequence[Position] = ()
@@ -252,6 +259,7 @@ def _response(request: Request, delta: Delta, last: bool) -> api.GenerateRespons
             for entry in delta.logprobs
         ],
         finish_reason=_FINISH.get(delta.finish_reason, api.FINISH_REASON_UNSPECIFIED),
+        digest=delta.digest,
     )
     if last:
         usage = request.usage()

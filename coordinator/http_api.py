@@ -1,7 +1,8 @@
 """The HTTP front end: OpenAI's endpoints with SSE, and those that operators need.
 
 A client that hangs up cancels its handler, and the handler's `finally` aborts the request in every worker, unless the
-client asked that it be kept (`coordinator.resumption`).
+client asked that it be kept (`coordinator.resumption`). A coordinator that is shut down hangs up on its clients: see
+`Coordinator.hand_on`.
 """
 
 import asyncio
@@ -34,10 +35,12 @@ _HTTP_STATUS = {
     FailureKind.UNKNOWN_REQUEST: (404, "invalid_request_error", "request_not_found"),
     FailureKind.ID_IN_USE: (409, "invalid_request_error", "request_id_in_use"),
     FailureKind.SUPERSEDED: (409, "invalid_request_error", "resumed_elsewhere"),
+    FailureKind.DIFFERS: (409, "conflict_error", "computed_otherwise"),
     FailureKind.CANNOT_PIN: (422, "invalid_request_error", "cannot_pin"),
     FailureKind.OVERLOADED: (429, "rate_limit_error", "overloaded"),
     FailureKind.POISON: (422, "invalid_request_error", "poison"),  # no 5xx, which clients' libraries send again
     FailureKind.UNAVAILABLE: (503, "service_unavailable_error", "unavailable"),
+    FailureKind.HANDED_ON: (503, "service_unavailable_error", "handed_on"),  # reaches nobody: the connection ends
     FailureKind.TIMEOUT: (504, "timeout_error", "timeout"),
     FailureKind.INTERNAL: (500, "server_error", "internal_error"),
 }
@@ -233,6 +236,8 @@ class HttpApi:
             try:
                 response = await _answered(http, handler, call)
                 code = response.status
+                if self._intake.dispatcher.draining:
+                    response.force_close()  # what this client asks next, another coordinator answers
                 return response
             finally:
                 _log_access(http, call, code, started_s)
@@ -259,6 +264,8 @@ async def _stream(http: web.Request, request: Request, reader: int, writer: Answ
                 if not complete:
                     deltas = await request.deltas(reader)
         except RequestFailed as failure:
+            if failure.kind is FailureKind.HANDED_ON:
+                raise
             await response.write(sse(_failure_body(failure)))
         await response.write_eof()
     except ConnectionError:
@@ -274,6 +281,8 @@ async def _answered(http: web.Request, handler: Handler, call: _Call) -> web.Str
     except InvalidRequestError as error:
         response = _error(400, str(error), "invalid_request_error", error.param, None)
     except RequestFailed as failure:
+        if failure.kind is FailureKind.HANDED_ON and http.transport is not None:
+            http.transport.close()  # as when this process dies: a client knows that its answer is not complete
         code = _HTTP_STATUS[failure.kind][0]
         response = _json(json_body(_failure_body(failure)), code)
         if failure.kind in _RETRY_AFTER_S:

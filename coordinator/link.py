@@ -17,6 +17,7 @@ import grpc
 
 from baton.config import CoordinatorOptions
 from baton.errors import PeerError
+from baton.pulse import Pulse
 from baton.v1 import worker_link_pb2 as wire
 from baton.v1 import worker_link_pb2_grpc as rpc
 from coordinator.dispatch import Dispatcher
@@ -93,23 +94,15 @@ class LinkServicer(rpc.WorkerLinkServicer):
             await context.write(await worker.outbox.get())
 
     async def watch(self) -> None:
-        """Send heartbeats, and lose silent workers, until cancelled.
-
-        If this loop itself was late (the process was stopped, the machine starved), messages may lie unread: that
-        time is not held against the workers.
-        """
-        interval_s = self._options.heartbeat_interval_s
-        before = time.monotonic()
+        """Send heartbeats, and lose silent workers, until cancelled."""
+        pulse = Pulse(self._options.heartbeat_interval_s, self._options.heartbeat_timeout_s)
         while True:
-            await asyncio.sleep(interval_s)
-            now = time.monotonic()
-            own_delay_s, before = max(0.0, now - before - interval_s), now
+            workers = [worker for worker in self._registry.workers.values() if not worker.lost.is_set()]
+            beats = await pulse.rest([worker.last_seen_s for worker in workers])
             for worker in list(self._registry.workers.values()):
-                if own_delay_s > interval_s:
-                    worker.last_seen_s += own_delay_s
-                if now - worker.last_seen_s > self._options.heartbeat_timeout_s:
-                    worker.lose(f"silent for {now - worker.last_seen_s:.1f} s")
-                else:
+                if pulse.silent(worker.last_seen_s):
+                    worker.lose(f"silent for {time.monotonic() - worker.last_seen_s:.1f} s")
+                elif beats:
                     worker.send(_HEARTBEAT)
 
 

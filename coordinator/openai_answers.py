@@ -111,6 +111,7 @@ def sse(value: Any, id: str = "") -> bytes:
 
 SSE_DONE = b"data: [DONE]\n\n"
 END = "end"
+_CHOICE = r"(?:0e?|[1-9]\d{0,8}e?-[0-9a-f]{8})"
 
 
 def usage_of(counts: UsageCounts) -> Usage:
@@ -122,7 +123,8 @@ class AnswerWriter:
     """Turns the deltas of one request, of a client that has what `positions` say, into bodies.
 
     The id of an event is that of the request and what the client has with it: of each choice the number of tokens,
-    with `e` once it knows how it ended, or `end` for everything. So it says the same whoever reads it.
+    with `e` once it knows how it ended and a digest of these tokens, or `end` for everything. So it says the same
+    whoever reads it, and whoever computes the request once more knows whether it goes on from the same tokens.
     """
 
     def __init__(
@@ -223,13 +225,16 @@ def positions_of(event_id: str, request_id: str) -> list[Position] | None:
     id, _, written = event_id.rpartition(":")
     if id == request_id and written == END:
         return None
-    if id != request_id or not re.fullmatch(r"\d{1,9}e?(\.\d{1,9}e?)*", written, re.ASCII):
+    if id != request_id or not re.fullmatch(rf"{_CHOICE}(\.{_CHOICE})*", written, re.ASCII):
         raise InvalidRequestError("the last event id must be the id of an event of this stream", "last_event_id")
-    return [Position(int(each.rstrip("e")), each.endswith("e")) for each in written.split(".")]
+    found = [each.partition("-") for each in written.split(".")]
+    return [Position(int(had.rstrip("e")), had.endswith("e"), digest) for had, _, digest in found]
 
 
 def _written(position: Position) -> str:
-    return f"{position.num_tokens}{'e' if position.ended else ''}"
+    num_tokens, ended, digest = position
+    end = "e" if ended else ""
+    return f"{num_tokens}{end}-{digest}" if num_tokens else f"0{end}"
 
 
 def _merge(choice: int, deltas: Sequence[Delta]) -> Delta:

@@ -1,15 +1,19 @@
 """Runs isolated requests one to a worker, so that a worker's death says who caused it. Bookkeeping, no I/O.
 
-A lane is a worker that takes nothing else. One that has nothing to do becomes a lane at once. If none has, the least
-busy one is reserved: it gets nothing new, and what still runs there after PATIENCE_S is moved to others. At most one is
-reserved at a time, and none where half of the workers are lanes already. A lane opens when its request has ended, has
-left, or is acquitted. Where lanes leave no worker for the others, these wait; then a lane opens after MAX_CLOSED_S in
-any case.
+A lane is a worker that takes nothing else. To become one it is reserved (`worker.reservation`), which keeps other
+coordinators away as well: a worker that has nothing to do, and if there is none the least busy one. It gets nothing
+new, and what still runs there after PATIENCE_S is moved to others; each coordinator moves its own. At most one busy
+worker is reserved at a time, and none where half of the workers are closed already. The isolated request runs there
+once the worker says that nothing else is there. A lane opens when its request has ended, has left, or is acquitted.
+Where closed workers leave none for the others, these wait; then a lane opens after MAX_CLOSED_S in any case, also for
+others of other coordinators. A request for which a reserved worker was not emptied for so long runs in company.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import secrets
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import Choice, Request
 from coordinator.suspects import Suspects, progressed
 from coordinator.workers import Leg, Worker
@@ -22,8 +26,16 @@ MAX_CLOSED_S = 10.0
 class Lane:
     worker: Worker
     since_s: float
+    token: int
+    """Of its reservation."""
     request: Request | None = None
     """None: reserved, what still runs there has to go first."""
+
+    @property
+    def cleared(self) -> bool:
+        """Nothing of other coordinators is there, or can be."""
+        beat = self.worker.heartbeat
+        return beat.reservation == self.token and beat.reservation_cleared
 
 
 @dataclass(slots=True)
@@ -42,17 +54,19 @@ class Quarantine:
     def __init__(self, suspects: Suspects) -> None:
         self._suspects = suspects
         self._lanes: dict[str, Lane] = {}
+        self._elsewhere: dict[str, float] = {}
+        """Workers that other coordinators have reserved, and since when."""
         self._waiting: list[Choice] = []
         self._stranded: list[Choice] = []
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting or self._stranded or self._lanes)
+        return bool(self._waiting or self._stranded or self._lanes or self._elsewhere)
 
     @property
     def closed(self) -> Collection[str]:
         """Ids of workers that take no ordinary request."""
-        return self._lanes.keys()
+        return self._lanes.keys() | self._elsewhere.keys()
 
     def park(self, choice: Choice) -> None:
         """An isolated one that waits for a worker of its own."""
@@ -68,14 +82,13 @@ class Quarantine:
         self._stranded = [choice for choice in self._stranded if choice.request is not request]
 
     def alone(self, worker: Worker) -> bool:
-        """Nothing but one isolated request is, or may be, on this worker, another coordinator's work included."""
+        """Nothing but one isolated request is, or may be, on this worker, also of other coordinators."""
         lane = self._lanes.get(worker.id)
         if lane is None or lane.worker is not worker or lane.request is None:
             return False
         if any(leg.choice.request is not lane.request for leg in (*worker.legs.values(), *worker.aftermath())):
             return False
-        beat = worker.heartbeat
-        return 0 < len(worker.legs) >= beat.running_requests + beat.waiting_requests
+        return bool(worker.legs) and lane.cleared
 
     def status(self) -> dict[str, object]:
         """JSON-ready."""
@@ -86,70 +99,100 @@ class Quarantine:
         """Once something may have changed: a heartbeat, a loss, an end, a request that was parked."""
         turn = Turn()
         self._open_lanes(now_s, workers)
+        self._look_elsewhere(now_s, workers, turn)
         able = [worker for worker in workers.values() if worker.accepts and (worker.decodes or worker.stands_in)]
         for choice in list(self._waiting):
-            lane = self._lane_for(choice, able, trouble, now_s)
+            lane = self._lane_for(choice, now_s, trouble)
             if lane is not None:
                 self._waiting.remove(choice)
                 turn.start.append((choice, lane.worker))
-        self._reserve(able, now_s, turn)
-        if not all(worker.id in self._lanes for worker in able):
-            turn.resume, self._stranded = self._stranded, []
-        elif not able:
+        self._reserve(able, now_s, trouble, turn)
+        closed = self.closed
+        if not able:
             turn.resume, self._stranded, self._waiting = self._stranded + self._waiting, [], []
+        elif not all(worker.id in closed for worker in able):
+            turn.resume, self._stranded = self._stranded, []
+        elif self._stranded or self._waiting:
+            for beat, worker in ((workers[id].heartbeat, workers[id]) for id in self._elsewhere):
+                if not beat.reservation_wanted:
+                    _unreserve(worker, beat.reservation)  # its holder hears that it is wanted
         return turn
 
     def _open_lanes(self, now_s: float, workers: Mapping[str, Worker]) -> None:
         for id, lane in list(self._lanes.items()):
-            if workers.get(id) is not lane.worker or not (lane.request or (self._waiting and lane.worker.accepts)):
-                del self._lanes[id]
-            elif lane.request is not None:
+            beat = lane.worker.heartbeat
+            overdue = (self._stranded or beat.reservation_wanted) and now_s - lane.since_s > MAX_CLOSED_S
+            if workers.get(id) is not lane.worker:
+                done = True
+            elif lane.request is None:
+                denied = beat.reservation not in (0, lane.token)
+                done = denied or not self._waiting or not lane.worker.accepts
+            else:
                 own = [leg for leg in lane.worker.legs.values() if leg.choice.request is lane.request]
-                acquitted = any(progressed(leg) for leg in own) and self._suspects.acquit(lane.request)
-                overdue = self._stranded and now_s - lane.since_s > MAX_CLOSED_S
-                if not own or acquitted or overdue:
-                    del self._lanes[id]
+                done = not own or bool(overdue)
+                done = done or (any(progressed(leg) for leg in own) and self._suspects.acquit(lane.request))
+            if done:
+                del self._lanes[id]
+                _unreserve(lane.worker, lane.token)  # also if it was not to be had: such a token is ignored
+                if beat.reservation == lane.token:
+                    beat.reservation = 0
 
-    def _lane_for(
-        self, choice: Choice, able: Iterable[Worker], trouble: Mapping[str, int], now_s: float
-    ) -> Lane | None:
-        """The lane of the choice's request, or a new one on a worker that has nothing to do."""
+    def _look_elsewhere(self, now_s: float, workers: Mapping[str, Worker], turn: Turn) -> None:
+        """Leave those workers alone that another coordinator has to itself."""
+        tokens = {id: lane.token for id, lane in self._lanes.items()}
+        held = [id for id, one in workers.items() if one.heartbeat.reservation not in (0, tokens.get(id, 0))]
+        self._elsewhere = {id: self._elsewhere.get(id, now_s) for id in held if id not in self._lanes}
+        for id, since_s in self._elsewhere.items():
+            if now_s - since_s > PATIENCE_S:
+                turn.move += workers[id].legs.values()
+
+    def _lane_for(self, choice: Choice, now_s: float, trouble: Mapping[str, int]) -> Lane | None:
+        """The lane of the choice's request, or a reserved one on which nothing else is."""
         for lane in self._lanes.values():
             if lane.request is choice.request:
                 return lane
-        total = len(choice.prompt) + choice.stream.max_tokens
-        free = [worker for worker in able if total <= worker.context_tokens and self._free(worker, now_s)]
-        if not free:
+        ready = [lane for lane in self._lanes.values() if _fits(choice, lane.worker) and self._ready(lane, now_s)]
+        if not ready:
             return None
-        worker = min(free, key=lambda one: (one.id in choice.avoid, trouble.get(one.id, 0), not one.decodes))
-        lane = self._lanes[worker.id] = Lane(worker, now_s, choice.request)
-        return lane
+        best = min(ready, key=lambda lane: _rank(choice, lane.worker, trouble))
+        best.request, best.since_s = choice.request, now_s
+        return best
 
-    def _free(self, worker: Worker, now_s: float) -> bool:
+    def _ready(self, lane: Lane, now_s: float) -> bool:
         """It has nothing to do; or was reserved long ago, and what is there now can only be another coordinator's."""
-        lane = self._lanes.get(worker.id)
-        if lane is None or lane.request is not None:
-            return lane is None and worker.empty
-        return worker.empty or (not worker.legs and now_s - lane.since_s > MAX_CLOSED_S)
+        if lane.request is not None:
+            return False
+        return (lane.worker.empty and lane.cleared) or (not lane.worker.legs and now_s - lane.since_s > MAX_CLOSED_S)
 
-    def _reserve(self, able: Sequence[Worker], now_s: float, turn: Turn) -> None:
-        """Have a worker emptied for those that still wait."""
-        reserved = next((lane for lane in self._lanes.values() if lane.request is None), None)
-        if not self._waiting:
-            if reserved is not None:
-                del self._lanes[reserved.worker.id]
-            return
-        if reserved is None:
-            if self._lanes and len(self._lanes) * 2 >= len(able):
-                return
-            choice = self._waiting[0]
-            total = len(choice.prompt) + choice.stream.max_tokens
-            fit = [
-                worker for worker in able
-                if worker.decodes and total <= worker.context_tokens and worker.id not in self._lanes
-            ]  # fmt: skip
-            if fit:
+    def _reserve(self, able: Sequence[Worker], now_s: float, trouble: Mapping[str, int], turn: Turn) -> None:
+        """Have workers emptied for those that still wait."""
+        reserved = [lane for lane in self._lanes.values() if lane.request is None]
+        num_idle = sum(lane.worker.empty for lane in reserved)
+        for choice in list({choice.request: choice for choice in self._waiting}.values())[num_idle:]:
+            fit = [worker for worker in able if _fits(choice, worker) and worker.id not in self.closed]
+            idle = [worker for worker in fit if worker.empty]
+            if idle:
+                worker = min(idle, key=lambda one: _rank(choice, one, trouble))
+            else:
+                fit = [worker for worker in fit if worker.decodes]
+                if not fit or reserved or (self.closed and len(self.closed) * 2 >= len(able)):
+                    break
                 worker = min(fit, key=lambda one: (one.id in choice.avoid, len(one.legs)))
-                self._lanes[worker.id] = Lane(worker, now_s)
-        elif now_s - reserved.since_s > PATIENCE_S:
-            turn.move += reserved.worker.legs.values()
+            lane = self._lanes[worker.id] = Lane(worker, now_s, secrets.randbits(63) + 1)
+            reserved.append(lane)
+            worker.send(wire.CoordinatorMessage(reserve=wire.Reserve(token=lane.token)))
+        for lane in reserved:
+            if now_s - lane.since_s > PATIENCE_S:
+                turn.move += lane.worker.legs.values()
+
+
+def _fits(choice: Choice, worker: Worker) -> bool:
+    return len(choice.prompt) + choice.stream.max_tokens <= worker.context_tokens
+
+
+def _rank(choice: Choice, worker: Worker, trouble: Mapping[str, int]) -> tuple[bool, int, bool]:
+    return (worker.id in choice.avoid, trouble.get(worker.id, 0), not worker.decodes)
+
+
+def _unreserve(worker: Worker, token: int) -> None:
+    worker.send(wire.CoordinatorMessage(unreserve=wire.Unreserve(token=token)))

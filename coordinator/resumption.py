@@ -6,7 +6,8 @@
    wait, and go on computing, for the time that the worker says; nothing of them is kept here but that message.
 3. When the client comes, the request is built again from the tickets of its choices and the dispatcher adopts their
    attempts. The worker sends all tokens again, so text, stop strings and usage come out as they did the first time.
-   A choice that nobody has any more starts its next attempt from its prompt, with the same sampling and seed.
+   A choice that nobody has any more starts its next attempt from its prompt, with the same sampling and seed; what the
+   client says it has is compared with that, and on a difference its stream ends with an error.
 4. Whoever reads last has the request. A request whose client is gone for too long is aborted.
 
 A client may be faster than the workers that find their coordinator dead: an unknown id is waited for.
@@ -22,7 +23,7 @@ from baton.config import CoordinatorOptions
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import Choice, Position, Request
 from coordinator.dispatch import Adoption, Dispatcher
-from coordinator.failures import FailureKind, RequestFailed
+from coordinator.failures import FailureKind, RequestFailed, unavailable
 from coordinator.metrics import Metrics
 from coordinator.requests import Intake
 from coordinator.tickets import Ticket, TicketError, num_choices, read, same_request
@@ -82,8 +83,12 @@ class Resumption:
         """A client is gone, or has all of its answer: keep the request for it, or abort it. Idempotent."""
         if reader != request.reader:
             return  # it came back meanwhile
+        if request.differs:
+            self._metrics.resumed.labels("differs").inc()
+            self._dispatcher.abort(request)
+            return
         keep_s = min(request.resume_s, self._options.max_resume_s)
-        if keep_s <= 0 or request.failure is not None or self._dispatcher.draining:
+        if keep_s <= 0 or request.failure is not None:
             self._dispatcher.abort(request)
             return
         if len(self._left) >= self._options.max_requests:
@@ -122,6 +127,8 @@ class Resumption:
             if request is not None:
                 self._metrics.resumed.labels("here").inc()
                 return request
+            if self._dispatcher.draining:
+                raise unavailable("this coordinator is shutting down; resume at another, or later")
             late = loop.time() >= deadline
             if (found := self._orphans.get(id)) and (late or len(found) == num_choices(_any(found).ticket)):
                 return self._adopt(id, found, positions)

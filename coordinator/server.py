@@ -7,6 +7,7 @@ clients --gRPC------> GrpcApi --+--> Intake --> Dispatcher --> Registry --+
 import asyncio
 import contextlib
 import logging
+import signal
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,7 @@ class Coordinator:
         self.resumption = Resumption(options, self.intake, self.dispatcher, self.metrics)
         self._link = LinkServicer(options, self.registry, self.dispatcher)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._announcing: asyncio.Task[None] | None = None
         self._closing = contextlib.AsyncExitStack()
 
     async def start(self) -> Ports:
@@ -94,7 +96,7 @@ class Coordinator:
 
     async def _start_link(self) -> int:
         options = self._options
-        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        self._link_server = server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         link_rpc.add_WorkerLinkServicer_to_server(self._link, server)
         port = _bind(server, options.link_host, options.link_port, "--link-port")
         await server.start()
@@ -123,14 +125,14 @@ class Coordinator:
 
     def _announce(self, link_port: int) -> None:
         """So that workers dial this coordinator, too. Retracted before the ports are closed."""
-        announcing = asyncio.create_task(self._discovery.announce(_address(self._announced_host, link_port)))
-        announcing.add_done_callback(self._finished)
+        self._announcing = asyncio.create_task(self._discovery.announce(_address(self._announced_host, link_port)))
+        self._announcing.add_done_callback(self._finished)
+        self._closing.push_async_callback(self._retract)
 
-        async def retract() -> None:
-            announcing.cancel()
-            await asyncio.wait({announcing}, timeout=_RETRACT_TIMEOUT_S)
-
-        self._closing.push_async_callback(retract)
+    async def _retract(self) -> None:
+        if self._announcing is not None:
+            self._announcing.cancel()
+            await asyncio.wait({self._announcing}, timeout=_RETRACT_TIMEOUT_S)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -150,9 +152,21 @@ class Coordinator:
         """Refuse what is new, let what runs finish for up to drain_timeout_s. Idempotent."""
         self.dispatcher.draining = True
         self._readiness_changed()
+        await self._retract()
         events.info("draining: %d requests are running", len(self.dispatcher.requests))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.dispatcher.idle.wait(), self._options.drain_timeout_s)
+
+    async def hand_on(self) -> None:
+        """Leave what still runs to other coordinators, or to the next one here, as if this process had died.
+
+        Workers keep it when their links break, and clients, who see their connections end without an end of their
+        answers, go on with it by its id.
+        """
+        if running := len(self.dispatcher.requests):
+            events.info("handing on: %d requests are left to other coordinators", running)
+        self.dispatcher.let_go()
+        await self._link_server.stop(None)
 
     async def stop(self) -> None:
         """End what still runs, close the ports. Idempotent."""
@@ -175,7 +189,8 @@ async def serve(
 ) -> None:
     """Run a coordinator until SIGTERM, SIGINT or the end of its parent, and then drain it.
 
-    A second signal ends the process at once. Raises ConfigurationError before anything is served.
+    After SIGTERM others go on with what does not finish in time; otherwise nobody does, and clients are told so. A
+    second signal ends the process at once. Raises ConfigurationError before anything is served.
     """
     coordinator = Coordinator(options, model, model_folder, discovery)
     stop = stop_signals()
@@ -184,6 +199,8 @@ async def serve(
         on_ready(await coordinator.start())
         await stop.wait()
         await coordinator.drain()
+        if stop.by is signal.SIGTERM:
+            await coordinator.hand_on()
     finally:
         await coordinator.stop()
 

@@ -16,6 +16,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from baton.config import HandoverOptions
 from baton.errors import PeerError, TransferError
+from baton.pulse import Pulse
 from baton.v1 import handover_pb2 as pb
 from kvtransfer.direct import Lending
 from kvtransfer.handshake import check_reply, hello, offered_layout
@@ -223,15 +224,11 @@ class PeerLink:
 
     async def _beat(self, reply: pb.HelloReply) -> None:
         """Renew leases, and notice silence. The peer's times count: it is its memory that is on loan."""
-        interval = reply.heartbeat_interval_s
-        before = time.monotonic()
+        pulse = Pulse(reply.heartbeat_interval_s, reply.heartbeat_timeout_s)
         while self.lost is None:
-            self.send(pb.HandoverMessage(heartbeat=pb.HandoverHeartbeat(renew=self._active_ids(self))))
-            await asyncio.sleep(interval)
-            now = time.monotonic()
-            slept_s, before = now - before, now
-            # After a sleep of our own the peer's messages are still to be read: its silence is judged next time.
-            if slept_s <= 2 * interval and now - self._last_heard > reply.heartbeat_timeout_s:
+            if await pulse.rest([self._last_heard]):
+                self.send(pb.HandoverMessage(heartbeat=pb.HandoverHeartbeat(renew=self._active_ids(self))))
+            if pulse.silent(self._last_heard):
                 self._lose("it fell silent")
 
     async def _monitor(self, monitor: zmq.asyncio.Socket) -> None:

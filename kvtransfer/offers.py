@@ -32,6 +32,7 @@ import zmq.asyncio
 
 from baton.config import HandoverOptions
 from baton.errors import ConfigurationError, PeerError
+from baton.pulse import Pulse
 from baton.v1 import handover_pb2 as pb
 from kvtransfer.direct import DirectServer, LentPool, Placed
 from kvtransfer.handshake import refusal
@@ -465,20 +466,18 @@ class OfferServer:
     # -- time and endings --------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Heartbeats, silence, leases and parked wants, once an interval."""
-        interval = self._options.heartbeat_interval_s
-        before = time.monotonic()
+        """Heartbeats, leases and parked wants once an interval; silence as soon as it is over."""
+        pulse = Pulse(self._options.heartbeat_interval_s, self._options.heartbeat_timeout_s)
         while True:
-            await asyncio.sleep(interval)
-            now = time.monotonic()
-            slept_s, before = now - before, now
+            beats = await pulse.rest([connection.last_heard for connection in self._connections.values()])
             for connection in list(self._connections.values()):
-                self._send(connection, pb.HandoverMessage(heartbeat=pb.HandoverHeartbeat()))
-            if slept_s > 2 * interval:
-                continue  # this process was the one asleep; what peers sent meanwhile is still to be read
-            for connection in list(self._connections.values()):
-                if now - connection.last_heard > self._options.heartbeat_timeout_s:
+                if pulse.silent(connection.last_heard):
                     self._drop(connection, "it fell silent", True)
+                elif beats:
+                    self._send(connection, pb.HandoverMessage(heartbeat=pb.HandoverHeartbeat()))
+            if not (beats and pulse.judges):
+                continue  # not before what peers sent is read: their heartbeats renew leases
+            now = time.monotonic()
             self._apply(self._book.tick(now))
             for handover_id, parked in list(self._parked.items()):
                 if now >= parked.expires_at:

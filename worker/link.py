@@ -7,12 +7,14 @@ both sides send a heartbeat every `heartbeat_interval_s`, and one that hears not
 
 import asyncio
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 
 import grpc
 
 from baton.errors import ConfigurationError
+from baton.pulse import Pulse
 from baton.v1 import worker_link_pb2 as wire
 from baton.v1.worker_link_pb2_grpc import WorkerLinkStub
 from worker.roles import Link
@@ -41,6 +43,12 @@ class LinkHandler(ABC):
 
     @abstractmethod
     def on_unpin(self, link: Link, id: str) -> None: ...
+
+    @abstractmethod
+    def on_reserve(self, link: Link, token: int) -> None: ...
+
+    @abstractmethod
+    def on_unreserve(self, link: Link, token: int) -> None: ...
 
     @abstractmethod
     def on_drain(self) -> None: ...
@@ -78,6 +86,7 @@ class CoordinatorLink:
         self._outgoing: asyncio.Queue[wire.WorkerMessage] | None = None
         self._overflow = asyncio.Event()
         self._told_failure = False
+        self._heard = 0.0
         self.connected = asyncio.Event()
         self.wanted = True
         """Dialled again when it breaks. A link that works is kept whether it is wanted or not."""
@@ -158,25 +167,28 @@ class CoordinatorLink:
 
     async def _serve(self, call: "grpc.aio.StreamStreamCall[wire.WorkerMessage, wire.CoordinatorMessage]",
                      welcome: wire.Welcome) -> None:  # fmt: skip
-        beat = asyncio.create_task(self._beat(welcome.heartbeat_interval_s))
-        overflow = asyncio.create_task(self._overflow.wait())
+        """Until the link breaks, and then raises why."""
+        self._heard = time.monotonic()
+        pulse = Pulse(welcome.heartbeat_interval_s, welcome.heartbeat_timeout_s)
+        tasks = [asyncio.create_task(work) for work in (self._read(call), self._beat(pulse), self._overflown())]
         try:
-            while True:
-                read = asyncio.ensure_future(call.read())
-                done, _ = await asyncio.wait(
-                    {read, overflow}, timeout=welcome.heartbeat_timeout_s, return_when=asyncio.FIRST_COMPLETED
-                )
-                if read not in done:
-                    read.cancel()
-                    raise ConnectionError("outgoing queue full" if overflow in done else "coordinator silent")
-                message = read.result()
-                if not isinstance(message, wire.CoordinatorMessage):  # the end of the stream
-                    raise ConnectionError("the coordinator closed the stream")
-                self._dispatch(message)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            done.pop().result()
         finally:
-            beat.cancel()
-            overflow.cancel()
+            for task in tasks:
+                task.cancel()
             call.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, call: "grpc.aio.StreamStreamCall[wire.WorkerMessage, wire.CoordinatorMessage]") -> None:
+        while isinstance(message := await call.read(), wire.CoordinatorMessage):
+            self._heard = time.monotonic()
+            self._dispatch(message)
+        raise ConnectionError("the coordinator closed the stream")
+
+    async def _overflown(self) -> None:
+        await self._overflow.wait()
+        raise ConnectionError("outgoing queue full")
 
     def _dispatch(self, message: wire.CoordinatorMessage) -> None:
         match message.WhichOneof("message"):
@@ -192,12 +204,19 @@ class CoordinatorLink:
                 self._handler.on_adopt(self, message.adopt)
             case "cached_tokens":
                 self._handler.on_cached_tokens(message.cached_tokens)
+            case "reserve":
+                self._handler.on_reserve(self, message.reserve.token)
+            case "unreserve":
+                self._handler.on_unreserve(self, message.unreserve.token)
             case "drain":
                 self._handler.on_drain()
             case _:
                 pass  # a heartbeat has done its work by arriving
 
-    async def _beat(self, interval_s: float) -> None:
+    async def _beat(self, pulse: Pulse) -> None:
         while True:
-            self.send(wire.WorkerMessage(heartbeat=self._heartbeat()))
-            await asyncio.sleep(interval_s)
+            beats = await pulse.rest([self._heard])
+            if pulse.silent(self._heard):
+                raise ConnectionError("coordinator silent")
+            if beats:
+                self.send(wire.WorkerMessage(heartbeat=self._heartbeat()))

@@ -137,22 +137,14 @@ def _report(kept: _Kept) -> wire.WorkerMessage:
         orphan.assignment.ClearField(field)
     orphan.num_tokens = len(attempt.tokens)
     orphan.cached_tokens = attempt.cached_tokens or 0
-    orphan.without_logprobs = _without_logprobs(attempt)
+    orphan.without_logprobs = len(attempt.tokens) - len(attempt.logprobs)
     orphan.remaining_s = max(0.0, attempt.deadline.when() - now) if attempt.deadline is not None else 0.0
     orphan.kept_s = max(0.0, kept.timer.when() - now)
     return message
 
 
-def _without_logprobs(attempt: Attempt) -> int:
-    assignment = attempt.assignment
-    given = len(assignment.token_ids) - assignment.num_prompt_tokens
-    if len(attempt.tokens) > given:
-        return len(attempt.tokens) - len(attempt.logprobs)
-    return given + assignment.HasField("prefill")  # whose first token has yet to come
-
-
 def _replay(attempt: Attempt, first: int) -> wire.StepTokens:
-    """Tokens of the stream from index `first` on. The first ones may have no logprobs, see `_without_logprobs`."""
+    """Tokens of the stream from index `first` on. Those that came with the assignment have no logprobs."""
     token_ids = attempt.tokens[first : first + REPLAY_TOKENS]
     message = wire.StepTokens(
         handles=[attempt.handle] * len(token_ids), indices=range(first, first + len(token_ids)), token_ids=token_ids

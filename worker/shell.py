@@ -32,6 +32,7 @@ from worker.arrivals import Arrivals, Arrived, Fetch
 from worker.link import LinkHandler
 from worker.orphans import Orphans
 from worker.pins import Pins
+from worker.reservation import Reservation
 from worker.roles import Attempt, Link, RoleHandler, step_logprob
 from worker.step_loop import Command, StepLoop
 
@@ -99,6 +100,7 @@ class WorkerShell(LinkHandler):
         self._roles: dict[int, RoleHandler] = {}
         self._attempts: dict[str, Attempt] = {}
         self.orphans = Orphans(lambda attempt: self._abort(attempt.key, wire.END_REASON_ABORTED), self.counters)
+        self._reservation = Reservation()
         self._changed = asyncio.Event()
 
     def carry(self, role: RoleHandler) -> None:
@@ -113,6 +115,8 @@ class WorkerShell(LinkHandler):
             self._refuse(link, assignment.id, "this worker is draining")
         elif role is None:
             self._refuse(link, assignment.id, "this worker does not carry that role")
+        elif not self._reservation.admits(link):
+            self._refuse(link, assignment.id, "another coordinator has this worker to itself")
         elif key in self._attempts:
             self._refuse(link, assignment.id, "this attempt is here already")
         else:
@@ -142,11 +146,20 @@ class WorkerShell(LinkHandler):
         if link in self._pins:
             self._pins[link].unpin(id)
 
+    def on_reserve(self, link: Link, token: int) -> None:
+        self._reservation.reserve(link, token)
+        self._beat()
+        self._clear()
+
+    def on_unreserve(self, link: Link, token: int) -> None:
+        self._reservation.unreserve(link, token)
+        self._beat()
+
     def on_drain(self) -> None:
         if not self.draining:
             log.info("draining: %d attempts run on", len(self._attempts))
             self.draining = True
-            self._send_all(wire.WorkerMessage(heartbeat=self.heartbeat()))  # at once: whatever comes now is refused
+            self._beat()  # whatever comes now is refused
 
     def on_adopt(self, link: Link, adopt: wire.Adopt) -> None:
         key = attempt_key(adopt.id)
@@ -168,6 +181,7 @@ class WorkerShell(LinkHandler):
         self.orphans.lost(link.coordinator, lost)
         if link in self._pins:
             self._pins.pop(link).unpin_all()
+        self._reservation.lost(link)
 
     def heartbeat(self) -> wire.WorkerHeartbeat:
         load, counters = self.steps.load, self.steps.counters
@@ -175,7 +189,7 @@ class WorkerShell(LinkHandler):
             counters.update(self._store.counters)
         for name, value in self.counters.items():
             counters[name] = counters.get(name, 0.0) + value
-        blocks = load.blocks
+        blocks, reservation = load.blocks, self._reservation
         return wire.WorkerHeartbeat(
             blocks=wire.BlockCounts(
                 total=blocks.total, free=blocks.free, cached=blocks.cached, held=blocks.held,
@@ -187,7 +201,25 @@ class WorkerShell(LinkHandler):
             draining=self.draining,
             counters=counters,
             lanes_in_use=self.lanes_in_use(),
+            reservation=reservation.token,
+            reservation_cleared=reservation.cleared,
+            reservation_wanted=reservation.wanted,
         )  # fmt: skip
+
+    def _beat(self) -> None:
+        """All coordinators are to know now."""
+        self._send_all(wire.WorkerMessage(heartbeat=self.heartbeat()))
+
+    def _clear(self) -> None:
+        """If nothing of other coordinators is here: the engine has nothing of them either after what it is at now."""
+        token, loop = self._reservation.token, asyncio.get_running_loop()
+
+        def cleared() -> None:
+            self._reservation.clear(token)
+            self._beat()
+
+        if self._reservation.may_clear(self._attempts.values()):
+            self.steps.submit(lambda engine: loop.call_soon_threadsafe(cleared))
 
     # What roles use
 
@@ -266,6 +298,7 @@ class WorkerShell(LinkHandler):
     def _refuse(self, link: Link, id: wire.AttemptId, reason: str) -> None:
         self.counters["requests_refused"] += 1
         admission = wire.Admission(id=id, accepted=False, reason=reason, draining=self.draining)
+        admission.reserved = not self._reservation.admits(link)
         link.send(wire.WorkerMessage(admission=admission))
 
     def _on_refused(self, attempt: Attempt, reason: str) -> None:
@@ -281,6 +314,7 @@ class WorkerShell(LinkHandler):
         if attempt.deadline is not None:
             attempt.deadline.cancel()
         self._changed.set()
+        asyncio.get_running_loop().call_soon(self._clear)  # after the engine has been told
         return True
 
     def _expire(self, key: str) -> None:

@@ -97,7 +97,8 @@ class InferenceServicer:
 
     def Resume(self, request, context):
         """Goes on with a request whose call broke off, here or at a coordinator that is gone: after what the client has.
-        Errors: NOT_FOUND (nobody keeps it any more), ABORTED (another call goes on with it).
+        Errors: NOT_FOUND (nobody keeps it any more), ABORTED (another call goes on with it), DATA_LOSS (nobody had its tokens
+        any more, and computed again they are others than those that the client has).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -39,7 +39,8 @@ class InferenceStub:
     """One request, answered by a stream of deltas. Cancelling the call aborts the request in every worker."""
     Resume: _grpc.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateResponse]
     """Goes on with a request whose call broke off, here or at a coordinator that is gone: after what the client has.
-    Errors: NOT_FOUND (nobody keeps it any more), ABORTED (another call goes on with it).
+    Errors: NOT_FOUND (nobody keeps it any more), ABORTED (another call goes on with it), DATA_LOSS (nobody had its tokens
+    any more, and computed again they are others than those that the client has).
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
@@ -63,7 +64,8 @@ class InferenceAsyncStub(InferenceStub):
     """One request, answered by a stream of deltas. Cancelling the call aborts the request in every worker."""
     Resume: _aio.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Goes on with a request whose call broke off, here or at a coordinator that is gone: after what the client has.
-    Errors: NOT_FOUND (nobody keeps it any more), ABORTED (another call goes on with it).
+    Errors: NOT_FOUND (nobody keeps it any more), ABORTED (another call goes on with it), DATA_LOSS (nobody had its tokens
+    any more, and computed again they are others than those that the client has).
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
@@ -96,7 +98,8 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
         """Goes on with a request whose call broke off, here or at a coordinator that is gone: after what the client has.
-        Errors: NOT_FOUND (nobody keeps it any more), ABORTED (another call goes on with it).
+        Errors: NOT_FOUND (nobody keeps it any more), ABORTED (another call goes on with it), DATA_LOSS (nobody had its tokens
+        any more, and computed again they are others than those that the client has).
         """
 
     @_abc_1.abstractmethod

@@ -138,6 +138,8 @@ class CoordinatorMessage(_message.Message):
     UNPIN_FIELD_NUMBER: _builtins.int
     ADOPT_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    RESERVE_FIELD_NUMBER: _builtins.int
+    UNRESERVE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -156,6 +158,10 @@ class CoordinatorMessage(_message.Message):
     def adopt(self) -> Global___Adopt: ...
     @_builtins.property
     def cached_tokens(self) -> Global___CachedTokens: ...
+    @_builtins.property
+    def reserve(self) -> Global___Reserve: ...
+    @_builtins.property
+    def unreserve(self) -> Global___Unreserve: ...
     def __init__(
         self,
         *,
@@ -168,12 +174,14 @@ class CoordinatorMessage(_message.Message):
         unpin: Global___Unpin | None = ...,
         adopt: Global___Adopt | None = ...,
         cached_tokens: Global___CachedTokens | None = ...,
+        reserve: Global___Reserve | None = ...,
+        unreserve: Global___Unreserve | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "adopt", b"adopt", "assignment", b"assignment", "cached_tokens", b"cached_tokens", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "pin", b"pin", "unpin", b"unpin", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "adopt", b"adopt", "assignment", b"assignment", "cached_tokens", b"cached_tokens", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "pin", b"pin", "reserve", b"reserve", "unpin", b"unpin", "unreserve", b"unreserve", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "adopt", b"adopt", "assignment", b"assignment", "cached_tokens", b"cached_tokens", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "pin", b"pin", "unpin", b"unpin", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "adopt", b"adopt", "assignment", b"assignment", "cached_tokens", b"cached_tokens", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "pin", b"pin", "reserve", b"reserve", "unpin", b"unpin", "unreserve", b"unreserve", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "heartbeat", "assignment", "abort", "drain", "pin", "unpin", "adopt", "cached_tokens"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "heartbeat", "assignment", "abort", "drain", "pin", "unpin", "adopt", "cached_tokens", "reserve", "unreserve"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -383,11 +391,20 @@ class WorkerHeartbeat(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     COUNTERS_FIELD_NUMBER: _builtins.int
     LANES_IN_USE_FIELD_NUMBER: _builtins.int
+    RESERVATION_FIELD_NUMBER: _builtins.int
+    RESERVATION_CLEARED_FIELD_NUMBER: _builtins.int
+    RESERVATION_WANTED_FIELD_NUMBER: _builtins.int
     running_requests: _builtins.int
     waiting_requests: _builtins.int
     waiting_prefill_tokens: _builtins.int
     """tokens of the prompts not yet computed"""
     draining: _builtins.bool
+    reservation: _builtins.int
+    """token of the coordinator that has this worker to itself; 0: none"""
+    reservation_cleared: _builtins.bool
+    """nothing of other coordinators is here, nor will be while it is reserved"""
+    reservation_wanted: _builtins.bool
+    """others have nowhere else to go"""
     @_builtins.property
     def blocks(self) -> Global___BlockCounts: ...
     @_builtins.property
@@ -408,10 +425,13 @@ class WorkerHeartbeat(_message.Message):
         draining: _builtins.bool = ...,
         counters: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         lanes_in_use: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        reservation: _builtins.int = ...,
+        reservation_cleared: _builtins.bool = ...,
+        reservation_wanted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "counters", b"counters", "draining", b"draining", "lanes_in_use", b"lanes_in_use", "running_requests", b"running_requests", "waiting_prefill_tokens", b"waiting_prefill_tokens", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "counters", b"counters", "draining", b"draining", "lanes_in_use", b"lanes_in_use", "reservation", b"reservation", "reservation_cleared", b"reservation_cleared", "reservation_wanted", b"reservation_wanted", "running_requests", b"running_requests", "waiting_prefill_tokens", b"waiting_prefill_tokens", "waiting_requests", b"waiting_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -554,7 +574,7 @@ class Orphan(_message.Message):
     kept_s: _builtins.float
     """how long it waits for an Adopt"""
     without_logprobs: _builtins.int
-    """Leading tokens whose logprobs, if asked for, are not here: given with the assignment, or sampled by a prefill worker."""
+    """Leading tokens whose logprobs, if asked for, are not here: those that were given with the assignment."""
     @_builtins.property
     def assignment(self) -> Global___Assignment:
         """as it came, without peers, holders and handle"""
@@ -628,6 +648,49 @@ class CachedTokens(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CachedTokens: _TypeAlias = CachedTokens  # noqa: Y015
+
+@_typing.final
+class Reserve(_message.Message):
+    """Have the worker to itself, unless somebody has. Heartbeats say what came of it; the link's end gives it back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    token: _builtins.int
+    """not 0, unique"""
+    def __init__(
+        self,
+        *,
+        token: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Reserve: _TypeAlias = Reserve  # noqa: Y015
+
+@_typing.final
+class Unreserve(_message.Message):
+    """From the holder: give it back. From others: it is wanted. Ignored where that token does not hold the worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    token: _builtins.int
+    def __init__(
+        self,
+        *,
+        token: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Unreserve: _TypeAlias = Unreserve  # noqa: Y015
 
 @_typing.final
 class PrefixHolder(_message.Message):
@@ -863,6 +926,7 @@ class Admission(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    RESERVED_FIELD_NUMBER: _builtins.int
     accepted: _builtins.bool
     reason: _builtins.str
     """when refused; holds no text of the prompt"""
@@ -870,6 +934,8 @@ class Admission(_message.Message):
     """of the prompt, found in the prefix cache"""
     draining: _builtins.bool
     """refused because the worker takes nothing new, ahead of the heartbeat that says so"""
+    reserved: _builtins.bool
+    """refused because another coordinator has the worker to itself"""
     @_builtins.property
     def id(self) -> Global___AttemptId: ...
     def __init__(
@@ -880,10 +946,11 @@ class Admission(_message.Message):
         reason: _builtins.str = ...,
         cached_tokens: _builtins.int = ...,
         draining: _builtins.bool = ...,
+        reserved: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "cached_tokens", b"cached_tokens", "draining", b"draining", "id", b"id", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "cached_tokens", b"cached_tokens", "draining", b"draining", "id", b"id", "reason", b"reason", "reserved", b"reserved"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

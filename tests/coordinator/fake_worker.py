@@ -6,7 +6,8 @@ Knobs make it misbehave: pause, refuse, fail, repeat itself, lie, fall silent, d
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 
 import grpc
@@ -24,6 +25,35 @@ def token_at(prompt: Sequence[int], index: int) -> int:
     """The token that every honest fake worker has at `index` of the answer to `prompt`."""
     digest = blake2b(repr((list(prompt), index)).encode(), digest_size=8).digest()
     return FIRST_TOKEN + int.from_bytes(digest, "little") % NUM_TOKENS
+
+
+@dataclass
+class Reservation:
+    """Of one worker, to which each coordinator has a link: a FakeWorker of its own."""
+
+    links: "list[FakeWorker]"
+    holder: "FakeWorker | None" = None
+    token: int = 0
+    wanted: bool = False
+
+    @property
+    def cleared(self) -> bool:
+        return self.holder is not None and not sum(each.num_running for each in self.links if each is not self.holder)
+
+    async def reserve(self, link: "FakeWorker", token: int) -> None:
+        if self.holder is None:
+            self.holder, self.token = link, token
+        await self.beat()
+
+    async def unreserve(self, link: "FakeWorker", token: int) -> None:
+        if token == self.token and link is self.holder:
+            self.holder, self.token, self.wanted = None, 0, False
+        self.wanted |= token == self.token != 0
+        await self.beat()
+
+    async def beat(self) -> None:
+        for link in self.links:
+            await link.beat()
 
 
 class FakeWorker:
@@ -67,12 +97,14 @@ class FakeWorker:
         self.pace_s = 0.0  # between two tokens of a stream
         self.heals = False  # misbehaves only in a request's first attempt
         self.orphans: dict[tuple[str, int], wire.Assignment] = {}  # what it has of coordinators that are gone
+        self.on_death: Callable[[], Coroutine[None, None, None]] = self.stop
         # What it saw.
         self.adopted: list[wire.AttemptId] = []
         self.cached_tokens: list[int] = []  # as it was told by the coordinator
         self.assignments: list[wire.Assignment] = []
         self.aborts: list[wire.AttemptId] = []
         self.pins: dict[str, wire.Pin] = {}
+        self.reservation = Reservation([self])
         self.welcome: wire.Welcome | None = None
         self.heard = asyncio.Condition()
         self.closed = asyncio.Event()
@@ -121,7 +153,14 @@ class FakeWorker:
                 await self._call.write(await self._outbox.get())
 
     async def beat(self) -> None:
+        reservation = self.reservation
+        self.heartbeat.reservation, self.heartbeat.reservation_wanted = reservation.token, reservation.wanted
+        self.heartbeat.reservation_cleared = reservation.cleared
         await self.send(heartbeat=self.heartbeat)
+
+    @property
+    def num_running(self) -> int:
+        return sum(not run.done() for run in self._runs.values())
 
     async def _beat(self) -> None:
         assert self.welcome is not None
@@ -131,10 +170,14 @@ class FakeWorker:
                 await self.beat()
 
     async def _read(self) -> None:
+        with contextlib.suppress(grpc.RpcError):
+            await self._hear()
+        self.closed.set()
+
+    async def _hear(self) -> None:
         while True:
             message = await self._call.read()
             if not isinstance(message, wire.CoordinatorMessage):
-                self.closed.set()
                 return
             kind = message.WhichOneof("message")
             if kind == "assignment":
@@ -153,6 +196,10 @@ class FakeWorker:
                     self._runs[key] = asyncio.create_task(self._serve(orphan))
             elif kind == "cached_tokens":
                 self.cached_tokens.append(message.cached_tokens.num_tokens)
+            elif kind == "reserve":
+                await self.reservation.reserve(self, message.reserve.token)
+            elif kind == "unreserve":
+                await self.reservation.unreserve(self, message.unreserve.token)
             elif kind == "pin":
                 self.pins[message.pin.id] = message.pin
             elif kind == "unpin":
@@ -172,6 +219,9 @@ class FakeWorker:
             draining = self.refuses_as_draining
             await self.send(admission=wire.Admission(id=id, accepted=False, reason=self.refuse, draining=draining))
             return
+        if self.reservation.holder not in (None, self):
+            await self.send(admission=wire.Admission(id=id, accepted=False, reason="reserved", reserved=True))
+            return
         for cached_tokens in (3, 900):  # the second, as after a preemption, is not the client's business
             await self.send(admission=wire.Admission(id=id, accepted=True, cached_tokens=cached_tokens))
         if self.complains and assignment.HasField("prefill"):
@@ -183,7 +233,7 @@ class FakeWorker:
             if index == self.pause_at and not well:
                 await self.go.wait()
             if self.dies_of(assignment, index):
-                self._death = asyncio.create_task(self.stop())
+                self._death = asyncio.create_task(self.on_death())
                 return
             if self.pace_s:
                 await asyncio.sleep(self.pace_s)

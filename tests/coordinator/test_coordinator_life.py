@@ -9,11 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import aiohttp
+import grpc
 import pytest
 from coordinator_harness import DEMO_FOLDER, OPTIONS, running
 
 from baton.config import CoordinatorOptions, ModelOptions
 from baton.errors import ConfigurationError, ModelError
+from baton.v1 import inference_pb2 as api
 from coordinator.server import Coordinator
 
 
@@ -61,6 +64,10 @@ def test_draining_finishes_what_runs_and_refuses_what_is_new(run) -> None:
                     assert response.status == (503 if path == "/ready" else 200)
             async with system.http.post("/v1/completions", json=body) as response:
                 assert response.status == 503
+                assert response.headers["Retry-After"] == "5"
+                assert response.headers["Connection"] == "close"
+            async with system.http.get("/v1/streams/of-another-coordinator") as response:
+                assert response.status == 503, "try elsewhere: a 404 would say that nobody has it"
             assert not drain.done()
             worker.go.set()
             response = await held
@@ -82,6 +89,40 @@ def test_what_does_not_finish_in_time_is_told_so(run) -> None:
             text = await response.text()
             assert json.loads(text.strip().split("\n\n")[-1].removeprefix("data: "))["error"]["code"] == "unavailable"
             await stop
+
+    run(main())
+
+
+def test_what_does_not_finish_in_time_is_handed_on_as_if_the_process_had_died(run) -> None:
+    async def main() -> None:
+        async with running(drain_timeout_s=0.1) as system:
+            worker = await system.worker()
+            worker.pause_at = 2
+            body = {"prompt": "x", "max_tokens": 6}
+            stream = await system.http.post("/v1/completions", json=body | {"stream": True})
+            assert stream.status == 200
+            whole = asyncio.create_task(system.http.post("/v1/completions", json=body))
+            left = await system.http.post(
+                "/v1/completions", json=body | {"stream": True}, headers={"X-Baton-Resume-S": "5"}
+            )
+            call = system.inference.Generate(api.GenerateRequest(text="x", sampling=api.Sampling(max_tokens=6)))
+            assert (await anext(aiter(call))).token_ids
+            await worker.wait_for(lambda: len(worker.assignments) == 4)
+            drain = asyncio.create_task(system.coordinator.drain())
+            left.close()  # it may come back, wherever that is
+            await drain
+            await system.coordinator.hand_on()
+            await asyncio.wait_for(worker.closed.wait(), 2)
+            assert worker.aborts == [], "it goes on with all of them"
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await stream.read()
+            with pytest.raises(aiohttp.ServerDisconnectedError):
+                await whole
+            with pytest.raises(grpc.aio.AioRpcError, match="resume it") as raised:
+                [response async for response in call]
+            assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert system.metric("baton_requests_total", outcome="handed_on") == 4
+            await asyncio.wait_for(system.coordinator.stop(), 2)
 
     run(main())
 

@@ -35,6 +35,13 @@ class Model:
 
     worker: Worker
     runs: list[Run] = field(default_factory=list)
+    reservation: int = 0
+
+    def beat(self) -> wire.WorkerHeartbeat:
+        return wire.WorkerHeartbeat(
+            blocks=wire.BlockCounts(total=64, free=64), running_requests=len(self.live),
+            reservation=self.reservation, reservation_cleared=self.reservation != 0,
+        )  # fmt: skip
 
     def read(self) -> None:
         while not self.worker.outbox.empty():
@@ -42,6 +49,10 @@ class Model:
             if message.HasField("assignment"):
                 sent = len(message.assignment.token_ids) - message.assignment.num_prompt_tokens
                 self.runs.append(Run(message.assignment, sent))
+            elif message.HasField("reserve"):
+                self.reservation = self.reservation or message.reserve.token
+            elif message.HasField("unreserve") and message.unreserve.token == self.reservation:
+                self.reservation = 0
             elif message.HasField("abort"):
                 for run in self.runs:
                     run.over = run.over or run.assignment.id == message.abort.id
@@ -165,7 +176,7 @@ async def play(draw: st.DataObject) -> None:
             model.read()
             for run in model.live:
                 world.advance(model, run)
-            world.say(model, heartbeat=wire.WorkerHeartbeat(blocks=wire.BlockCounts(total=64, free=64)))
+            world.say(model, heartbeat=model.beat())
         await asyncio.sleep(0)
     check(world)
     assert world.dispatcher.requests == {}

@@ -96,6 +96,22 @@ def test_a_silent_worker_is_lost_in_the_stated_time_and_its_stream_goes_on_elsew
     run(main())
 
 
+def test_a_silent_worker_is_lost_when_the_stated_time_is_over_and_no_interval_later(run) -> None:
+    async def main() -> None:
+        async with running(heartbeat_interval_s=0.4, heartbeat_timeout_s=0.8) as system:
+            worker = await system.worker()
+            worker.send_heartbeats = False
+            async with worker.heard:
+                await worker.heard.wait()  # the coordinator has just looked: its next looks are 0.4, 0.8, 1.2 s away
+            await asyncio.sleep(0.05)
+            await worker.beat()
+            started = time.monotonic()
+            await asyncio.wait_for(worker.closed.wait(), 5)
+            assert 0.7 < time.monotonic() - started < 1.1
+
+    run(main())
+
+
 def test_a_coordinator_that_stood_still_does_not_hold_that_time_against_its_workers(run) -> None:
     async def main() -> None:
         async with running(heartbeat_timeout_s=0.3) as system:

@@ -88,10 +88,7 @@ class Fleet(World):
             for run in model.live:
                 if self.rng.random() < 0.7:
                     self.advance(model, run)
-            beat = wire.WorkerHeartbeat(
-                blocks=wire.BlockCounts(total=64, free=64), running_requests=len(model.worker.legs)
-            )
-            self.say(model, heartbeat=beat)
+            self.say(model, heartbeat=model.beat())
 
 
 async def play(rng: random.Random) -> None:

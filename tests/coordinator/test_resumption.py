@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,7 +107,7 @@ async def go_on(system: System, last_event_id: str = "", query: bool = False) ->
 @contextlib.asynccontextmanager
 async def two_coordinators(**options: object) -> AsyncIterator[tuple[System, FakeWorker, System, FakeWorker]]:
     """One that will be lost, and another with a worker that goes on."""
-    async with running() as old, running(heartbeat_timeout_s=0.3, **options) as new:
+    async with running() as old, running(heartbeat_timeout_s=0.8, **options) as new:
         yield old, await old.worker(), new, await new.worker()
 
 
@@ -156,6 +156,74 @@ def test_a_choice_that_nobody_has_any_more_is_generated_again(run) -> None:
             assert again.sampling == lost.sampling
             assert (again.id.request_id, again.id.attempt) == (lost.id.request_id, 2)
             assert again.deadline_s < 15.1, "the deadline is that of the request"
+
+    run(main())
+
+
+def otherwise(first_differing: int) -> Callable[[Sequence[int], int], int]:
+    """Tokens of a worker that comes to other ones from some index on."""
+    return lambda prompt, index: token_at(prompt, index) + (index >= first_differing)
+
+
+@pytest.mark.parametrize(("differs_at", "max_tokens", "had"), [(0, 9, 1), (3, 9, 4), (3, 9, 7)])
+def test_a_choice_that_comes_out_otherwise_than_what_the_client_has_ends_with_an_error(
+    run, differs_at: int, max_tokens: int, had: int
+) -> None:
+    async def main() -> None:
+        async with two_coordinators() as (old, first, new, second):
+            path, body = body_of("two prompts")
+            events = await post(old, path, {**body, "max_tokens": max_tokens})
+            of_both = max(at for at, event in enumerate(events) if f":{had}-" in event.id or f".{had}-" in event.id)
+            second.token_at = otherwise(differs_at)
+            await second.report(first.assignments[1], num_tokens=4)
+            headers = {"Last-Event-ID": events[of_both].id}
+            async with new.http.get(f"/v1/streams/{ID}", headers=headers) as response:
+                told = (await response.text()).strip()
+                error = json.loads(told if response.status == 409 else parse(told)[-1].data)["error"]
+            assert error["code"] == "computed_otherwise"
+            assert "[DONE]" not in told
+            assert new.metric("baton_requests_resumed_total", how="differs") == 1
+            assert new.coordinator.dispatcher.requests == {}
+
+    run(main())
+
+
+@pytest.mark.parametrize("max_tokens", [5, 9])
+def test_an_end_that_the_client_knows_is_compared_too(run, max_tokens: int) -> None:
+    """It has a whole choice of 7 tokens; computed again, the choice is shorter or longer."""
+
+    async def main() -> None:
+        async with two_coordinators() as (old, first, new, second):
+            stop = old.coordinator.intake.tokenizer.facts.eos_token_ids[0]
+            first.token_at = lambda prompt, index: stop if index == 6 else token_at(prompt, index)
+            second.token_at = lambda prompt, index: stop if index == max_tokens - 1 else token_at(prompt, index)
+            events = await post(old, "/v1/completions", {**BODY, "prompt": ["hello", "good bye"], "max_tokens": 20})
+            known = next(at for at, event in enumerate(events) if ":7e-" in event.id)
+            await second.report(first.assignments[1], num_tokens=4)
+            headers = {"Last-Event-ID": events[known].id}
+            async with new.http.get(f"/v1/streams/{ID}", headers=headers) as response:
+                assert "computed_otherwise" in await response.text()
+
+    run(main())
+
+
+def test_over_grpc_a_choice_that_comes_out_otherwise_is_data_loss(run) -> None:
+    async def main() -> None:
+        async with two_coordinators() as (old, first, new, second):
+            sampling = api.Sampling(max_tokens=8)
+            request = api.GenerateRequest(text="hello", sampling=sampling, n=2, request_id=ID)
+            whole = [response async for response in old.inference.Generate(request)]
+            second.token_at = otherwise(0)
+            await second.report(first.assignments[1])
+            digest = next(each.digest for each in whole if each.choice == 0 and len(each.token_ids) == 1)
+            for position, code in (
+                (api.ChoicePosition(num_tokens=1), grpc.StatusCode.INVALID_ARGUMENT),
+                (api.ChoicePosition(num_tokens=1, digest=digest), grpc.StatusCode.DATA_LOSS),
+            ):
+                call = new.inference.Resume(api.ResumeRequest(request_id=ID, positions=[position]))
+                with pytest.raises(grpc.aio.AioRpcError) as raised:
+                    [response async for response in call]
+                assert raised.value.code() is code
 
     run(main())
 
@@ -302,6 +370,8 @@ def test_unknown_ids_and_unreadable_ones_are_answered_with_what_to_change(run) -
                 (f"/v1/requests/{ID}", {}, 404, "no request with this id"),
                 (f"/v1/streams/{ID}", {"Last-Event-ID": "other:1"}, 400, "last event id"),
                 (f"/v1/streams/{ID}", {"Last-Event-ID": f"{ID}:1.x"}, 400, "last event id"),
+                (f"/v1/streams/{ID}", {"Last-Event-ID": f"{ID}:17"}, 400, "last event id"),
+                (f"/v1/streams/{ID}", {"Last-Event-ID": f"{ID}:0-00000000"}, 400, "last event id"),
             ):
                 async with system.http.get(path, headers=headers) as response:
                     assert response.status == status
@@ -328,8 +398,8 @@ async def start(system: System, worker: FakeWorker, events: int, **headers: str)
     response = await system.http.post("/v1/completions", json=BODY, headers=sent)
     assert response.status == 200
     had: list[Event] = []
-    while sum(len(json.loads(event.data)["choices"][0]["text"]) > 0 for event in had) < 1 or not had[-1].id.endswith(
-        f":{events}"
+    while sum(len(json.loads(event.data)["choices"][0]["text"]) > 0 for event in had) < 1 or not had[-1].id.startswith(
+        f"{ID}:{events}-"
     ):
         had += parse((await response.content.readuntil(b"\n\n")).decode())
     return response, had
@@ -427,6 +497,7 @@ def test_grpc_resumes_by_offset(run) -> None:
                 for each in had:
                     positions[each.choice].num_tokens = each.first_index + len(each.token_ids)
                     positions[each.choice].ended = each.finish_reason != 0
+                    positions[each.choice].digest = each.digest
                 for assignment in first.assignments:
                     await second.report(assignment)
                 resume = api.ResumeRequest(request_id=ID, positions=positions)

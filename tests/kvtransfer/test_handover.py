@@ -422,6 +422,23 @@ def test_a_silent_puller_is_dead_and_its_blocks_come_back():
     run(scenario, heartbeat_timeout_s=0.3)
 
 
+def test_a_silent_puller_is_dropped_when_the_stated_time_is_over_and_no_interval_later():
+    async def scenario(world: Pair) -> None:
+        raw = RawPuller(world.peer.address)
+        await raw.hello()
+        world.offers.open("h", DECODE_REF)
+        await raw.send(want=pb.Want(handover_id="h"))
+        await raw.next("heartbeat")  # it has just looked: its next looks are 0.4, 0.8, 1.2 s away
+        await asyncio.sleep(0.05)
+        await raw.send(heartbeat=pb.HandoverHeartbeat(renew=["h"]))
+        start = time.monotonic()
+        await world.owner.has_seen("h", "released", "unverified")
+        assert 0.7 < time.monotonic() - start < 1.1
+        raw.close()
+
+    run(scenario, heartbeat_interval_s=0.4, heartbeat_timeout_s=0.8)
+
+
 def test_a_restarted_puller_ends_what_its_former_life_held():
     async def scenario(world: Pair) -> None:
         old = RawPuller(world.peer.address)
@@ -445,12 +462,15 @@ def test_a_silent_offerer_is_lost_within_the_stated_bound():
         raw, server = RawOfferer(), FakeLaneServer()
         endpoint = server.start(world.source)
         task = asyncio.create_task(world.intake.take("h", raw.peer, [0], 0, time.monotonic() + 9))
-        await raw.accept(
-            pb.LaneEndpoint(lane="fake", address=endpoint.address, token=endpoint.token), heartbeat_timeout_s=0.3
-        )
+        lane = pb.LaneEndpoint(lane="fake", address=endpoint.address, token=endpoint.token)
+        await raw.accept(lane, heartbeat_interval_s=0.4, heartbeat_timeout_s=0.8)
+        await raw.next("heartbeat")
+        await raw.next("heartbeat")  # it has just looked: its next looks are 0.4, 0.8, 1.2 s away
+        await asyncio.sleep(0.05)
+        await raw.send(heartbeat=pb.HandoverHeartbeat())
         start = time.monotonic()
         assert (await task).failure == "it fell silent"
-        assert time.monotonic() - start < 1.5
+        assert 0.7 < time.monotonic() - start < 1.1
         raw.close()
 
     run(scenario)

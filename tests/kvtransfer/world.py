@@ -236,7 +236,9 @@ class RawOfferer:
     async def send_frame(self, frame: bytes) -> None:
         await self._socket.send_multipart([self._routing_id, frame])
 
-    async def accept(self, endpoint: pb.LaneEndpoint, heartbeat_timeout_s: float = 1.0) -> None:
+    async def accept(
+        self, endpoint: pb.LaneEndpoint, heartbeat_timeout_s: float = 1.0, heartbeat_interval_s: float = 0.05
+    ) -> None:
         await self.next("hello")
         await self.send(
             hello_reply=pb.HelloReply(
@@ -244,7 +246,7 @@ class RawOfferer:
                 incarnation=PREFILL.incarnation,
                 lanes=[endpoint],
                 lease_s=5,
-                heartbeat_interval_s=0.05,
+                heartbeat_interval_s=heartbeat_interval_s,
                 heartbeat_timeout_s=heartbeat_timeout_s,
             )
         )

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 import urllib.error
+from typing import Any
 
 import pytest
 
@@ -36,36 +37,52 @@ class Assassin(threading.Thread):
             time.sleep(0.02)
 
 
+class Load:
+    """Poison at one coordinator, and innocents at all."""
+
+    def __init__(self, doors: list[Cluster], bodies: list[dict[str, Any]]) -> None:
+        self.answers: dict[tuple[str, int], str] = {}
+        self.refusal = (0, "")
+        self.assassin = Assassin(doors[0])
+        threads = [threading.Thread(target=self._ask, args=(door, number, body))
+                   for door in doors for number, body in enumerate(bodies)]  # fmt: skip
+        for thread in (self.assassin, *threads):
+            thread.start()
+        try:
+            doors[0].post("/v1/completions", POISON)
+            raise AssertionError("it was answered")
+        except urllib.error.HTTPError as error:
+            self.refusal = error.code, json.load(error)["error"]["code"]
+        finally:
+            self.assassin.done.set()
+            for thread in (self.assassin, *threads):
+                thread.join(90)
+
+    def _ask(self, door: Cluster, number: int, body: dict[str, Any]) -> None:
+        try:
+            self.answers[door.url, number] = door.post("/v1/completions", body)["choices"][0]["text"]
+        except urllib.error.HTTPError as error:
+            self.answers[door.url, number] = f"failed: {json.load(error)}"
+
+
 @pytest.mark.slow
-def test_a_request_that_crashes_workers_is_stopped_and_others_end_right() -> None:
+@pytest.mark.parametrize("coordinators", [1, 2])
+def test_a_request_that_crashes_workers_is_stopped_and_others_end_right(coordinators: int) -> None:
     prompts = [f"What is {number} and why? " for number in range(4)]
     bodies = [
         {"model": "demo", "prompt": prompt, "max_tokens": 800, "temperature": 0, "ignore_eos": True}
         for prompt in prompts
     ]
-    with Cluster("--mixed", "3", *OPTIONS) as cluster:
+    with Cluster("--mixed", "3", "--coordinators", str(coordinators), *OPTIONS) as cluster:
         expected = [cluster.post("/v1/completions", body)["choices"][0]["text"] for body in bodies]
-        answers: dict[int, str] = {}
-
-        def ask(number: int) -> None:
-            answers[number] = cluster.post("/v1/completions", bodies[number])["choices"][0]["text"]
-
-        assassin = Assassin(cluster)
-        threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(bodies))]
-        for thread in (assassin, *threads):
-            thread.start()
-        try:
-            cluster.post("/v1/completions", POISON)
-            raise AssertionError("it was answered")
-        except urllib.error.HTTPError as error:
-            status, reason = error.code, json.load(error)["error"]["code"]
-        finally:
-            assassin.done.set()
-            for thread in (assassin, *threads):
-                thread.join(60)
-        assert (status, reason) == (422, "poison"), cluster.log()
-        assert 4 <= len(assassin.killed) <= 8
-        assert [answers[number] for number in range(len(bodies))] == expected
-        assert cluster.metric("baton_suspects_total") > len(assassin.killed), "others were there"
-        assert cluster.metric("baton_quarantine_total", event="convicted") == 1
+        doors = [cluster.at(url) for url in cluster.urls]
+        load = Load(doors, bodies)
+        assert load.refusal == (422, "poison"), cluster.log()
+        killed = load.assassin.killed
+        assert 4 <= len(killed) <= 8
+        for door in doors:
+            assert [load.answers[door.url, number] for number in range(len(bodies))] == expected
+            assert door.metric("baton_requests_total", outcome="poisoned") == (door is doors[0])
+        assert sum(door.metric("baton_suspects_total") for door in doors) > len(killed), "others were there"
+        assert doors[0].metric("baton_quarantine_total", event="convicted") == 1
         assert "is poison" in cluster.log()

@@ -1,6 +1,7 @@
 """A worker's link: it registers, hears assignments, notices a dead or silent coordinator, and dials again."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from baton.v1 import worker_link_pb2_grpc as rpc
 from worker.link import CoordinatorLink, LinkHandler, Refused
 from worker.roles import Link
 
-WELCOME = wire.CoordinatorMessage(welcome=wire.Welcome(heartbeat_interval_s=0.05, heartbeat_timeout_s=0.3))
+WELCOME = wire.CoordinatorMessage(welcome=wire.Welcome(heartbeat_interval_s=0.05, heartbeat_timeout_s=0.6))
 BEAT = wire.CoordinatorMessage(heartbeat=wire.CoordinatorHeartbeat())
 REGISTRATION = wire.Registration(worker_id="w", incarnation=7)
 Script = Callable[[Any, Any], AsyncIterator[wire.CoordinatorMessage]]
@@ -26,6 +27,7 @@ class Recorder(LinkHandler):
         self.assigned: asyncio.Queue[str] = asyncio.Queue()
         self.aborted: asyncio.Queue[str] = asyncio.Queue()
         self.pins: list[str] = []
+        self.reserved: list[int] = []
         self.adopted: list[str] = []
         self.cached: dict[str, int] = {}
         self.linked: list[int] = []
@@ -43,6 +45,12 @@ class Recorder(LinkHandler):
 
     def on_unpin(self, link: Link, id: str) -> None:
         self.pins.remove(id)
+
+    def on_reserve(self, link: Link, token: int) -> None:
+        self.reserved.append(token)
+
+    def on_unreserve(self, link: Link, token: int) -> None:
+        self.reserved.remove(token)
 
     def on_drain(self) -> None:
         self.drains += 1
@@ -119,6 +127,9 @@ def test_assignments_aborts_and_drains_arrive_and_heartbeats_go_up() -> None:
         wire.CoordinatorMessage(pin=wire.Pin(id="kept")),
         wire.CoordinatorMessage(pin=wire.Pin(id="gone")),
         wire.CoordinatorMessage(unpin=wire.Unpin(id="gone")),
+        wire.CoordinatorMessage(reserve=wire.Reserve(token=5)),
+        wire.CoordinatorMessage(reserve=wire.Reserve(token=6)),
+        wire.CoordinatorMessage(unreserve=wire.Unreserve(token=5)),
         wire.CoordinatorMessage(drain=wire.Drain()),
     ]
 
@@ -130,6 +141,7 @@ def test_assignments_aborts_and_drains_arrive_and_heartbeats_go_up() -> None:
             assert [await coordinator.heard.get() for _ in range(3)] == ["registration", "heartbeat", "heartbeat"]
             assert recorder.drains == 1
             assert recorder.pins == ["kept"]
+            assert recorder.reserved == [6]
             assert not recorder.lost.is_set()
 
     asyncio.run(run())
@@ -152,6 +164,38 @@ def test_a_dead_or_silent_coordinator_is_noticed_and_dialled_again(script: Scrip
             await recorder.lost.wait()
             await link.connected.wait()
             assert coordinator.connections == 2
+
+    asyncio.run(run())
+
+
+def test_a_silent_coordinator_is_left_when_the_stated_time_is_over() -> None:
+    welcome = wire.CoordinatorMessage(welcome=wire.Welcome(heartbeat_interval_s=0.4, heartbeat_timeout_s=0.8))
+
+    async def last_word(_: Any, __: Any) -> AsyncIterator[wire.CoordinatorMessage]:
+        yield welcome
+        await asyncio.sleep(0.45)
+        yield BEAT
+        said.append(time.monotonic())
+        await asyncio.Event().wait()
+
+    said: list[float] = []
+
+    async def run() -> None:
+        async with linked(FakeCoordinator(last_word, lambda _, __: beating())) as (recorder, _, _):
+            await recorder.lost.wait()
+            assert 0.7 < time.monotonic() - said[0] < 1.1
+
+    asyncio.run(run())
+
+
+def test_a_worker_that_stood_still_does_not_leave_a_coordinator_that_spoke_meanwhile() -> None:
+    async def run() -> None:
+        coordinator = FakeCoordinator(lambda _, __: beating())
+        async with linked(coordinator) as (recorder, link, _):
+            await link.connected.wait()
+            time.sleep(1.2)  # noqa: ASYNC251 - as if the process had been stopped
+            await asyncio.sleep(0.3)
+            assert not recorder.lost.is_set()
 
     asyncio.run(run())
 

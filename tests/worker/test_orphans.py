@@ -129,7 +129,7 @@ def test_coordinators_that_are_there_already_are_told_at_once() -> None:
         world.orphans.lost(OLD, [waiting])
         (message,) = world.sent
         assert message.orphan.assignment.id == waiting.id
-        assert message.orphan.without_logprobs == 3, "its first token will come from a prefill worker"
+        assert message.orphan.without_logprobs == 2, "its first token comes from a prefill worker, with its logprob"
 
     asyncio.run(run())
 
