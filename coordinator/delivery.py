@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.detokenizer import TextStream
-from coordinator.failures import FailureKind, RequestFailed
+from coordinator.failures import RequestFailed, moved
 from coordinator.stream import TokenStream
 
 STOP, LENGTH, ABORTED = "stop", "length", "abort"
@@ -247,7 +247,7 @@ class Request:
         """
         while True:
             if reader != self.reader:
-                raise RequestFailed(FailureKind.SUPERSEDED, "another connection goes on with this request")
+                raise moved()
             if self._dirty:
                 break
             if self.failure is not None:

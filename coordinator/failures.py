@@ -34,5 +34,9 @@ def poison() -> RequestFailed:
     return RequestFailed(FailureKind.POISON, message)
 
 
+def moved() -> RequestFailed:
+    return RequestFailed(FailureKind.SUPERSEDED, "another connection goes on with this request")
+
+
 def unavailable(message: str) -> RequestFailed:
     return RequestFailed(FailureKind.UNAVAILABLE, message)

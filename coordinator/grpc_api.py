@@ -169,7 +169,11 @@ class GrpcApi:
 
     def __init__(self, intake: Intake, resumption: Resumption, max_message_bytes: int) -> None:
         # Without so_reuseport=0 a second coordinator would share the port, and clients would meet either.
-        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", max_message_bytes)]
+        # Clients find out by pings that their coordinator hangs, as often as they like.
+        options = [
+            ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.http2.max_ping_strikes", 0),
+        ]  # fmt: skip
         self.server = grpc.aio.server(options=options)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         rpc.add_InferenceServicer_to_server(InferenceServicer(intake, resumption), self.server)

@@ -42,6 +42,8 @@ _HTTP_STATUS = {
     FailureKind.INTERNAL: (500, "server_error", "internal_error"),
 }
 _BODY_TIMEOUT_S = 30.0
+ALIVE = b":\n"
+"""A comment, which clients skip. Not a blank line more: some take that for an event without data."""
 _PROBES = {"/health", "/ready", "/metrics", "/status"}  # asked every few seconds by somebody's monitor
 _RETRY_AFTER_S = {FailureKind.OVERLOADED: "1", FailureKind.UNAVAILABLE: "5"}
 
@@ -66,11 +68,14 @@ class HttpApi:
         resumption: Resumption,
         max_body_bytes: int,
         worker_status: Callable[[], Mapping[str, Any]],
+        alive_interval_s: float,
     ) -> None:
+        """`alive_interval_s`: of signs of life, while a stream has nothing else to say."""
         self._intake = intake
         self._resumption = resumption
         self._max_body_bytes = max_body_bytes
         self._worker_status = worker_status
+        self._alive_interval_s = alive_interval_s
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[self._outermost], client_max_size=self._max_body_bytes)
@@ -120,7 +125,7 @@ class HttpApi:
         writer = AnswerWriter(request, self._intake.model_name, self._intake.tokenizer.token_bytes, positions)
         try:
             if stream:
-                return await _stream(http, request, reader, writer)
+                return await _stream(http, request, reader, writer, self._alive_interval_s)
             deltas: list[Delta] = []
             while new := await request.deltas(reader):
                 deltas += new
@@ -240,9 +245,14 @@ class HttpApi:
         return outermost
 
 
-async def _stream(http: web.Request, request: Request, reader: int, writer: AnswerWriter) -> web.StreamResponse:
-    # Wait for the first token before saying 200: what fails until then gets a status of its own.
-    deltas = await request.deltas(reader)
+async def _stream(
+    http: web.Request, request: Request, reader: int, writer: AnswerWriter, alive_interval_s: float
+) -> web.StreamResponse:
+    """Silence for longer than `alive_interval_s` means that this coordinator hangs, or is cut off."""
+    # Wait for the first token before saying 200: what fails until then gets a status of its own. A client that resumes
+    # would rather know that somebody is here.
+    waits_s = alive_interval_s if request.resume_s else None
+    deltas = await _news(request, reader, waits_s)
     headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Request-Id": request.id}
     response = web.StreamResponse(headers=headers)
     await response.prepare(http)
@@ -250,14 +260,14 @@ async def _stream(http: web.Request, request: Request, reader: int, writer: Answ
         try:
             complete = False
             while not complete:
-                data = b"".join([writer.chunk(delta) for delta in deltas])
-                complete = request.drained and request.failure is None
+                data = ALIVE if deltas is None else b"".join([writer.chunk(delta) for delta in deltas])
+                complete = deltas is not None and request.drained and request.failure is None
                 if complete:
                     data += writer.last()
                 if data:
                     await response.write(data)
                 if not complete:
-                    deltas = await request.deltas(reader)
+                    deltas = await _news(request, reader, alive_interval_s)
         except RequestFailed as failure:
             await response.write(sse(_failure_body(failure)))
         await response.write_eof()
@@ -265,6 +275,15 @@ async def _stream(http: web.Request, request: Request, reader: int, writer: Answ
         # The client hung up while we wrote; the caller decides what becomes of the request.
         return response
     return response
+
+
+async def _news(request: Request, reader: int, timeout_s: float | None) -> list[Delta] | None:
+    """As `request.deltas`; None when there was nothing for so long."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await request.deltas(reader)
+    except TimeoutError:
+        return None
 
 
 async def _answered(http: web.Request, handler: Handler, call: _Call) -> web.StreamResponse:

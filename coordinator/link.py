@@ -8,6 +8,7 @@
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 import traceback
@@ -34,6 +35,9 @@ class LinkServicer(rpc.WorkerLinkServicer):
         self._registry = registry
         self._dispatcher = dispatcher
         self._incarnation = secrets.randbits(64)
+        self._looked_at_s = time.monotonic()
+        self._late_at_s = -math.inf
+        """When this process was last found to have stood still, or to have been starved."""
 
     async def Connect(self, request_iterator: Any, context: _Context) -> None:  # type: ignore[override]
         worker = await self._register(context)
@@ -45,7 +49,7 @@ class LinkServicer(rpc.WorkerLinkServicer):
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            worker.lose("its link closed")
+            worker.lose("its link closed", died=not self._was_late())
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -92,6 +96,13 @@ class LinkServicer(rpc.WorkerLinkServicer):
         while True:
             await context.write(await worker.outbox.get())
 
+    def _was_late(self) -> bool:
+        """This process stood still, so that workers hung up on it: they did not die, and nobody killed them."""
+        timeout_s, now = self._options.heartbeat_timeout_s, time.monotonic()
+        return now - self._looked_at_s > timeout_s / 2 + self._options.heartbeat_interval_s or (
+            now - self._late_at_s < timeout_s
+        )
+
     async def watch(self) -> None:
         """Send heartbeats, and lose silent workers, until cancelled.
 
@@ -104,6 +115,9 @@ class LinkServicer(rpc.WorkerLinkServicer):
             await asyncio.sleep(interval_s)
             now = time.monotonic()
             own_delay_s, before = max(0.0, now - before - interval_s), now
+            self._looked_at_s = now
+            if own_delay_s > self._options.heartbeat_timeout_s / 2:
+                self._late_at_s = now
             for worker in list(self._registry.workers.values()):
                 if own_delay_s > interval_s:
                     worker.last_seen_s += own_delay_s

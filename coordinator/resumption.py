@@ -7,13 +7,17 @@
 3. When the client comes, the request is built again from the tickets of its choices and the dispatcher adopts their
    attempts. The worker sends all tokens again, so text, stop strings and usage come out as they did the first time.
    A choice that nobody has any more starts its next attempt from its prompt, with the same sampling and seed.
-4. Whoever reads last has the request. A request whose client is gone for too long is aborted.
+4. Its coordinator may not be dead: it hangs, or the client cannot reach it. So a request that is not known here is
+   claimed from the workers, which take it from whoever has it. One that hung begins further attempts when it goes on,
+   for a client that is gone: their numbers are none that are used here.
+5. Whoever reads last has the request. A request whose client is gone for too long is aborted.
 
 A client may be faster than the workers that find their coordinator dead: an unknown id is waited for.
 """
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +35,9 @@ from coordinator.workers import Worker
 log = logging.getLogger("baton.requests")
 MAX_ORPHANED = 4096
 """Requests of other coordinators that may wait here for their clients."""
+MAX_SKIP = 1_000_000
+"""Of attempts' numbers; see `TokenStream.skip`. So many that two coordinators hardly choose the same."""
+LOOK_AGAIN_S = 0.1
 LINK_AGAIN_S = 1.0
 """What a worker needs to find another coordinator, once it knows that it lost one."""
 
@@ -57,6 +64,7 @@ class Resumption:
     def __init__(self, options: CoordinatorOptions, intake: Intake, dispatcher: Dispatcher, metrics: Metrics) -> None:
         self._options = options
         self._intake = intake
+        self._registry = intake.registry
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._wait_s = options.heartbeat_timeout_s + LINK_AGAIN_S
@@ -114,14 +122,14 @@ class Resumption:
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._wait_s
+        claimed: set[Worker] = set()
         while True:
-            left = self._left.pop(id, None)
-            if left is not None:
-                left.timer.cancel()
-            request = left.request if left is not None else self._dispatcher.requests.get(id)
-            if request is not None:
+            if (request := self._here(id)) is not None:
+                if left := self._left.pop(id, None):
+                    left.timer.cancel()
                 self._metrics.resumed.labels("here").inc()
                 return request
+            claimed = self._claim(id, claimed)
             late = loop.time() >= deadline
             if (found := self._orphans.get(id)) and (late or len(found) == num_choices(_any(found).ticket)):
                 return self._adopt(id, found, positions)
@@ -131,14 +139,32 @@ class Resumption:
                 raise RequestFailed(FailureKind.UNKNOWN_REQUEST, message)
             await self._news(id, deadline)
 
+    def _here(self, id: str) -> Request | None:
+        """The request, if it goes on here or its end is kept; not what another coordinator has claimed."""
+        left = self._left.get(id)
+        if left is None:
+            return self._dispatcher.requests.get(id)
+        if left.request.failure is None or left.request.failure.kind is not FailureKind.SUPERSEDED:
+            return left.request
+        left.timer.cancel()
+        del self._left[id]
+        return None
+
+    def _claim(self, id: str, asked: set[Worker]) -> set[Worker]:
+        """Ask the workers that have not been asked for what they have of a request; all that have been."""
+        workers = set(self._registry.workers.values())
+        for worker in workers - asked:
+            worker.send(wire.CoordinatorMessage(claim=wire.Claim(request_id=id)))
+        return workers
+
     async def _news(self, id: str, deadline: float) -> None:
-        """Wait until an orphan of this request was reported, or the time is over."""
+        """Wait until an orphan of this request was reported, a worker may have joined, or the time is over."""
         if len(self._waiters) >= self._options.max_requests:
             raise RequestFailed(FailureKind.OVERLOADED, "too many clients wait for their requests; try again later")
         waiter = asyncio.get_running_loop().create_future()
         self._waiters[waiter] = id
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout_at(min(deadline, asyncio.get_running_loop().time() + LOOK_AGAIN_S)):
                 await waiter
         except TimeoutError:
             pass
@@ -157,7 +183,7 @@ class Resumption:
             _abort(worker, message.assignment.id)
             return
         id = ticket.request_id
-        if id in self._dispatcher.requests or id in self._left:
+        if self._here(id) is not None:
             # Somebody goes on with this choice already, from what was known before.
             self._metrics.orphans.labels("late").inc()
             _abort(worker, message.assignment.id)
@@ -211,7 +237,7 @@ class Resumption:
         adoptions: dict[Choice, Adoption] = {}
         given_up: list[_Orphan] = []
         for choice in request.choices:
-            choice.stream.attempt = 1  # where nobody has it: a number that its next attempt does not repeat
+            choice.stream.attempt, choice.stream.skip = 1, secrets.randbelow(MAX_SKIP)
             orphan = found.get(choice.number)
             if orphan is None:
                 continue

@@ -109,6 +109,7 @@ class Coordinator:
             self.resumption,
             options.max_body_bytes,
             lambda: cluster_status(self.intake.model_name, self.registry, self.dispatcher),
+            options.heartbeat_interval_s,
         )
         runner = web.AppRunner(
             api.application(), access_log=None, handler_cancellation=True, shutdown_timeout=_STOP_GRACE_S
