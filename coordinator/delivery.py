@@ -263,6 +263,14 @@ class Request:
         dirty, self._dirty = self._dirty, []
         return [choice.take() for choice in dirty]
 
+    async def news(self, reader: int, timeout_s: float | None) -> list[Delta] | None:
+        """As `deltas`; None when there was nothing for so long."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self.deltas(reader)
+        except TimeoutError:
+            return None
+
     def usage(self) -> UsageCounts:
         cached: dict[int, int] = {}
         for choice in self.choices:

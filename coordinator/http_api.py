@@ -125,13 +125,45 @@ class HttpApi:
         writer = AnswerWriter(request, self._intake.model_name, self._intake.tokenizer.token_bytes, positions)
         try:
             if stream:
-                return await _stream(http, request, reader, writer, self._alive_interval_s)
+                return await self._stream(http, request, reader, writer)
             deltas: list[Delta] = []
             while new := await request.deltas(reader):
                 deltas += new
             return _json(writer.whole(deltas))
         finally:
             self._resumption.left(request, reader)
+
+    async def _stream(
+        self, http: web.Request, request: Request, reader: int, writer: AnswerWriter
+    ) -> web.StreamResponse:
+        """Silence for longer than the interval means that this coordinator hangs, or is cut off from its client."""
+        # Wait for the first token before saying 200: what fails until then gets a status of its own. A client that
+        # resumes would rather know that somebody is here.
+        deltas = await request.news(reader, self._alive_interval_s if request.resume_s else None)
+        headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Request-Id": request.id}
+        response = web.StreamResponse(headers=headers)
+        await response.prepare(http)
+        try:
+            try:
+                complete = False
+                while not complete:
+                    if deltas is None and self._resumption.better_elsewhere(request):
+                        break
+                    data = ALIVE if deltas is None else b"".join([writer.chunk(delta) for delta in deltas])
+                    complete = deltas is not None and request.drained and request.failure is None
+                    if complete:
+                        data += writer.last()
+                    if data:
+                        await response.write(data)
+                    if not complete:
+                        deltas = await request.news(reader, self._alive_interval_s)
+            except RequestFailed as failure:
+                await response.write(sse(_failure_body(failure)))
+            await response.write_eof()
+        except ConnectionError:
+            # The client hung up while we wrote; the caller decides what becomes of the request.
+            return response
+        return response
 
     # Clients that come back
 
@@ -243,47 +275,6 @@ class HttpApi:
                 _log_access(http, call, code, started_s)
 
         return outermost
-
-
-async def _stream(
-    http: web.Request, request: Request, reader: int, writer: AnswerWriter, alive_interval_s: float
-) -> web.StreamResponse:
-    """Silence for longer than `alive_interval_s` means that this coordinator hangs, or is cut off."""
-    # Wait for the first token before saying 200: what fails until then gets a status of its own. A client that resumes
-    # would rather know that somebody is here.
-    waits_s = alive_interval_s if request.resume_s else None
-    deltas = await _news(request, reader, waits_s)
-    headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Request-Id": request.id}
-    response = web.StreamResponse(headers=headers)
-    await response.prepare(http)
-    try:
-        try:
-            complete = False
-            while not complete:
-                data = ALIVE if deltas is None else b"".join([writer.chunk(delta) for delta in deltas])
-                complete = deltas is not None and request.drained and request.failure is None
-                if complete:
-                    data += writer.last()
-                if data:
-                    await response.write(data)
-                if not complete:
-                    deltas = await _news(request, reader, alive_interval_s)
-        except RequestFailed as failure:
-            await response.write(sse(_failure_body(failure)))
-        await response.write_eof()
-    except ConnectionError:
-        # The client hung up while we wrote; the caller decides what becomes of the request.
-        return response
-    return response
-
-
-async def _news(request: Request, reader: int, timeout_s: float | None) -> list[Delta] | None:
-    """As `request.deltas`; None when there was nothing for so long."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await request.deltas(reader)
-    except TimeoutError:
-        return None
 
 
 async def _answered(http: web.Request, handler: Handler, call: _Call) -> web.StreamResponse:

@@ -118,11 +118,16 @@ class LinkServicer(rpc.WorkerLinkServicer):
             self._looked_at_s = now
             if own_delay_s > self._options.heartbeat_timeout_s / 2:
                 self._late_at_s = now
-            for worker in list(self._registry.workers.values()):
+            workers = list(self._registry.workers.values())
+            for worker in workers:
                 if own_delay_s > interval_s:
                     worker.last_seen_s += own_delay_s
-                if now - worker.last_seen_s > self._options.heartbeat_timeout_s:
-                    worker.lose(f"silent for {now - worker.last_seen_s:.1f} s")
+            silent = [each for each in workers if now - each.last_seen_s > self._options.heartbeat_timeout_s]
+            # Where nobody is heard it is this process that is cut off: no request made all of them silent.
+            died = len(silent) < len(workers) or len(silent) == 1
+            for worker in workers:
+                if worker in silent:
+                    worker.lose(f"silent for {now - worker.last_seen_s:.1f} s", died)
                 else:
                     worker.send(_HEARTBEAT)
 

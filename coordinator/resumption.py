@@ -26,7 +26,7 @@ from baton.config import CoordinatorOptions
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import Choice, Position, Request
 from coordinator.dispatch import Adoption, Dispatcher
-from coordinator.failures import FailureKind, RequestFailed
+from coordinator.failures import FailureKind, RequestFailed, cut_off
 from coordinator.metrics import Metrics
 from coordinator.requests import Intake
 from coordinator.tickets import Ticket, TicketError, num_choices, read, same_request
@@ -125,6 +125,8 @@ class Resumption:
         claimed: set[Worker] = set()
         while True:
             if (request := self._here(id)) is not None:
+                if self.better_elsewhere(request):
+                    raise cut_off()
                 if left := self._left.pop(id, None):
                     left.timer.cancel()
                 self._metrics.resumed.labels("here").inc()
@@ -138,6 +140,13 @@ class Resumption:
                 message = "no request with this id is kept here: it never was, or it waited too long; send it again"
                 raise RequestFailed(FailureKind.UNKNOWN_REQUEST, message)
             await self._news(id, deadline)
+
+    def better_elsewhere(self, request: Request) -> bool:
+        """This coordinator has lost all workers, and may be the one that is cut off: they keep for another what its
+        client can have there."""
+        since_s = self._registry.empty_since_s
+        lonely = since_s is not None and time.monotonic() - since_s > LINK_AGAIN_S
+        return lonely and request.resume_s > 0 and not request.ended
 
     def _here(self, id: str) -> Request | None:
         """The request, if it goes on here or its end is kept; not what another coordinator has claimed."""

@@ -670,3 +670,34 @@ def test_our_client_asks_again_where_its_request_never_arrived(run) -> None:
             assert len(second.assignments) == 1
 
     run(main())
+
+
+async def read_all(call: Any) -> None:
+    while await call.read():
+        pass
+
+
+def test_a_coordinator_without_any_worker_sends_clients_that_can_resume_elsewhere(run) -> None:
+    async def main() -> None:
+        async with running() as system:
+            worker = await system.worker()
+            response, had = await start(system, worker, 4, **{"X-Baton-Resume-S": "5"})
+            sampling = api.Sampling(temperature=0, max_tokens=9)
+            call = system.inference.Generate(
+                api.GenerateRequest(text="hello", sampling=sampling, request_id="a-gRPC-request-here", resume_s=5)
+            )
+            assert (await call.read()).token_ids
+            await worker.stop()
+            rest = await asyncio.wait_for(response.content.read(), 5)
+            assert b"[DONE]" not in rest
+            assert b"error" not in rest
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await read_all(call)
+            assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+            async with system.http.get(f"/v1/streams/{ID}") as refusal:
+                assert refusal.status == 503
+            again = await system.worker("decode-1")  # nobody else was there: it goes on here
+            assert state_of([*had, *await go_on(system, had[-1].id)]).usages[0]["completion_tokens"] == 9
+            assert again.assignments
+
+    run(main())

@@ -45,14 +45,17 @@ LINK_HOST = "127.0.0.2"
 PORTS = range(20000, 32000)
 """Below those that the kernel gives to whoever dials: a process that comes back finds its port free."""
 PROBE_S, PROBE_TIMEOUT_S = 0.2, 1.0
-PINGS = (
-    ("grpc.keepalive_time_ms", 1000),
-    ("grpc.keepalive_timeout_ms", 1000),
-    ("grpc.http2.max_pings_without_data", 0),
-)
-"""How a client of gRPC notices a coordinator that hangs or is cut off."""
-NEW_LIFE_DESCRIPTORS = 4
-DIALLING = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500))
+PINGS = {
+    "grpc.keepalive_time_ms": 1000,
+    "grpc.keepalive_timeout_ms": 1000,
+    "grpc.http2.ping_timeout_ms": 1000,  # or it takes a minute, whatever is said above
+    "grpc.http2.max_pings_without_data": 0,
+    "grpc.initial_reconnect_backoff_ms": 100,
+    "grpc.max_reconnect_backoff_ms": 500,
+}
+"""How a client of gRPC notices a coordinator that hangs or is cut off; see docs/operations.md."""
+MOVED_DESCRIPTORS, NEW_LIFE_DESCRIPTORS = 2, 4
+"""More than counted at first: a connection of the clients that has moved; what another life has otherwise."""
 
 
 @dataclass(frozen=True)
@@ -282,7 +285,7 @@ class Fleet:
                 connector=aiohttp.TCPConnector(limit=0, force_close=True),
                 read_bufsize=1 << 20,
             )
-            self.channel = grpc.aio.insecure_channel(self.grpc_address, options=[*PINGS, *DIALLING])
+            self.channel = grpc.aio.insecure_channel(self.grpc_address, options=list(PINGS.items()))
             for kind in ("prefill", "decode", "mixed"):
                 for place in range(self._kinds.get(kind, 0)):
                     name = f"{kind}-{place}"
@@ -486,10 +489,10 @@ class Fleet:
             coordinator.idle_descriptors = coordinator.pid, max(counts)
 
     async def has_no_more_descriptors(self) -> bool:
-        """A coordinator in another life has to start with few; from then on they count for this life."""
         for coordinator in self.coordinators.values():
             pid, most = coordinator.idle_descriptors
-            if num_descriptors(coordinator.pid) > most + NEW_LIFE_DESCRIPTORS * (pid != coordinator.pid):
+            most += MOVED_DESCRIPTORS * (len(self.coordinators) > 1) + NEW_LIFE_DESCRIPTORS * (pid != coordinator.pid)
+            if num_descriptors(coordinator.pid) > most:
                 return False
         return True
 

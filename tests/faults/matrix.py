@@ -47,7 +47,7 @@ class Victim:
     fleet: tuple[tuple[str, int], ...]
 
     def choose(self, fleet: Fleet, event: Event, spared: set[str]) -> Process | None:
-        """Who suffers: a process with a part in the event's attempt; else, where its kind is done with it, in another."""
+        """Who suffers: a process with a part in the event's attempt; else, if its kind is done with it, in another."""
         if self.kind == "etcd":
             return fleet.store
         if self.kind == "coordinator":
@@ -266,11 +266,12 @@ class Cell:
 def cells() -> Iterator[Cell]:
     """Everything that can happen at all."""
     for victim, fault, moment in product(VICTIMS, FAULTS, MOMENTS):
-        if fault in _suffers(victim) and _happens(victim, fault, moment):
+        if fault in faults_of(victim) and _happens(victim, fault, moment):
             yield Cell(victim, fault, moment)
 
 
-def _suffers(victim: Victim) -> tuple[type[Fault], ...]:
+def faults_of(victim: Victim) -> tuple[type[Fault], ...]:
+    """What can happen to it."""
     if victim.kind == "etcd":
         return Kill, Restart, Freeze, Hang, CutFromAll
     if victim.kind == "coordinator":
@@ -486,6 +487,8 @@ def batches(num_cases: int, seed: int, victims: str = "") -> list[Batch]:
     found = []
     for fleet, (number, variant) in product(FLEETS, enumerate(VARIANTS)):
         its = [cell for cell in chosen if cell.victim.fleet == fleet][number :: len(VARIANTS)]
+        if "--direct-wait-s" in variant.options:
+            its = [cell for cell in its if cell.moment.name != "offering"]  # nothing is offered there
         found += [Batch(fleet, variant, tuple(its[at : at + BATCH])) for at in range(0, len(its), BATCH)]
     chance.shuffle(found)
     return found

@@ -183,7 +183,7 @@ class Relay:
             async for frame in self._frames(reader, from_client):
                 passed = await connection.before(frame, from_client)
                 waited = await self._cuts.passable(self._network, connection.parties)
-                if connection.severed or (waited and connection.dialling):
+                if connection.severed or (waited and connection.dialling) or writer.is_closing():
                     raise _Ended
                 writer.write(passed)
                 await writer.drain()
@@ -203,16 +203,18 @@ class Addresses:
 
     def __init__(self) -> None:
         self._relays: dict[str, Relay] = {}
+        self._starting = asyncio.Lock()
 
     async def replaced(self, data: bytes, pattern: bytes, relay_for: Callable[[], Relay], key: str) -> bytes:
         """`data` with the port of the first address that matches `pattern` (group 1: host, 2: port) a relay's."""
         match = re.search(pattern, data)
         if match is None:
             return data
-        relay = self._relays.get(key)
-        if relay is None:
-            relay = self._relays[key] = relay_for()
-            await relay.start()
+        async with self._starting:
+            relay = self._relays.get(key)
+            if relay is None:
+                relay = self._relays[key] = relay_for()
+                await relay.start()
         relay.target = (match[1].decode(), int(match[2]))
         port = str(relay.port).encode()
         assert len(port) == len(match[2]), "an address is replaced by one that is as long"

@@ -259,7 +259,7 @@ class _HttpCall(_Call):
 
     async def _read_stream(self) -> bool:
         async with contextlib.AsyncExitStack() as stack:
-            async with asyncio.timeout(self.search_s):
+            async with asyncio.timeout(self.search_s if self.known else self.silence_s):
                 response = await stack.enter_async_context(self._begin())
             if response.status != 200:
                 return self._accepted(response.status, await response.text())
