@@ -37,7 +37,7 @@ MAX_ORPHANED = 4096
 """Requests of other coordinators that may wait here for their clients."""
 MAX_SKIP = 1_000_000
 """Of attempts' numbers; see `TokenStream.skip`. So many that two coordinators hardly choose the same."""
-LOOK_AGAIN_S = 0.1
+LOOK_AGAIN_S, ANSWER_S = 0.1, 1.0
 LINK_AGAIN_S = 1.0
 """What a worker needs to find another coordinator, once it knows that it lost one."""
 
@@ -121,7 +121,7 @@ class Resumption:
         Raises RequestFailed where nobody has it any more.
         """
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._wait_s
+        deadline = loop.time() + self._search_s()
         claimed: set[Worker] = set()
         while True:
             if (request := self._here(id)) is not None:
@@ -140,6 +140,12 @@ class Resumption:
                 message = "no request with this id is kept here: it never was, or it waited too long; send it again"
                 raise RequestFailed(FailureKind.UNKNOWN_REQUEST, message)
             await self._news(id, deadline)
+
+    def _search_s(self) -> float:
+        """How long an unknown request is looked for: workers that have been here for long answer a claim at once."""
+        workers, now = self._registry.workers.values(), time.monotonic()
+        settled = bool(workers) and all(now - worker.joined_s > self._wait_s for worker in workers)
+        return min(ANSWER_S, self._wait_s) if settled else self._wait_s
 
     def better_elsewhere(self, request: Request) -> bool:
         """This coordinator has lost all workers, and may be the one that is cut off: they keep for another what its

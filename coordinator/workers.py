@@ -79,7 +79,7 @@ class Worker:
         """Decodes while no decode worker accepts work."""
         self.heartbeat = wire.WorkerHeartbeat()
         self.heartbeat.blocks.total = self.heartbeat.blocks.free = registration.total_blocks
-        self.last_seen_s = time.monotonic()
+        self.joined_s = self.last_seen_s = time.monotonic()
         self.outbox: asyncio.Queue[wire.CoordinatorMessage] = asyncio.Queue(OUTBOX_MESSAGES)
         self.legs: dict[int, Leg] = {}
         """By handle."""

@@ -178,8 +178,8 @@ class LinkTap(Connection):
                 leg = Leg(given.id, len(given.token_ids), given.sampling.max_tokens, given.handle)
                 legs[_key(given.id)] = self._worker.known[_key(given.id)] = leg
                 return [self._event("assigned", given.id)]
-            case "adopt" if leg := self._worker.known.get(_key(message.adopt.id)):
-                legs[_key(leg.id)] = replace(leg, handle=message.adopt.handle)
+            case "adopt" if its := self._worker.known.get(_key(message.adopt.id)):
+                legs[_key(its.id)] = replace(its, handle=message.adopt.handle)
             case "abort":
                 legs.pop(_key(message.abort.id), None)
         return []

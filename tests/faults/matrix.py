@@ -19,9 +19,10 @@ import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import product
 
+from benchmarks.report import Report
 from tests.faults.fleet import FRONT, LINK, PEERS, STORE, Event, Fleet, NotKept, Process, Worker
 from tests.faults.processes import Nursery, send, state
 from tests.faults.shapes import SILENCE_S, Answer, Shape, Undisturbed, ask
@@ -605,5 +606,34 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def as_json(results: list[Result]) -> list[dict[str, object]]:
-    return [asdict(result) for result in results]
+def report(results: list[Result]) -> Report:
+    """In the form of benchmarks: all together, and each fault of each victim."""
+    found = Report(f"Faults: {len(results)} cases of the matrix")
+    found.row("cases", len(results), "cases")
+    found.row("faults proven", sum(each.proven for each in results), "cases")
+    found.row("wrong answers", sum(len(each.wrong) for each in results), "answers", goal="<= 0 answers")
+    found.row("lost streams", sum(len(each.lost) for each in results), "streams", goal="<= 0 streams")
+    found.row(
+        "cases that left something behind", sum(bool(each.not_kept) for each in results), "cases", goal="<= 0 cases"
+    )
+    names = dict.fromkeys((cell.victim.name, cell.fault.name) for cell in cells())
+    for victim, fault in (("any", "any"), *names):
+        its = [
+            each
+            for each in results
+            if each.proven and (victim == "any" or (each.victim, each.fault) == (victim, fault))
+        ]
+        if not its:
+            continue
+        found.row(f"{victim}: {fault}", len(its), "cases")
+        pauses = [pause for each in its for pause in each.pauses_s]
+        noticed = [each.noticed_s for each in its if each.noticed_s is not None]
+        for of, values in (("pause", pauses), ("noticed", noticed)):
+            for share, name in ((0.5, "median"), (0.99, "p99"), (1.0, "longest")):
+                if values:
+                    found.row(f"{victim}: {fault}: {of}, {name}", percentile(values, share), "s")
+    found.note("pause: of each stream the longest gap less its usual one. noticed: from the fault until a coordinator")
+    found.note(
+        "dropped the worker or missed etcd, or the first client its coordinator. Cores are shared by everything."
+    )
+    return found

@@ -1,9 +1,9 @@
 """`python -m tests.faults.soak`: faults at random under load for a long time; every answer right, and nothing grows.
 
 Prefill and decode workers, coordinators and etcd suffer, one after the other. Those of number 0 live through all of it.
-Printed over time: memory and descriptors of these, and the blocks of all workers. Each has to be flat after the warm-up:
-its median in the last third of the time at most a little above that in the third before. In the end every block is free
-or cached, and no coordinator has a request.
+Printed over time: memory and descriptors of these, and the blocks of all workers. Each has to be flat after the
+warm-up: its median in the last third of the time at most a little above that in the third before. In the end every
+block is free or cached, and no coordinator has a request.
 """
 
 import argparse
