@@ -82,11 +82,12 @@ gpu-check:  ## GPU kernels and engine: right, and how near to the limits (instal
 bench: dev  ## the quick form of every benchmark
 	$(BIN)/python -m benchmarks.relay --quick
 
-faults: dev  ## what dies when, with real processes: the whole matrix, printed (CASES=300 SEED=1; about 30 minutes)
-	$(BIN)/python -m tests.faults --cases $(or $(CASES),300) --seed $(or $(SEED),1)
+faults: dev  ## what dies when, with real processes: the matrix as a table (CASES=300 SEED=1 MINUTES=60 JSON=file)
+	$(BIN)/python -m tests.faults --cases $(or $(CASES),300) --seed $(or $(SEED),1) --minutes $(or $(MINUTES),60) \
+		$(if $(JSON),--json $(JSON))
 
-soak: dev  ## random faults under load (MINUTES=30): every answer right, memory, blocks and descriptors flat
-	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),30)
+soak: dev  ## random faults under load (MINUTES=30 JSON=file): every answer right, memory, blocks, descriptors flat
+	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),30) $(if $(JSON),--json $(JSON))
 
 clean:  ## remove the virtual environment and every cache
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -6,8 +6,8 @@
 
 Any other field of the API goes in by name: `client.chat(messages, temperature=0, max_tokens=64)`.
 
-An answer whose connection breaks goes on where it stopped, at the same coordinator or at the one that took its place at
-this address: no piece is lost or comes twice.
+An answer whose connection breaks, or falls silent, goes on where it stopped, at the same coordinator, at the one that
+took its place at this address, or at another one of several addresses: no piece is lost or comes twice.
 """
 
 import asyncio
@@ -25,7 +25,14 @@ from baton.errors import BatonError
 T = TypeVar("T")
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-_CONNECT_TIMEOUT_S = 5.0
+SILENCE_S = 2.0
+"""A coordinator that has nothing to say gives a sign of life every half second."""
+_TOKENISED_BYTES_S = 1 << 18
+"""What a coordinator takes in before it answers, at the very least."""
+_SEARCH_S = 4.0
+"""What a coordinator takes to find a request that it does not know, and a bit."""
+_KEPT_S = 10.0
+"""What workers keep for a coordinator that died."""
 _ABORT_TIMEOUT_S = 1.0
 _RESUME_FOR_S = 30.0
 """From a break to the last try."""
@@ -54,12 +61,19 @@ class TextDelta(NamedTuple):
 
 
 class AsyncClient:
-    """`silence_s`: longest wait for the next piece of an answer."""
+    """`url`: of a coordinator, or of several with commas between them, such as "http://a:8000,http://b:8000": asked is
+    the one that answered last, or the next. `silence_s`: a coordinator that gives no sign of life for so long hangs, or
+    is cut off, and the answer goes on at whatever answers now."""
 
-    def __init__(self, url: str = DEFAULT_URL, silence_s: float = 600.0) -> None:
-        self.url = url.rstrip("/")
+    def __init__(self, url: str = DEFAULT_URL, silence_s: float = SILENCE_S) -> None:
+        self._urls = [each.strip().rstrip("/") for each in url.split(",")]
         self._silence_s = silence_s
         self._session: aiohttp.ClientSession | None = None
+
+    @property
+    def url(self) -> str:
+        """The one that is asked now."""
+        return self._urls[0]
 
     async def __aenter__(self) -> Self:
         return self
@@ -91,78 +105,108 @@ class AsyncClient:
         return await self._get("/status")
 
     async def _get(self, path: str) -> dict[str, Any]:
-        async with await self._request("GET", path) as response:
+        async with await self._request("GET", path, _SEARCH_S) as response:
             return dict(await response.json())
 
     async def _stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[TextDelta]:
         answer = _Answer(uuid.uuid4().hex)
-        headers = {"X-Request-Id": answer.id, "X-Baton-Resume-S": f"{_KEEP_S:g}"}
+        headers = {
+            "Content-Type": "application/json", "X-Request-Id": answer.id, "X-Baton-Resume-S": f"{_KEEP_S:g}",
+        }  # fmt: skip
+        data = json.dumps({**body, "stream": True}).encode()
+        patience_s = self._silence_s + len(data) / _TOKENISED_BYTES_S
 
         async def ask() -> aiohttp.ClientResponse:
-            return await self._request("POST", path, json={**body, "stream": True}, headers=headers)
+            return await self._request("POST", path, patience_s, data=data, headers=headers)
 
         try:
             response: aiohttp.ClientResponse | None = await ask()
         except _BrokenOff:
+            self._next_url()
             response = None
         try:
             while True:
                 if response is None:
                     response = await self._resume(answer, ask)
-                async with response:
-                    try:
-                        async for line in response.content:
-                            for delta in answer.deltas(line):
-                                yield delta
-                            if answer.complete:
-                                return
-                    except (aiohttp.ClientError, ConnectionError):
-                        pass
-                    except TimeoutError as error:
-                        raise ClientError(f"the answer of {self.url} broke off: silence") from error
+                while line := await self._line(response):
+                    for delta in answer.deltas(line):
+                        yield delta
+                    if answer.complete:
+                        return
+                response.close()
+                self._next_url()
                 response = None
         finally:
+            if response is not None:
+                response.close()
             if not answer.complete:
                 await self._abort(answer.id)
+
+    async def _line(self, response: aiohttp.ClientResponse) -> bytes:
+        """The next one of a stream; empty where it broke off or fell silent."""
+        with contextlib.suppress(aiohttp.ClientError, ConnectionError, TimeoutError):
+            async with asyncio.timeout(self._silence_s):
+                return await response.content.readline()
+        return b""
 
     async def _resume(
         self, answer: "_Answer", ask: Callable[[], Coroutine[Any, Any, aiohttp.ClientResponse]]
     ) -> aiohttp.ClientResponse:
         """The rest of an answer. Raises ClientError when it cannot be had within `_RESUME_FOR_S`."""
         loop = asyncio.get_running_loop()
-        give_up_at, backoff_s, lost = loop.time() + _RESUME_FOR_S, 0.05, False
+        broke_at, backoff_s, lost = loop.time(), 0.05, False
         while True:
             headers = {"Last-Event-ID": answer.last_event_id} if answer.last_event_id else {}
             try:
-                return await (ask() if lost else self._request("GET", f"/v1/streams/{answer.id}", headers=headers))
+                if lost:
+                    return await ask()
+                return await self._request("GET", f"/v1/streams/{answer.id}", _SEARCH_S, headers=headers)
             except ClientError as error:
                 # Nobody knows it, and nothing of it has come: it never got further than that coordinator.
                 unknown = error.status == 404 and not answer.last_event_id and not lost
                 known_after_all = lost and error.status == 409
-                if not (unknown or known_after_all or error.status in _TRY_AGAIN):
+                not_yet = error.status == 404 and not lost and loop.time() < broke_at + _KEPT_S
+                if not (unknown or known_after_all or not_yet or error.status in _TRY_AGAIN):
                     raise
-                if loop.time() > give_up_at:
+                if loop.time() > broke_at + _RESUME_FOR_S:
                     raise ClientError(f"the answer of {self.url} broke off, and cannot be resumed: {error}") from error
+                if error.status in _TRY_AGAIN:
+                    self._next_url()
                 lost = unknown or (lost and not known_after_all and not isinstance(error, _BrokenOff))
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
 
     async def _abort(self, id: str) -> None:
         """Tell the coordinator that nobody comes back for the rest; without it, it would keep it for `_KEEP_S`."""
-        with contextlib.suppress(ClientError, TimeoutError, RuntimeError):
-            async with asyncio.timeout(_ABORT_TIMEOUT_S):
-                (await self._request("DELETE", f"/v1/requests/{id}")).close()
+        with contextlib.suppress(ClientError, RuntimeError):
+            (await self._request("DELETE", f"/v1/requests/{id}", _ABORT_TIMEOUT_S)).close()
 
-    async def _request(self, method: str, path: str, **options: Any) -> aiohttp.ClientResponse:
+    def _next_url(self) -> None:
+        self._urls.append(self._urls.pop(0))
+
+    async def _request(self, method: str, path: str, patience_s: float, **options: Any) -> aiohttp.ClientResponse:
+        """From the first address where somebody answers. Raises ClientError."""
+        for _ in self._urls[1:]:
+            with contextlib.suppress(_NobodyThere):
+                return await self._request_here(method, path, patience_s, **options)
+            self._next_url()
+        return await self._request_here(method, path, patience_s, **options)
+
+    async def _request_here(self, method: str, path: str, patience_s: float, **options: Any) -> aiohttp.ClientResponse:
         if self._session is None:
-            timeout = aiohttp.ClientTimeout(sock_connect=_CONNECT_TIMEOUT_S, sock_read=self._silence_s)
+            timeout = aiohttp.ClientTimeout(sock_connect=self._silence_s)
             self._session = aiohttp.ClientSession(timeout=timeout, read_bufsize=_READ_BUFFER_BYTES)
         try:
-            response = await self._session.request(method, self.url + path, **options)
-        except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
-            if isinstance(error, _HUNG_UP) and not isinstance(error, aiohttp.ClientConnectorError):
+            async with asyncio.timeout(patience_s):
+                response = await self._session.request(method, self.url + path, **options)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise _NobodyThere(f"no coordinator answers at {self.url}; start one with `baton serve`") from error
+        except TimeoutError as error:
+            raise _BrokenOff(f"{self.url} gave no answer for {patience_s:.1f} s") from error
+        except (aiohttp.ClientError, ConnectionError) as error:
+            if isinstance(error, _HUNG_UP):
                 raise _BrokenOff(f"{self.url} hung up before its answer") from error
-            raise ClientError(f"no coordinator answers at {self.url}; start one with `baton serve`") from error
+            raise ClientError(f"{self.url} cannot be asked: {error}") from error
         if response.status == 200:
             return response
         async with response:
@@ -173,8 +217,12 @@ class AsyncClient:
         raise ClientError(message, response.status)
 
 
+class _NobodyThere(ClientError):
+    """Nobody has taken the connection."""
+
+
 class _BrokenOff(ClientError):
-    """The coordinator had the request, and went away before it answered."""
+    """The coordinator may have the request, and went away, or silent, before it answered."""
 
 
 class _Answer:
@@ -214,7 +262,7 @@ class _Answer:
 class Client:
     """The same without asyncio, in an event loop of its own."""
 
-    def __init__(self, url: str = DEFAULT_URL, silence_s: float = 600.0) -> None:
+    def __init__(self, url: str = DEFAULT_URL, silence_s: float = SILENCE_S) -> None:
         self._client = AsyncClient(url, silence_s)
         self._runner = asyncio.Runner()
 

@@ -1,6 +1,7 @@
 """Signs of life between two processes: when the next is due, and when the other side has given none for too long."""
 
 import asyncio
+import math
 import time
 from collections.abc import Iterable
 
@@ -18,6 +19,8 @@ class Pulse:
         self._timeout_s = timeout_s
         self._next_beat = time.monotonic()
         self._judges_from = 0.0
+        self._due = self._next_beat
+        self._stood_still_at = -math.inf
 
     async def rest(self, heard: Iterable[float]) -> bool:
         """Until something is to be done. True: send a heartbeat. False: look who is silent.
@@ -25,11 +28,13 @@ class Pulse:
         `heard`: when each peer gave its last sign of life; of one that is lost no longer.
         """
         ends = [max(at + self._timeout_s, self._judges_from) for at in heard]
-        due = min([self._next_beat, *ends])
+        self._due = due = min([self._next_beat, *ends])
         await asyncio.sleep(max(0.0, due - time.monotonic()))
         now = time.monotonic()
         if now - due > self._interval_s:
             self._judges_from = now + self._timeout_s / 2
+        if now - due > self._timeout_s / 2:
+            self._stood_still_at = now
         if now < self._next_beat:
             return False
         self._next_beat = now + self._interval_s
@@ -39,6 +44,12 @@ class Pulse:
     def judges(self) -> bool:
         """This process kept its own time lately: what it has not heard, nobody said."""
         return time.monotonic() >= self._judges_from
+
+    @property
+    def stood_still(self) -> bool:
+        """This process did so for long enough, just now, that peers may have hung up on it."""
+        now = time.monotonic()
+        return now - self._due > self._timeout_s / 2 or now - self._stood_still_at < self._timeout_s
 
     def silent(self, heard: float) -> bool:
         """Whether a peer that was heard last then counts as dead."""

@@ -17,7 +17,7 @@ import xxhash
 
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.detokenizer import TextStream
-from coordinator.failures import FailureKind, RequestFailed
+from coordinator.failures import FailureKind, RequestFailed, moved
 from coordinator.stream import TokenStream
 
 STOP, LENGTH, ABORTED = "stop", "length", "abort"
@@ -300,13 +300,21 @@ class Request:
 
     def _take(self, reader: int) -> list[Delta]:
         if reader != self.reader:
-            raise RequestFailed(FailureKind.SUPERSEDED, "another connection goes on with this request")
+            raise moved()
         dirty, self._dirty = self._dirty, []
         try:
             return [delta for choice in dirty if (delta := choice.take()) is not None]
         except RequestFailed:
             self.differs = True
             raise
+
+    async def news(self, reader: int, timeout_s: float | None) -> list[Delta] | None:
+        """As `deltas`; None when there was nothing for so long."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self.deltas(reader)
+        except TimeoutError:
+            return None
 
     def usage(self) -> UsageCounts:
         cached: dict[int, int] = {}

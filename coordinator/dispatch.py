@@ -23,7 +23,7 @@ from baton.config import CoordinatorOptions
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.breakers import Breakers
 from coordinator.delivery import ABORTED, LENGTH, STOP, Choice, Request
-from coordinator.failures import FailureKind, RequestFailed, handed_on, poison, unavailable
+from coordinator.failures import FailureKind, RequestFailed, handed_on, moved, poison, unavailable
 from coordinator.metrics import Metrics
 from coordinator.prefixes import Life, PrefixMemory, strides
 from coordinator.quarantine import Quarantine
@@ -448,13 +448,18 @@ class Dispatcher:
         if choice.stream.refused(leg.attempt) is Outcome.FAILED:
             log.info("worker %s refused %s: %s", worker.id, choice.stream_id, admission.reason)
             worker.close(leg)
-            self._abandon(leg, "refused", own_fault=not (admission.draining or admission.reserved))
+            # An admitted one waited for its adoption, and somebody else had it first.
+            own_fault = not (admission.draining or admission.reserved or leg.admitted)
+            self._abandon(leg, "refused", own_fault=own_fault)
 
     def _on_ending(self, worker: Worker, ending: wire.Ending) -> None:
         leg = worker.leg(ending.id)
         if leg is None:
             return
         worker.close(leg)
+        if ending.reason == wire.END_REASON_TAKEN:
+            self._taken(leg.choice)
+            return
         outcome = leg.choice.stream.ended(leg.attempt, leg.decode, ending.reason, ending.num_tokens)
         if outcome in COMPLETE:
             self._complete(leg.choice, _REASONS[outcome], leg, workers_know=True)
@@ -467,6 +472,12 @@ class Dispatcher:
             self._alone_now(leg.choice)
             if ending.reason == wire.END_REASON_ERROR:
                 self.breakers.failure(worker.id)
+
+    def _taken(self, choice: Choice) -> None:
+        """Its client went to another coordinator, which goes on with it: what it has in workers stays there."""
+        for leg in self._legs.pop(choice, ()):
+            leg.worker.close(leg)
+        self.end(choice.request, "moved", moved())
 
     def _on_lost(self, worker: Worker) -> None:
         legs = list(worker.legs.values())

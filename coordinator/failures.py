@@ -41,5 +41,13 @@ def handed_on() -> RequestFailed:
     return RequestFailed(FailureKind.HANDED_ON, message)
 
 
+def moved() -> RequestFailed:
+    return RequestFailed(FailureKind.SUPERSEDED, "another connection goes on with this request")
+
+
+def cut_off() -> RequestFailed:
+    return unavailable("this coordinator has lost all workers; go on at another, or later")
+
+
 def unavailable(message: str) -> RequestFailed:
     return RequestFailed(FailureKind.UNAVAILABLE, message)

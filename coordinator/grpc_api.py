@@ -20,7 +20,7 @@ from baton.errors import InvalidRequestError
 from baton.v1 import inference_pb2 as api
 from baton.v1 import inference_pb2_grpc as rpc
 from coordinator.delivery import ABORTED, LENGTH, STOP, Delta, Position, Request
-from coordinator.failures import FailureKind, RequestFailed
+from coordinator.failures import FailureKind, RequestFailed, cut_off
 from coordinator.pins import CachePin
 from coordinator.requests import (
     ChatPrompt,
@@ -63,9 +63,10 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class InferenceServicer(rpc.InferenceServicer):
-    def __init__(self, intake: Intake, resumption: Resumption) -> None:
+    def __init__(self, intake: Intake, resumption: Resumption, alive_interval_s: float) -> None:
         self._intake = intake
         self._resumption = resumption
+        self._alive_interval_s = alive_interval_s
 
     async def Generate(self, request: api.GenerateRequest, context: _Context) -> AsyncIterator[api.GenerateResponse]:
         async def start() -> Request:
@@ -101,9 +102,11 @@ class InferenceServicer(rpc.InferenceServicer):
         try:
             running = await start
             reader = running.attach(positions)
-            while deltas := await running.deltas(reader):
-                for delta in deltas:
-                    last = running.drained and delta is deltas[-1]
+            while (deltas := await running.news(reader, self._alive_interval_s)) != []:
+                if deltas is None and self._resumption.better_elsewhere(running):
+                    raise cut_off()
+                for delta in deltas or ():
+                    last = running.drained and deltas is not None and delta is deltas[-1]
                     yield _response(running, delta, last)
             code = "OK"
         except (InvalidRequestError, RequestFailed) as error:
@@ -174,12 +177,17 @@ class InferenceServicer(rpc.InferenceServicer):
 class GrpcApi:
     """The server and its health. `host:port` is opened by `start`."""
 
-    def __init__(self, intake: Intake, resumption: Resumption, max_message_bytes: int) -> None:
+    def __init__(self, intake: Intake, resumption: Resumption, max_message_bytes: int, alive_interval_s: float) -> None:
+        """`alive_interval_s`: how often a call without news looks whether another coordinator could do better."""
         # Without so_reuseport=0 a second coordinator would share the port, and clients would meet either.
-        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", max_message_bytes)]
+        # Clients find out by pings that their coordinator hangs, as often as they like.
+        options = [
+            ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.http2.max_ping_strikes", 0),
+        ]  # fmt: skip
         self.server = grpc.aio.server(options=options)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        rpc.add_InferenceServicer_to_server(InferenceServicer(intake, resumption), self.server)
+        rpc.add_InferenceServicer_to_server(InferenceServicer(intake, resumption, alive_interval_s), self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         names = (_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.server)

@@ -45,6 +45,8 @@ _HTTP_STATUS = {
     FailureKind.INTERNAL: (500, "server_error", "internal_error"),
 }
 _BODY_TIMEOUT_S = 30.0
+ALIVE = b":\n"
+"""A comment, which clients skip. Not a blank line more: some take that for an event without data."""
 _PROBES = {"/health", "/ready", "/metrics", "/status"}  # asked every few seconds by somebody's monitor
 _RETRY_AFTER_S = {FailureKind.OVERLOADED: "1", FailureKind.UNAVAILABLE: "5"}
 
@@ -69,11 +71,14 @@ class HttpApi:
         resumption: Resumption,
         max_body_bytes: int,
         worker_status: Callable[[], Mapping[str, Any]],
+        alive_interval_s: float,
     ) -> None:
+        """`alive_interval_s`: of signs of life, while a stream has nothing else to say."""
         self._intake = intake
         self._resumption = resumption
         self._max_body_bytes = max_body_bytes
         self._worker_status = worker_status
+        self._alive_interval_s = alive_interval_s
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[self._outermost], client_max_size=self._max_body_bytes)
@@ -123,13 +128,47 @@ class HttpApi:
         writer = AnswerWriter(request, self._intake.model_name, self._intake.tokenizer.token_bytes, positions)
         try:
             if stream:
-                return await _stream(http, request, reader, writer)
+                return await self._stream(http, request, reader, writer)
             deltas: list[Delta] = []
             while new := await request.deltas(reader):
                 deltas += new
             return _json(writer.whole(deltas))
         finally:
             self._resumption.left(request, reader)
+
+    async def _stream(
+        self, http: web.Request, request: Request, reader: int, writer: AnswerWriter
+    ) -> web.StreamResponse:
+        """Silence for longer than the interval means that this coordinator hangs, or is cut off from its client."""
+        # Wait for the first token before saying 200: what fails until then gets a status of its own. A client that
+        # resumes would rather know that somebody is here.
+        deltas = await request.news(reader, self._alive_interval_s if request.resume_s else None)
+        headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Request-Id": request.id}
+        response = web.StreamResponse(headers=headers)
+        await response.prepare(http)
+        try:
+            try:
+                complete = False
+                while not complete:
+                    if deltas is None and self._resumption.better_elsewhere(request):
+                        break
+                    data = ALIVE if deltas is None else b"".join([writer.chunk(delta) for delta in deltas])
+                    complete = deltas is not None and request.drained and request.failure is None
+                    if complete:
+                        data += writer.last()
+                    if data:
+                        await response.write(data)
+                    if not complete:
+                        deltas = await request.news(reader, self._alive_interval_s)
+            except RequestFailed as failure:
+                if failure.kind is FailureKind.HANDED_ON:
+                    raise
+                await response.write(sse(_failure_body(failure)))
+            await response.write_eof()
+        except ConnectionError:
+            # The client hung up while we wrote; the caller decides what becomes of the request.
+            return response
+        return response
 
     # Clients that come back
 
@@ -243,35 +282,6 @@ class HttpApi:
                 _log_access(http, call, code, started_s)
 
         return outermost
-
-
-async def _stream(http: web.Request, request: Request, reader: int, writer: AnswerWriter) -> web.StreamResponse:
-    # Wait for the first token before saying 200: what fails until then gets a status of its own.
-    deltas = await request.deltas(reader)
-    headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Request-Id": request.id}
-    response = web.StreamResponse(headers=headers)
-    await response.prepare(http)
-    try:
-        try:
-            complete = False
-            while not complete:
-                data = b"".join([writer.chunk(delta) for delta in deltas])
-                complete = request.drained and request.failure is None
-                if complete:
-                    data += writer.last()
-                if data:
-                    await response.write(data)
-                if not complete:
-                    deltas = await request.deltas(reader)
-        except RequestFailed as failure:
-            if failure.kind is FailureKind.HANDED_ON:
-                raise
-            await response.write(sse(_failure_body(failure)))
-        await response.write_eof()
-    except ConnectionError:
-        # The client hung up while we wrote; the caller decides what becomes of the request.
-        return response
-    return response
 
 
 async def _answered(http: web.Request, handler: Handler, call: _Call) -> web.StreamResponse:

@@ -8,6 +8,7 @@
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 import traceback
@@ -35,6 +36,9 @@ class LinkServicer(rpc.WorkerLinkServicer):
         self._registry = registry
         self._dispatcher = dispatcher
         self._incarnation = secrets.randbits(64)
+        self._pulse = Pulse(options.heartbeat_interval_s, options.heartbeat_timeout_s)
+        self._cut_off_at_s = -math.inf
+        """When a worker was last lost because nobody was heard."""
 
     async def Connect(self, request_iterator: Any, context: _Context) -> None:  # type: ignore[override]
         worker = await self._register(context)
@@ -46,7 +50,7 @@ class LinkServicer(rpc.WorkerLinkServicer):
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            worker.lose("its link closed")
+            worker.lose("its link closed", died=not self._pulse.stood_still)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -95,15 +99,25 @@ class LinkServicer(rpc.WorkerLinkServicer):
 
     async def watch(self) -> None:
         """Send heartbeats, and lose silent workers, until cancelled."""
-        pulse = Pulse(self._options.heartbeat_interval_s, self._options.heartbeat_timeout_s)
         while True:
             workers = [worker for worker in self._registry.workers.values() if not worker.lost.is_set()]
-            beats = await pulse.rest([worker.last_seen_s for worker in workers])
+            beats = await self._pulse.rest([worker.last_seen_s for worker in workers])
             for worker in list(self._registry.workers.values()):
-                if pulse.silent(worker.last_seen_s):
-                    worker.lose(f"silent for {time.monotonic() - worker.last_seen_s:.1f} s")
+                if self._pulse.silent(worker.last_seen_s):
+                    self._lose_silent(worker)
                 elif beats:
                     worker.send(_HEARTBEAT)
+
+    def _lose_silent(self, worker: Worker) -> None:
+        """Where nobody is heard it is this process that is cut off: no request made all of them silent."""
+        now, timeout_s = time.monotonic(), self._options.heartbeat_timeout_s
+        workers = self._registry.workers.values()
+        died = any(now - each.last_seen_s < timeout_s / 2 for each in workers) or (
+            len(workers) == 1 and now - self._cut_off_at_s > timeout_s
+        )
+        if not died:
+            self._cut_off_at_s = now
+        worker.lose(f"silent for {now - worker.last_seen_s:.1f} s", died)
 
 
 async def _refuse(

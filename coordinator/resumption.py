@@ -8,13 +8,17 @@
    attempts. The worker sends all tokens again, so text, stop strings and usage come out as they did the first time.
    A choice that nobody has any more starts its next attempt from its prompt, with the same sampling and seed; what the
    client says it has is compared with that, and on a difference its stream ends with an error.
-4. Whoever reads last has the request. A request whose client is gone for too long is aborted.
+4. Its coordinator may not be dead: it hangs, or the client cannot reach it. So a request that is not known here is
+   claimed from the workers, which take it from whoever has it. One that hung begins further attempts when it goes on,
+   for a client that is gone: their numbers are none that are used here.
+5. Whoever reads last has the request. A request whose client is gone for too long is aborted.
 
 A client may be faster than the workers that find their coordinator dead: an unknown id is waited for.
 """
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +27,7 @@ from baton.config import CoordinatorOptions
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import Choice, Position, Request
 from coordinator.dispatch import Adoption, Dispatcher
-from coordinator.failures import FailureKind, RequestFailed, unavailable
+from coordinator.failures import FailureKind, RequestFailed, cut_off, unavailable
 from coordinator.metrics import Metrics
 from coordinator.requests import Intake
 from coordinator.tickets import Ticket, TicketError, num_choices, read, same_request
@@ -32,6 +36,9 @@ from coordinator.workers import Worker
 log = logging.getLogger("baton.requests")
 MAX_ORPHANED = 4096
 """Requests of other coordinators that may wait here for their clients."""
+MAX_SKIP = 1_000_000
+"""Of attempts' numbers; see `TokenStream.skip`. So many that two coordinators hardly choose the same."""
+LOOK_AGAIN_S, ANSWER_S = 0.1, 1.0
 LINK_AGAIN_S = 1.0
 """What a worker needs to find another coordinator, once it knows that it lost one."""
 
@@ -58,6 +65,7 @@ class Resumption:
     def __init__(self, options: CoordinatorOptions, intake: Intake, dispatcher: Dispatcher, metrics: Metrics) -> None:
         self._options = options
         self._intake = intake
+        self._registry = intake.registry
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._wait_s = options.heartbeat_timeout_s + LINK_AGAIN_S
@@ -118,17 +126,19 @@ class Resumption:
         Raises RequestFailed where nobody has it any more.
         """
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._wait_s
+        deadline = loop.time() + self._search_s()
+        claimed: set[Worker] = set()
         while True:
-            left = self._left.pop(id, None)
-            if left is not None:
-                left.timer.cancel()
-            request = left.request if left is not None else self._dispatcher.requests.get(id)
-            if request is not None:
+            if (request := self._here(id)) is not None:
+                if self.better_elsewhere(request):
+                    raise cut_off()
+                if left := self._left.pop(id, None):
+                    left.timer.cancel()
                 self._metrics.resumed.labels("here").inc()
                 return request
             if self._dispatcher.draining:
                 raise unavailable("this coordinator is shutting down; resume at another, or later")
+            claimed = self._claim(id, claimed)
             late = loop.time() >= deadline
             if (found := self._orphans.get(id)) and (late or len(found) == num_choices(_any(found).ticket)):
                 return self._adopt(id, found, positions)
@@ -138,14 +148,45 @@ class Resumption:
                 raise RequestFailed(FailureKind.UNKNOWN_REQUEST, message)
             await self._news(id, deadline)
 
+    def _search_s(self) -> float:
+        """How long an unknown request is looked for: workers that have been here for long answer a claim at once."""
+        workers, now = self._registry.workers.values(), time.monotonic()
+        settled = bool(workers) and all(now - worker.joined_s > self._wait_s for worker in workers)
+        return min(ANSWER_S, self._wait_s) if settled else self._wait_s
+
+    def better_elsewhere(self, request: Request) -> bool:
+        """This coordinator has lost all workers, and may be the one that is cut off: they keep for another what its
+        client can have there."""
+        since_s = self._registry.empty_since_s
+        lonely = since_s is not None and time.monotonic() - since_s > LINK_AGAIN_S
+        return lonely and request.resume_s > 0 and not request.ended
+
+    def _here(self, id: str) -> Request | None:
+        """The request, if it goes on here or its end is kept; not what another coordinator has claimed."""
+        left = self._left.get(id)
+        if left is None:
+            return self._dispatcher.requests.get(id)
+        if left.request.failure is None or left.request.failure.kind is not FailureKind.SUPERSEDED:
+            return left.request
+        left.timer.cancel()
+        del self._left[id]
+        return None
+
+    def _claim(self, id: str, asked: set[Worker]) -> set[Worker]:
+        """Ask the workers that have not been asked for what they have of a request; all that have been."""
+        workers = set(self._registry.workers.values())
+        for worker in workers - asked:
+            worker.send(wire.CoordinatorMessage(claim=wire.Claim(request_id=id)))
+        return workers
+
     async def _news(self, id: str, deadline: float) -> None:
-        """Wait until an orphan of this request was reported, or the time is over."""
+        """Wait until an orphan of this request was reported, a worker may have joined, or the time is over."""
         if len(self._waiters) >= self._options.max_requests:
             raise RequestFailed(FailureKind.OVERLOADED, "too many clients wait for their requests; try again later")
         waiter = asyncio.get_running_loop().create_future()
         self._waiters[waiter] = id
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout_at(min(deadline, asyncio.get_running_loop().time() + LOOK_AGAIN_S)):
                 await waiter
         except TimeoutError:
             pass
@@ -164,7 +205,7 @@ class Resumption:
             _abort(worker, message.assignment.id)
             return
         id = ticket.request_id
-        if id in self._dispatcher.requests or id in self._left:
+        if self._here(id) is not None:
             # Somebody goes on with this choice already, from what was known before.
             self._metrics.orphans.labels("late").inc()
             _abort(worker, message.assignment.id)
@@ -218,7 +259,7 @@ class Resumption:
         adoptions: dict[Choice, Adoption] = {}
         given_up: list[_Orphan] = []
         for choice in request.choices:
-            choice.stream.attempt = 1  # where nobody has it: a number that its next attempt does not repeat
+            choice.stream.attempt, choice.stream.skip = 1, secrets.randbelow(MAX_SKIP)
             orphan = found.get(choice.number)
             if orphan is None:
                 continue

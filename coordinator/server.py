@@ -81,7 +81,7 @@ class Coordinator:
         options = self._options
         try:
             link = await self._start_link()
-            self._grpc = GrpcApi(self.intake, self.resumption, options.max_body_bytes)
+            self._grpc = GrpcApi(self.intake, self.resumption, options.max_body_bytes, options.heartbeat_interval_s)
             grpc_port = _bind(self._grpc.server, options.host, options.grpc_port, "--grpc-port")
             await self._grpc.server.start()
             self._closing.push_async_callback(self._grpc.server.stop, _STOP_GRACE_S)
@@ -111,6 +111,7 @@ class Coordinator:
             self.resumption,
             options.max_body_bytes,
             lambda: cluster_status(self.intake.model_name, self.registry, self.dispatcher),
+            options.heartbeat_interval_s,
         )
         runner = web.AppRunner(
             api.application(), access_log=None, handler_cancellation=True, shutdown_timeout=_STOP_GRACE_S

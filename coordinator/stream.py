@@ -40,7 +40,7 @@ class TokenStream:
     `max_tokens`, `min_tokens` and `stop_token_ids` are those of the whole stream, as the workers get them.
     """
 
-    __slots__ = ("attempt", "closed", "max_tokens", "min_tokens", "stop_token_ids", "tokens")
+    __slots__ = ("attempt", "closed", "max_tokens", "min_tokens", "skip", "stop_token_ids", "tokens")
 
     def __init__(self, max_tokens: int, min_tokens: int = 0, stop_token_ids: Collection[int] = ()) -> None:
         self.max_tokens = max_tokens
@@ -48,11 +48,14 @@ class TokenStream:
         self.stop_token_ids = frozenset(stop_token_ids)
         self.tokens: list[int] = []
         self.attempt = 0
+        self.skip = 0
+        """Numbers that the next attempt leaves out, because a coordinator that had the stream before may use them."""
         self.closed = False
 
     def begin_attempt(self) -> int:
         """Number of the new attempt, from 1. Nothing of an earlier one is accepted any more."""
-        self.attempt += 1
+        self.attempt += 1 + self.skip
+        self.skip = 0
         return self.attempt
 
     def close(self) -> None:

@@ -79,7 +79,7 @@ class Worker:
         """Decodes while no decode worker accepts work."""
         self.heartbeat = wire.WorkerHeartbeat()
         self.heartbeat.blocks.total = self.heartbeat.blocks.free = registration.total_blocks
-        self.last_seen_s = time.monotonic()
+        self.joined_s = self.last_seen_s = time.monotonic()
         self.outbox: asyncio.Queue[wire.CoordinatorMessage] = asyncio.Queue(OUTBOX_MESSAGES)
         self.legs: dict[int, Leg] = {}
         """By handle."""
@@ -211,6 +211,8 @@ class WorkerRegistry:
         """Set by the dispatcher: fail the worker's attempts over."""
         self.on_joined: Callable[[Worker], None] = lambda worker: None
         """Called once the worker has been welcomed; set by the pins, which it is to be told."""
+        self.empty_since_s: float | None = time.monotonic()
+        """None while there is a worker."""
         self.on_change: Callable[[], None] = lambda: None
         """Called when readiness may have changed."""
 
@@ -222,6 +224,7 @@ class WorkerRegistry:
             same = old.registration.incarnation == registration.incarnation
             old.lose("it dialled again" if same else "it was started anew", died=not same)
         worker = self.workers[registration.worker_id] = Worker(registration, self._lost)
+        self.empty_since_s = None
         roles = "+".join(name for name, has in (("prefill", worker.prefills), ("decode", worker.decodes)) if has)
         events.info(
             "worker %s joined: %s, pid %d, %d blocks of %d tokens, incarnation %016x",
@@ -259,6 +262,8 @@ class WorkerRegistry:
     def _lost(self, worker: Worker) -> None:
         if self.workers.get(worker.id) is worker:
             del self.workers[worker.id]
+            if not self.workers:
+                self.empty_since_s = time.monotonic()
         self.on_lost(worker)
         self.on_change()
 

@@ -57,6 +57,9 @@ class LinkHandler(ABC):
     def on_adopt(self, link: Link, adopt: wire.Adopt) -> None: ...
 
     @abstractmethod
+    def on_claim(self, link: Link, claim: wire.Claim) -> None: ...
+
+    @abstractmethod
     def on_cached_tokens(self, cached: wire.CachedTokens) -> None: ...
 
     @abstractmethod
@@ -202,6 +205,8 @@ class CoordinatorLink:
                 self._handler.on_unpin(self, message.unpin.id)
             case "adopt":
                 self._handler.on_adopt(self, message.adopt)
+            case "claim":
+                self._handler.on_claim(self, message.claim)
             case "cached_tokens":
                 self._handler.on_cached_tokens(message.cached_tokens)
             case "reserve":

@@ -6,6 +6,8 @@
    ended so short a while ago that their last tokens may have reached no client.
 3. It adopts those whose client comes back, and gets all their tokens. The others are aborted when they have waited
    for `keep_s`. A coordinator that comes back itself has given up on them: they are aborted at once.
+4. A coordinator may hang, or be cut off from its clients alone, while its link looks alive. Where the client comes to
+   another one, that one claims the request: its attempts become orphans on the spot, and their coordinator is told.
 """
 
 import asyncio
@@ -13,7 +15,7 @@ from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 
 from baton.v1 import worker_link_pb2 as wire
-from worker.roles import Attempt, step_logprob
+from worker.roles import Attempt, Link, step_logprob
 
 MAX_KEPT = 1024
 """Beyond it the attempt that was kept first goes."""
@@ -30,6 +32,8 @@ class _Kept:
     ending: wire.Ending | None
     """None while the attempt goes on."""
     timer: asyncio.TimerHandle
+    claimed: bool = False
+    """Another coordinator than the one that assigned it has come for it."""
 
 
 class Orphans:
@@ -56,10 +60,25 @@ class Orphans:
         """A coordinator has welcomed this worker."""
         self._links[coordinator] = send
         for kept in list(self._kept.values()):
-            if kept.attempt.coordinator == coordinator:
-                self._drop(kept)
-            else:
+            if kept.attempt.coordinator != coordinator:
                 send(_report(kept))
+            elif not kept.claimed:
+                self._drop(kept)
+
+    def claim(self, request_id: str, link: Link, attempts: Iterable[Attempt]) -> None:
+        """A client has come to `link`'s coordinator with a request that another one may have. `attempts`: all here."""
+        for attempt in attempts:
+            theirs = attempt.link is not link and not attempt.orphaned
+            if theirs and self.keep_s and _is_of(attempt, request_id):
+                ending = wire.Ending(id=attempt.id, reason=wire.END_REASON_TAKEN, num_tokens=attempt.num_tokens)
+                attempt.link.send(wire.WorkerMessage(ending=ending))
+                attempt.orphaned = True
+                self._counters["orphans"] += 1
+                self._keep(attempt, None)
+        for kept in self._kept.values():
+            if _is_of(kept.attempt, request_id) and (kept.claimed or kept.attempt.coordinator != link.coordinator):
+                kept.claimed, kept.attempt.link = True, link
+                link.send(_report(kept))
 
     def lost(self, coordinator: int, attempts: Iterable[Attempt]) -> None:
         """A coordinator is gone; `attempts`, which it assigned, go on."""
@@ -126,6 +145,12 @@ class Orphans:
         if kept.ending is None:
             self._counters["orphans_aborted"] += 1
             self._abort(kept.attempt)
+
+
+def _is_of(attempt: Attempt, request_id: str) -> bool:
+    """Whether it decodes a choice of this request."""
+    of, _, choice = attempt.id.request_id.rpartition("-")
+    return attempt.assignment.role == wire.ROLE_DECODE and of == request_id and choice.isdigit()
 
 
 def _report(kept: _Kept) -> wire.WorkerMessage:

@@ -132,7 +132,10 @@ class WorkerShell(LinkHandler):
 
     def on_abort(self, link: Link, id: wire.AttemptId) -> None:
         attempt = self._attempts.get(attempt_key(id))
-        if attempt is not None and (attempt.link is link or attempt.orphaned):
+        if attempt is None:
+            return
+        # One that lost it, or from which it was claimed, has no say in it any more.
+        if attempt.link is link or (attempt.orphaned and attempt.coordinator != link.coordinator):
             self._abort(attempt.key, wire.END_REASON_ABORTED)
 
     def on_pin(self, link: Link, pin: wire.Pin) -> None:
@@ -166,6 +169,9 @@ class WorkerShell(LinkHandler):
         if (attempt := self._attempts.get(key)) is not None and attempt.orphaned:
             attempt.link = link
         self.orphans.adopt(adopt.id, key, adopt.handle, link.coordinator)
+
+    def on_claim(self, link: Link, claim: wire.Claim) -> None:
+        self.orphans.claim(claim.request_id, link, list(self._attempts.values()))
 
     def on_cached_tokens(self, cached: wire.CachedTokens) -> None:
         if attempt := self._attempts.get(attempt_key(cached.id)):

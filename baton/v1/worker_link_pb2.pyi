@@ -64,6 +64,8 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     END_REASON_ABORTED: _EndReason.ValueType  # 3
     END_REASON_DEADLINE: _EndReason.ValueType  # 4
     END_REASON_ERROR: _EndReason.ValueType  # 5
+    END_REASON_TAKEN: _EndReason.ValueType  # 7
+    """another coordinator has claimed it: its client came there"""
     END_REASON_HANDED_OVER: _EndReason.ValueType  # 6
     """prefill: first token sent, blocks released by the decode worker or its lease ended"""
 
@@ -75,6 +77,8 @@ END_REASON_LENGTH: EndReason.ValueType  # 2
 END_REASON_ABORTED: EndReason.ValueType  # 3
 END_REASON_DEADLINE: EndReason.ValueType  # 4
 END_REASON_ERROR: EndReason.ValueType  # 5
+END_REASON_TAKEN: EndReason.ValueType  # 7
+"""another coordinator has claimed it: its client came there"""
 END_REASON_HANDED_OVER: EndReason.ValueType  # 6
 """prefill: first token sent, blocks released by the decode worker or its lease ended"""
 Global___EndReason: _TypeAlias = EndReason  # noqa: Y015
@@ -140,6 +144,7 @@ class CoordinatorMessage(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     RESERVE_FIELD_NUMBER: _builtins.int
     UNRESERVE_FIELD_NUMBER: _builtins.int
+    CLAIM_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -162,6 +167,8 @@ class CoordinatorMessage(_message.Message):
     def reserve(self) -> Global___Reserve: ...
     @_builtins.property
     def unreserve(self) -> Global___Unreserve: ...
+    @_builtins.property
+    def claim(self) -> Global___Claim: ...
     def __init__(
         self,
         *,
@@ -176,12 +183,13 @@ class CoordinatorMessage(_message.Message):
         cached_tokens: Global___CachedTokens | None = ...,
         reserve: Global___Reserve | None = ...,
         unreserve: Global___Unreserve | None = ...,
+        claim: Global___Claim | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "adopt", b"adopt", "assignment", b"assignment", "cached_tokens", b"cached_tokens", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "pin", b"pin", "reserve", b"reserve", "unpin", b"unpin", "unreserve", b"unreserve", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "adopt", b"adopt", "assignment", b"assignment", "cached_tokens", b"cached_tokens", "claim", b"claim", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "pin", b"pin", "reserve", b"reserve", "unpin", b"unpin", "unreserve", b"unreserve", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "adopt", b"adopt", "assignment", b"assignment", "cached_tokens", b"cached_tokens", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "pin", b"pin", "reserve", b"reserve", "unpin", b"unpin", "unreserve", b"unreserve", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "adopt", b"adopt", "assignment", b"assignment", "cached_tokens", b"cached_tokens", "claim", b"claim", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "pin", b"pin", "reserve", b"reserve", "unpin", b"unpin", "unreserve", b"unreserve", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "heartbeat", "assignment", "abort", "drain", "pin", "unpin", "adopt", "cached_tokens", "reserve", "unreserve"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "heartbeat", "assignment", "abort", "drain", "pin", "unpin", "adopt", "cached_tokens", "reserve", "unreserve", "claim"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -554,7 +562,8 @@ Global___Assignment: _TypeAlias = Assignment  # noqa: Y015
 @_typing.final
 class Orphan(_message.Message):
     """Right after the welcome, one for each attempt of a coordinator that this worker lost: one that goes on, or that ended
-    a short while ago. It is kept until somebody adopts it, or aborted and forgotten when its time is over.
+    a short while ago. It is kept until somebody adopts it, or aborted and forgotten when its time is over. The answer to a
+    Claim is the same.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -596,6 +605,30 @@ class Orphan(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Orphan: _TypeAlias = Orphan  # noqa: Y015
+
+@_typing.final
+class Claim(_message.Message):
+    """A client of another coordinator has come with this request, because that one hangs or is cut off from it. Attempts at it
+    become orphans, reported to whoever claims them; to their coordinator, which may live, they end as END_REASON_TAKEN.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """of the client's request: attempts have that of a choice"""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Claim: _TypeAlias = Claim  # noqa: Y015
 
 @_typing.final
 class Adopt(_message.Message):

@@ -6,7 +6,7 @@ Knobs make it misbehave: pause, refuse, fail, repeat itself, lie, fall silent, d
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -96,10 +96,12 @@ class FakeWorker:
         self.dies_of: Callable[[wire.Assignment, int], bool] = lambda assignment, index: False  # at this index
         self.pace_s = 0.0  # between two tokens of a stream
         self.heals = False  # misbehaves only in a request's first attempt
+        self.on_claim: Callable[[], Awaitable[None]] = lambda: asyncio.sleep(0)
         self.orphans: dict[tuple[str, int], wire.Assignment] = {}  # what it has of coordinators that are gone
         self.on_death: Callable[[], Coroutine[None, None, None]] = self.stop
         # What it saw.
         self.adopted: list[wire.AttemptId] = []
+        self.claims: list[str] = []
         self.cached_tokens: list[int] = []  # as it was told by the coordinator
         self.assignments: list[wire.Assignment] = []
         self.aborts: list[wire.AttemptId] = []
@@ -194,6 +196,9 @@ class FakeWorker:
                     orphan.handle = message.adopt.handle
                     del orphan.token_ids[orphan.num_prompt_tokens :]  # everything is sent again
                     self._runs[key] = asyncio.create_task(self._serve(orphan))
+            elif kind == "claim":
+                self.claims.append(message.claim.request_id)
+                await self.on_claim()
             elif kind == "cached_tokens":
                 self.cached_tokens.append(message.cached_tokens.num_tokens)
             elif kind == "reserve":

@@ -87,7 +87,7 @@ def test_what_does_not_finish_in_time_is_told_so(run) -> None:
             await system.coordinator.drain()
             stop = asyncio.create_task(system.coordinator.stop())
             text = await response.text()
-            assert json.loads(text.strip().split("\n\n")[-1].removeprefix("data: "))["error"]["code"] == "unavailable"
+            assert json.loads(text.strip().split("\n\n")[-1].rpartition("data: ")[2])["error"]["code"] == "unavailable"
             await stop
 
     run(main())

@@ -399,3 +399,32 @@ def test_a_worker_that_breaks_the_protocol_is_lost_and_the_stream_goes_on(run) -
             assert bad.id not in system.coordinator.registry.workers
 
     run(main())
+
+
+@pytest.mark.parametrize("silent", ["one of two", "all", "all, because this process stood still"])
+def test_nobody_is_suspected_of_what_a_coordinator_that_is_cut_off_or_hangs_did_itself(run, silent: str) -> None:
+    async def main() -> None:
+        async with running(heartbeat_timeout_s=0.5) as system:
+            workers = [await system.worker(f"decode-{number}") for number in range(2)]
+            for worker in workers:
+                worker.pause_at = 2
+            calls = [asyncio.create_task(collect(system, "hello", 5)) for _ in range(4)]
+            await until(lambda: all(len(worker.assignments) == 2 for worker in workers))
+            stood_still = "stood still" in silent
+            if stood_still:
+                time.sleep(0.8)  # noqa: ASYNC251 - the whole process
+            for worker in workers if silent.startswith("all") else workers[:1]:
+                if stood_still:
+                    await worker.stop()
+                worker.send_heartbeats = False
+            left = 1 if silent == "one of two" else 0
+            await until(lambda: len(system.coordinator.registry.workers) == left)
+            last = await system.worker("decode-2")
+            for worker in workers:
+                worker.go.set()
+            expected = text_of(await collect(system, "hello", 5))
+            assert [text_of(await call) for call in calls] == [expected] * 4
+            assert last.assignments
+            assert (system.metric("baton_suspects_total") > 0) == (silent == "one of two")
+
+    run(main())

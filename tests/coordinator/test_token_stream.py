@@ -142,3 +142,11 @@ def test_a_closed_stream_ignores_everything() -> None:
     assert stream.accept(1, 0, 7) is Outcome.IGNORED
     assert stream.ended(1, True, wire.END_REASON_ERROR, 0) is Outcome.IGNORED
     assert stream.worker_lost(1, True) is Outcome.IGNORED
+
+
+def test_numbers_that_a_coordinator_before_may_use_are_left_out() -> None:
+    stream = TokenStream(5)
+    stream.attempt, stream.skip = 3, 1000
+    assert stream.accept(3, 0, 7) is Outcome.DELIVERED, "what was adopted goes on"
+    assert [stream.begin_attempt() for _ in range(2)] == [1004, 1005]
+    assert stream.accept(4, 1, 7) is Outcome.IGNORED

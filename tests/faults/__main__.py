@@ -1,28 +1,29 @@
 """`python -m tests.faults`: run cases of the matrix and print what came of them. Not 0 when anything was wrong."""
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 
 import uvloop
 
-from tests.faults.matrix import Result, as_json, batches, run_cases, table
+from tests.faults.matrix import Result, batches, report, run_cases, table
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--cases", type=int, default=300, help="how many, spread over all cells (default: 300)")
     parser.add_argument("--seed", type=int, default=1, help="chooses cells, requests and moments (default: 1)")
+    parser.add_argument("--victims", default="", help="only those with this in their name, such as coordinator or etcd")
     parser.add_argument("--minutes", type=float, help="begin no case after this time")
-    parser.add_argument("--json", type=Path, help="write every result here")
+    parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     until_s = time.monotonic() + 60 * arguments.minutes if arguments.minutes else None
-    results = uvloop.run(run_cases(batches(arguments.cases, arguments.seed), arguments.seed, show, until_s))
+    results = uvloop.run(
+        run_cases(batches(arguments.cases, arguments.seed, arguments.victims), arguments.seed, show, until_s)
+    )
     print(table(results))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(as_json(results), indent=1) + "\n")
+    report(results).finish(arguments.json)
     return int(any(result.bad for result in results))
 
 

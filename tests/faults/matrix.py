@@ -7,9 +7,10 @@ Life of a case:
    the victim, in the same turn of the loop; on the side of the message (before, after it arrives) that the seed chose.
 3. Every answer must end, by itself, as the undisturbed one did.
 4. What was stopped goes on, what was cut off is healed, what is dead is started again. Then, within a bound, every
-   worker is registered, every block is free or cached, and the coordinator has no request and no descriptor more.
+   worker is registered, every block is free or cached, and no coordinator has a request or a descriptor more.
 
-The fault is proven when the victim is seen dead, stopped or held back, and had a part in a live request.
+The fault is proven when the victim is seen dead, stopped or held back, and had a part in a live request (etcd: when
+there was any). Only where a coordinator suffers may a client go on with its request over another connection.
 """
 
 import asyncio
@@ -18,12 +19,14 @@ import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import product
 
-from tests.faults.fleet import LINK, PEERS, Event, Fleet, NotKept, Worker
+from benchmarks.report import Report
+from tests.faults.fleet import FRONT, LINK, PEERS, STORE, Event, Fleet, NotKept, Process, Worker
 from tests.faults.processes import Nursery, send, state
-from tests.faults.shapes import Answer, Shape, Undisturbed, ask
+from tests.faults.shapes import SILENCE_S, Answer, Shape, Undisturbed, ask
+from tests.system.etcd import INSTALLED
 
 NUM_REQUESTS, STAGGER_S = 6, 0.25
 MAX_TRIES = 4
@@ -44,8 +47,12 @@ class Victim:
     kind: str
     fleet: tuple[tuple[str, int], ...]
 
-    def choose(self, fleet: Fleet, event: Event, spared: set[str]) -> Worker | None:
-        """Who suffers at this event: a worker of the attempt; else, where the kind has done its part, of another."""
+    def choose(self, fleet: Fleet, event: Event, spared: set[str]) -> Process | None:
+        """Who suffers: a process with a part in the event's attempt; else, if its kind is done with it, in another."""
+        if self.kind == "etcd":
+            return fleet.store
+        if self.kind == "coordinator":
+            return fleet.coordinator_of(event)
         able = [
             worker for worker in fleet.workers.values() if worker.kind == self.kind and worker.name not in spared
         ]  # fmt: skip
@@ -55,17 +62,23 @@ class Victim:
         return taking_part[0] if taking_part else None
 
 
-TWO_EACH, ONE_EACH, MIXED = (
+TWO_EACH, ONE_EACH, MIXED, PAIR, FOUND = (
     (("prefill", 2), ("decode", 2)),
     (("prefill", 1), ("decode", 1)),
     (("mixed", 3),),
+    (("coordinator", 2), ("prefill", 1), ("decode", 2)),
+    (("coordinator", 2), ("etcd", 1), ("prefill", 1), ("decode", 2)),
 )
+FLEETS = (TWO_EACH, ONE_EACH, MIXED, PAIR, FOUND)
 VICTIMS = (
     Victim("prefill, one of 2", "prefill", TWO_EACH),
     Victim("decode, one of 2", "decode", TWO_EACH),
     Victim("prefill, the only", "prefill", ONE_EACH),
     Victim("decode, the only", "decode", ONE_EACH),
     Victim("mixed, one of 3", "mixed", MIXED),
+    Victim("coordinator, the only", "coordinator", TWO_EACH),
+    Victim("coordinator, one of 2", "coordinator", PAIR),
+    Victim("etcd", "etcd", FOUND),
 )
 
 
@@ -73,15 +86,15 @@ VICTIMS = (
 
 
 class Fault(ABC):
-    """Happens to one worker. Waits for nothing: what is to come later is in `while_it_lasts`."""
+    """Happens to one process. Waits for nothing: what is to come later is in `while_it_lasts`."""
 
     name: str
     loses_messages = False
     """What the victim has just sent may be lost with it."""
 
-    def __init__(self, fleet: Fleet, victim: Worker) -> None:
+    def __init__(self, fleet: Fleet, victim: Process) -> None:
         self.fleet, self.victim, self.pid = fleet, victim, victim.pid
-        self.incarnation = f"{victim.incarnation:016x}"
+        self.incarnation = victim.incarnation if isinstance(victim, Worker) else 0
 
     @abstractmethod
     def strike(self, unsent: bool) -> None:
@@ -96,7 +109,7 @@ class Fault(ABC):
 
     @abstractmethod
     def heal(self) -> None:
-        """Afterwards the worker can come back."""
+        """Afterwards the victim can come back."""
 
 
 class Kill(Fault):
@@ -173,13 +186,21 @@ class Hang(Freeze):
 class CutOff(Fault):
     """Nothing comes or goes, and no connection says so. What was under way arrives when the network is back."""
 
-    networks: tuple[str, ...]
+    networks: dict[str, tuple[str, ...]]
+    """By kind of the victim; "" is any worker."""
+    loses_messages = True
     held = 0
 
     def strike(self, unsent: bool) -> None:
         self.held = self.fleet.cuts.held
-        for network in self.networks:
+        for network in self.networks.get(self.victim.kind) or self.networks[""]:
             self.fleet.cuts.cut(network, self.victim.name)
+
+    async def while_it_lasts(self, chance: random.Random) -> None:
+        """Where it is the only one, nothing could go on without it: after a while the network is back."""
+        if list(self.fleet.coordinators) == [self.victim.name]:
+            await asyncio.sleep(chance.choice((1.0, 2.5, 4.0)))
+            self.fleet.cuts.heal()
 
     def proven(self) -> bool:
         return self.fleet.cuts.held > self.held
@@ -189,21 +210,24 @@ class CutOff(Fault):
 
 
 class CutFromCoordinator(CutOff):
-    name, networks = "cut from coordinator", (LINK,)
-    loses_messages = True
+    name, networks = "cut from coordinator", {"": (LINK,)}
 
 
-class CutFromPeers(CutOff):
-    name, networks = "cut from workers", (PEERS,)
-    loses_messages = True
+class CutFromClients(CutOff):
+    name, networks = "cut from clients", {"coordinator": (FRONT,)}
+
+
+class CutFromWorkers(CutOff):
+    name, networks = "cut from workers", {"coordinator": (LINK,), "": (PEERS,)}
 
 
 class CutFromAll(CutOff):
-    name, networks = "cut from all", (LINK, PEERS)
-    loses_messages = True
+    name, networks = "cut from all", {"coordinator": (FRONT, LINK), "etcd": (STORE,), "": (LINK, PEERS)}
 
 
-FAULTS: tuple[type[Fault], ...] = (Kill, Restart, Freeze, Hang, CutFromCoordinator, CutFromPeers, CutFromAll)
+FAULTS: tuple[type[Fault], ...] = (
+    Kill, Restart, Freeze, Hang, CutFromCoordinator, CutFromClients, CutFromWorkers, CutFromAll,
+)  # fmt: skip
 
 
 # When
@@ -243,16 +267,28 @@ class Cell:
 def cells() -> Iterator[Cell]:
     """Everything that can happen at all."""
     for victim, fault, moment in product(VICTIMS, FAULTS, MOMENTS):
-        hands_over = victim.fleet != MIXED
-        if fault in (CutFromPeers, CutFromAll) and not hands_over:
-            continue
-        if fault is CutFromPeers and moment.name not in ("queued", "prefilling", "offering", "pulling", "first token"):
-            continue  # nothing passes there any more
-        if moment.name in ("offering", "pulling") and not hands_over:
-            continue
-        if moment is RECOVERY and victim.fleet == ONE_EACH:
-            continue  # the first fault leaves one worker, the second would leave none
-        yield Cell(victim, fault, moment)
+        if fault in faults_of(victim) and _happens(victim, fault, moment):
+            yield Cell(victim, fault, moment)
+
+
+def faults_of(victim: Victim) -> tuple[type[Fault], ...]:
+    """What can happen to it."""
+    if victim.kind == "etcd":
+        return Kill, Restart, Freeze, Hang, CutFromAll
+    if victim.kind == "coordinator":
+        lasting = (Kill, Freeze) if dict(victim.fleet).get("coordinator") else ()  # none would be left
+        return *lasting, Restart, Hang, CutFromClients, CutFromWorkers, CutFromAll
+    among_workers = (CutFromWorkers, CutFromAll) if victim.kind != "mixed" else ()
+    return Kill, Restart, Freeze, Hang, CutFromCoordinator, *among_workers
+
+
+def _happens(victim: Victim, fault: type[Fault], moment: Moment) -> bool:
+    if moment.name in ("offering", "pulling") and victim.kind == "mixed":
+        return False
+    if moment is RECOVERY and victim.fleet == ONE_EACH:
+        return False  # the first fault leaves one worker, the second would leave none
+    between_workers = fault is CutFromWorkers and victim.kind != "coordinator"
+    return not between_workers or moment.name in ("queued", "prefilling", "offering", "pulling", "first token")
 
 
 # A case
@@ -273,7 +309,7 @@ class Result:
     pauses_s: list[float] = field(default_factory=list)
     """Of each stream: its longest gap less its usual one."""
     noticed_s: float | None = None
-    """From the strike until the coordinator dropped the worker."""
+    """From the strike until a coordinator dropped the worker or missed etcd, or the first client its coordinator."""
     not_kept: str = ""
     """What was not as before afterwards."""
 
@@ -284,10 +320,13 @@ class Result:
 
 class Case:
     def __init__(
-        self, fleet: Fleet, undisturbed: Undisturbed, usual_s: dict[str, float], cell: Cell, seed: int
-    ) -> None:
+        self, fleet: Fleet, undisturbed: Undisturbed, usual_s: dict[str, float], cell: Cell, variant: "Variant",
+        seed: int,
+    ) -> None:  # fmt: skip
         """`usual_s`: time to the first token of each shape under such a load without faults."""
         self._fleet, self._undisturbed, self._usual_s, self._cell = fleet, undisturbed, usual_s, cell
+        self._salted = variant.salted
+        self._silence_s = SILENCE_S if cell.victim.kind == "coordinator" else None
         self._chance = random.Random(f"{cell.victim.name} {cell.fault.name} {cell.moment.name} {seed}")
         self._faults: list[Fault] = []
         self._struck = asyncio.Event()
@@ -295,8 +334,9 @@ class Case:
         self._skip = self._chance.choice((0, 0, 1, 2, 5))
         self._struck_at = 0.0
         kinds = "+".join(f"{number} {kind}" for kind, number in cell.victim.fleet)
-        deterministic = " deterministic" if undisturbed.exact else ""
-        self.result = Result(cell.victim.name, cell.fault.name, cell.moment.name, seed, kinds + deterministic)
+        self.result = Result(
+            cell.victim.name, cell.fault.name, cell.moment.name, seed, ", ".join(filter(None, (kinds, variant.name)))
+        )
 
     async def run(self) -> Result:
         fleet, result = self._fleet, self.result
@@ -345,7 +385,7 @@ class Case:
         if self._skip:
             self._skip -= 1
             return
-        self.result.live_parts = len(victim.legs)
+        self.result.live_parts = self._fleet.num_live_parts(victim)
         self._struck_at = time.monotonic()
         self._strike(self._cell.fault(self._fleet, victim), unsent=not event.arrived)
         self._struck.set()
@@ -366,9 +406,8 @@ class Case:
         fault = self._faults[-1]
         lasting = asyncio.create_task(fault.while_it_lasts(self._chance))
         try:
-            while self.result.noticed_s is None:
-                seen = {worker["id"]: worker["incarnation"] for worker in (await self._fleet.status())["workers"]}
-                if seen.get(fault.victim.name) != fault.incarnation:
+            while self.result.noticed_s is None and self._silence_s is None:
+                if await self._fleet.is_noticed(fault.victim, fault.incarnation):
                     self.result.noticed_s = time.monotonic() - self._struck_at
                 await asyncio.sleep(0.03)
             await lasting
@@ -381,13 +420,16 @@ class Case:
         chance = random.Random(f"{self.result.seed} {number}")
         shape = chance.choice(self._undisturbed.shapes)
         await asyncio.sleep(chance.random() * STAGGER_S * (number % 3 + 1))
-        salt = f"case {self.result.seed} {number} {time.monotonic_ns()}" if chance.random() < 0.85 else ""
-        return shape, await ask(self._fleet, shape, salt, stream=chance.random() < STREAMS)
+        salt = f"case {self.result.seed} {number} {time.monotonic_ns()}" if chance.random() < self._salted else ""
+        return shape, await ask(self._fleet, shape, salt, chance.random() < STREAMS, self._silence_s)
 
     def _judge(self, answers: list[tuple[Shape, Answer]]) -> None:
+        breaks = [at_s for _, answer in answers for at_s in answer.breaks_s if at_s > self._struck_at]
+        if self._silence_s is not None and breaks and self._wanted:
+            self.result.noticed_s = min(breaks) - self._struck_at
         for shape, answer in answers:
-            if answer.trouble:
-                self.result.lost.append(f"{shape.name}: {answer.trouble}")
+            if answer.trouble or (answer.breaks_s and self._silence_s is None):
+                self.result.lost.append(f"{shape.name}: {answer.trouble or 'its client had to come back for it'}")
             elif wrong := self._undisturbed.judge(shape, answer):
                 self.result.wrong.append(f"{shape.name}: {wrong}")
             for gaps in answer.gaps_s():
@@ -401,34 +443,65 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """How the workers of a fleet are started."""
+
+    name: str
+    options: tuple[str, ...]
+    exact: bool = False
+    """They are deterministic."""
+    salted: float = 0.85
+    """Share of the requests whose prompt no cache has; others may find it here, with another worker or in a tier."""
+
+
+VARIANTS = (
+    Variant("", ("--lanes", "shm,tcp")),
+    Variant("deterministic", ("--deterministic", "--lanes", "tcp"), exact=True),
+    Variant("direct", ("--lanes", "shm,tcp", "--direct-wait-s", "0.5")),
+    Variant("deterministic, prefixes fetched", ("--deterministic", "--lanes", "tcp"), exact=True, salted=0.3),
+    Variant(
+        "tiers", ("--lanes", "shm,tcp", "--host-kv-memory", "32MiB", "--disk-kv-folder", "{own}.kv"), salted=0.3
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Cases that one fleet goes through, one after the other. `exact`: its workers are deterministic."""
+    """Cases that one fleet goes through, one after the other."""
 
     fleet: tuple[tuple[str, int], ...]
-    exact: bool
+    variant: Variant
     cells: tuple[Cell, ...]
 
 
-def batches(num_cases: int, seed: int) -> list[Batch]:
-    """So many cases, spread over all cells: each comes once before any comes twice."""
+def batches(num_cases: int, seed: int, victims: str = "") -> list[Batch]:
+    """So many cases, spread over all cells: each comes once before any comes twice. Without etcd its own are left out.
+
+    `victims`: only those with this in their name.
+    """
     chance = random.Random(seed)
     chosen: list[Cell] = []
     while len(chosen) < num_cases:
-        every = list(cells())
+        every = [cell for cell in cells() if victims in cell.victim.name and (INSTALLED or cell.victim.kind != "etcd")]
         chance.shuffle(every)
         chosen += every[: num_cases - len(chosen)]
     found = []
-    for fleet, exact in product((TWO_EACH, ONE_EACH, MIXED), (False, True)):
-        its = [cell for cell in chosen if cell.victim.fleet == fleet][exact::2]
-        found += [Batch(fleet, exact, tuple(its[at : at + BATCH])) for at in range(0, len(its), BATCH)]
+    for fleet, (number, variant) in product(FLEETS, enumerate(VARIANTS)):
+        its = [cell for cell in chosen if cell.victim.fleet == fleet][number :: len(VARIANTS)]
+        if "--direct-wait-s" in variant.options:
+            its = [cell for cell in its if cell.moment.name != "offering"]  # nothing is offered there
+        found += [Batch(fleet, variant, tuple(its[at : at + BATCH])) for at in range(0, len(its), BATCH)]
     chance.shuffle(found)
     return found
 
 
 def sample(fleet: tuple[tuple[str, int], ...], num_cases: int, seed: int) -> Batch:
-    """Some cases of one deterministic fleet."""
-    its = [cell for cell in cells() if cell.victim.fleet == fleet]
-    return Batch(fleet, True, tuple(random.Random(seed).sample(its, num_cases)))
+    """Some cases of one deterministic fleet, for each kind of victim that it has."""
+    chance = random.Random(seed)
+    chosen: list[Cell] = []
+    for victim in (victim for victim in VICTIMS if victim.fleet == fleet):
+        chosen += chance.sample([cell for cell in cells() if cell.victim is victim], num_cases)
+    return Batch(fleet, VARIANTS[1], tuple(chosen))
 
 
 async def run_cases(
@@ -439,21 +512,17 @@ async def run_cases(
     undisturbed: dict[bool, Undisturbed] = {}
     with Nursery() as nursery:
         for batch in planned:
-            if batch.exact not in undisturbed:
-                undisturbed[batch.exact] = await _undisturbed(nursery, batch.exact)
-            await _run(nursery, batch, undisturbed[batch.exact], seed, results, on_result, until_s)
+            exact = batch.variant.exact
+            if exact not in undisturbed:
+                undisturbed[exact] = await _undisturbed(nursery, exact)
+            await _run(nursery, batch, undisturbed[exact], seed, results, on_result, until_s)
     return results
 
 
 async def _undisturbed(nursery: Nursery, exact: bool) -> Undisturbed:
     """By one mixed worker, without any hand-over."""
-    async with Fleet(nursery, {"mixed": 1}, *_options(exact)) as fleet:
+    async with Fleet(nursery, {"mixed": 1}, *VARIANTS[exact].options) as fleet:
         return await Undisturbed.of(fleet, exact)
-
-
-def _options(exact: bool) -> tuple[str, ...]:
-    """Half of the fleets are deterministic; their blocks come by the network, those of the others by shared memory."""
-    return ("--deterministic", "--lanes", "tcp") if exact else ("--lanes", "shm,tcp")
 
 
 async def _run(
@@ -463,13 +532,13 @@ async def _run(
     """A fleet in which something was wrong is replaced."""
     remaining = list(batch.cells)
     while remaining and not _is_over(until_s):
-        async with Fleet(nursery, dict(batch.fleet), *_options(batch.exact)) as fleet:
+        async with Fleet(nursery, dict(batch.fleet), *batch.variant.options) as fleet:
             usual_s = await _usual(fleet, undisturbed)
             while remaining and not _is_over(until_s):
                 cell = remaining.pop(0)
                 for _ in range(MAX_TRIES):
                     case_seed = seed * 1_000_000 + len(results)
-                    result = await Case(fleet, undisturbed, usual_s, cell, case_seed).run()
+                    result = await Case(fleet, undisturbed, usual_s, cell, batch.variant, case_seed).run()
                     results.append(result)
                     on_result(result)
                     if result.proven or result.bad or _is_over(until_s):
@@ -509,7 +578,7 @@ def percentile(values: list[float], share: float) -> float:
 def table(results: list[Result]) -> str:
     """Rows of victim, fault and moment; then of each fault, and all together."""
     head = (
-        f"{'victim':<18} {'fault':<21} {'moment':<16} {'cases':>5} {'proven':>6} {'wrong':>5} {'lost':>4} {'left':>4}"
+        f"{'victim':<22} {'fault':<21} {'moment':<16} {'cases':>5} {'proven':>6} {'wrong':>5} {'lost':>4} {'left':>4}"
     )
     head += f"  {'pause p50':>9} {'p99':>7} {'max':>7}  {'noticed p50':>11} {'max':>6}"
     lines = [head, "-" * len(head)]
@@ -518,7 +587,7 @@ def table(results: list[Result]) -> str:
         pauses = [pause for result in its if result.proven for pause in result.pauses_s]
         noticed = [result.noticed_s for result in its if result.proven and result.noticed_s is not None]
         lines.append(
-            f"{victim:<18} {fault:<21} {moment:<16} {len(its):>5} {sum(each.proven for each in its):>6} "
+            f"{victim:<22} {fault:<21} {moment:<16} {len(its):>5} {sum(each.proven for each in its):>6} "
             f"{sum(len(each.wrong) for each in its):>5} {sum(len(each.lost) for each in its):>4} "
             f"{sum(bool(each.not_kept) for each in its):>4}  "
             f"{percentile(pauses, 0.5):>8.2f}s {percentile(pauses, 0.99):>6.2f}s {max(pauses, default=0):>6.2f}s  "
@@ -537,5 +606,34 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def as_json(results: list[Result]) -> list[dict[str, object]]:
-    return [asdict(result) for result in results]
+def report(results: list[Result]) -> Report:
+    """In the form of benchmarks: all together, and each fault of each victim."""
+    found = Report(f"Faults: {len(results)} cases of the matrix")
+    found.row("cases", len(results), "cases")
+    found.row("faults proven", sum(each.proven for each in results), "cases")
+    found.row("wrong answers", sum(len(each.wrong) for each in results), "answers", goal="<= 0 answers")
+    found.row("lost streams", sum(len(each.lost) for each in results), "streams", goal="<= 0 streams")
+    found.row(
+        "cases that left something behind", sum(bool(each.not_kept) for each in results), "cases", goal="<= 0 cases"
+    )
+    names = dict.fromkeys((cell.victim.name, cell.fault.name) for cell in cells())
+    for victim, fault in (("any", "any"), *names):
+        its = [
+            each
+            for each in results
+            if each.proven and (victim == "any" or (each.victim, each.fault) == (victim, fault))
+        ]
+        if not its:
+            continue
+        found.row(f"{victim}: {fault}", len(its), "cases")
+        pauses = [pause for each in its for pause in each.pauses_s]
+        noticed = [each.noticed_s for each in its if each.noticed_s is not None]
+        for of, values in (("pause", pauses), ("noticed", noticed)):
+            for share, name in ((0.5, "median"), (0.99, "p99"), (1.0, "longest")):
+                if values:
+                    found.row(f"{victim}: {fault}: {of}, {name}", percentile(values, share), "s")
+    found.note("pause: of each stream the longest gap less its usual one. noticed: from the fault until a coordinator")
+    found.note(
+        "dropped the worker or missed etcd, or the first client its coordinator. Cores are shared by everything."
+    )
+    return found

@@ -98,7 +98,7 @@ def _become(log: str, *words: str) -> None:
 
 
 def _nurse() -> None:
-    import cli.worker  # noqa: F401 - what is slow to import, imported once
+    import coordinator.server  # noqa: F401 - what is slow to import, imported once
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children, and none stays as a zombie
     print(os.getpid(), flush=True)

@@ -77,7 +77,7 @@ class GrpcMessages:
 
 
 class Cuts:
-    """Who is cut off from what: pairs of a network's name and a worker's."""
+    """Who is cut off from what: pairs of a network's name and a process's."""
 
     def __init__(self) -> None:
         self._cut: set[tuple[str, str]] = set()
@@ -85,8 +85,11 @@ class Cuts:
         self.held = 0
         """Frames that had to wait; proof that a cut cut something."""
 
-    def cut(self, network: str, worker: str) -> None:
-        self._cut.add((network, worker))
+    def cut(self, network: str, process: str) -> None:
+        self._cut.add((network, process))
+
+    def is_cut(self, network: str, process: str) -> bool:
+        return (network, process) in self._cut
 
     def heal(self) -> None:
         self._cut.clear()
@@ -104,7 +107,12 @@ class Cuts:
 
 
 class Connection:
-    """One connection through a relay. `parties`: the workers at its ends, as far as they are known."""
+    """One connection through a relay. `parties`: the processes at its ends, as far as they are known."""
+
+    target: tuple[str, int] | None = None
+    """Where it goes, if not where the others of its relay go."""
+    dialling = False
+    """Nothing has been said yet; who dials in vain, because of a cut, has to dial again."""
 
     def __init__(self, parties: set[str]) -> None:
         self.parties = parties
@@ -128,8 +136,8 @@ class Relay:
         self._server: asyncio.Server | None = None
         self._connections: dict[asyncio.Task[None], Connection] = {}
 
-    async def start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, HOST, 0)
+    async def start(self, host: str = HOST, port: int = 0) -> None:
+        self._server = await asyncio.start_server(self._serve, host, port)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
@@ -137,11 +145,13 @@ class Relay:
             self._server.close()
         self.sever()
 
-    def sever(self) -> None:
-        """End every connection; what has not been passed on is lost, as when a process dies with it unsent."""
+    def sever(self, party: str = "") -> None:
+        """End every connection, or those of one process; what has not been passed on is lost, as when it dies with it
+        unsent."""
         for task, connection in self._connections.items():
-            connection.severed = True  # what is just passing is not passed on either
-            task.cancel()
+            if not party or party in connection.parties:
+                connection.severed = True  # what is just passing is not passed on either
+                task.cancel()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -149,9 +159,10 @@ class Relay:
         connection = self._connections[task] = self._connected()
         writers = [writer]
         try:
-            if await self._cuts.passable(self._network, connection.parties) or self.target is None:
-                return  # who dialled in vain has to dial again
-            their_reader, their_writer = await asyncio.open_connection(*self.target)
+            target = connection.target or self.target
+            if await self._cuts.passable(self._network, connection.parties) or target is None:
+                return
+            their_reader, their_writer = await asyncio.open_connection(*target)
             writers.append(their_writer)
             async with asyncio.TaskGroup() as pumps:
                 pumps.create_task(self._pump(connection, reader, their_writer, True))
@@ -171,8 +182,8 @@ class Relay:
         try:
             async for frame in self._frames(reader, from_client):
                 passed = await connection.before(frame, from_client)
-                await self._cuts.passable(self._network, connection.parties)
-                if connection.severed:
+                waited = await self._cuts.passable(self._network, connection.parties)
+                if connection.severed or (waited and connection.dialling) or writer.is_closing():
                     raise _Ended
                 writer.write(passed)
                 await writer.drain()
@@ -192,16 +203,18 @@ class Addresses:
 
     def __init__(self) -> None:
         self._relays: dict[str, Relay] = {}
+        self._starting = asyncio.Lock()
 
     async def replaced(self, data: bytes, pattern: bytes, relay_for: Callable[[], Relay], key: str) -> bytes:
         """`data` with the port of the first address that matches `pattern` (group 1: host, 2: port) a relay's."""
         match = re.search(pattern, data)
         if match is None:
             return data
-        relay = self._relays.get(key)
-        if relay is None:
-            relay = self._relays[key] = relay_for()
-            await relay.start()
+        async with self._starting:
+            relay = self._relays.get(key)
+            if relay is None:
+                relay = self._relays[key] = relay_for()
+                await relay.start()
         relay.target = (match[1].decode(), int(match[2]))
         port = str(relay.port).encode()
         assert len(port) == len(match[2]), "an address is replaced by one that is as long"

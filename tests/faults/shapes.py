@@ -1,9 +1,13 @@
 """Requests of every kind, what is compared of their answers, and the undisturbed answers."""
 
 import asyncio
+import contextlib
 import json
 import math
 import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +21,15 @@ from baton.v1.inference_pb2_grpc import InferenceStub
 from tests.faults.fleet import Fleet
 
 ANSWER_TIMEOUT_S = 180.0
+SILENCE_S, SEARCH_S, RETRY_S = 2.0, 6.0, 0.1
+"""What a stream is silent for at most, where coordinators give a sign of life every half second; what one takes to find
+a request; and the pause before the next try."""
+KEEP_S, FORGOTTEN_S = 10.0, 10.0
+GO_ON = {
+    grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED, grpc.StatusCode.ALREADY_EXISTS,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+}  # fmt: skip
+"""The connection broke, or another one has the request; or whoever answers has no workers yet."""
 LOGPROB_TOLERANCE = 1e-3
 """Without --deterministic: float32 sums in another order."""
 
@@ -55,6 +68,8 @@ class Answer:
     began_s: float = 0.0
     arrivals_s: dict[int, list[float]] = field(default_factory=dict)
     """When parts of a choice came; empty where the answer came whole."""
+    breaks_s: list[float] = field(default_factory=list)
+    """When its client noticed that a connection was of no use any more."""
     trouble: str = ""
 
     def gaps_s(self) -> list[list[float]]:
@@ -159,19 +174,20 @@ SHAPES = [
 ]
 
 
-async def ask(fleet: Fleet, shape: Shape, salt: str = "", stream: bool = True) -> Answer:
-    """One request, asked once. What went wrong is in `trouble`."""
+async def ask(
+    fleet: Fleet, shape: Shape, salt: str = "", stream: bool = True, silence_s: float | None = None
+) -> Answer:
+    """One request, by a client that does as `baton.client` does: it knows one address, and when its connection breaks,
+    or is silent for `silence_s`, it goes on there with the id of its request. What went wrong is in `trouble`."""
     answer = Answer(began_s=time.monotonic())
+    call = (_HttpCall if shape.path else _GrpcCall)(fleet, shape, salt, stream, silence_s, answer)
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
-            if shape.path:
-                await _ask_http(fleet, shape, salt, stream, answer)
-            else:
-                await _ask_grpc(fleet, shape, salt, answer)
+            while not answer.trouble and not await call.go_on():
+                answer.breaks_s.append(time.monotonic())
+                await asyncio.sleep(RETRY_S)
     except TimeoutError:
-        answer.trouble = f"no end within {ANSWER_TIMEOUT_S:g} s"
-    except (aiohttp.ClientError, grpc.aio.AioRpcError, OSError) as error:
-        answer.trouble = f"{type(error).__name__}: {error}"
+        answer.trouble = f"no end within {ANSWER_TIMEOUT_S:g} s; the last error: {call.error}"
     if not answer.trouble and (
         not answer.choices or answer.usage is None or any(choice.finish is None for choice in answer.choices.values())
     ):
@@ -179,19 +195,92 @@ async def ask(fleet: Fleet, shape: Shape, salt: str = "", stream: bool = True) -
     return answer
 
 
-async def _ask_http(fleet: Fleet, shape: Shape, salt: str, stream: bool, answer: Answer) -> None:
-    body = dict(shape.body) | ({"cache_salt": salt} if salt else {})
-    if stream:
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
-    async with fleet.http.post(shape.path, json=body) as response:
-        if response.status != 200:
-            answer.trouble = f"{response.status} {await response.text()}"
-        elif not stream:
-            _add_http(answer, await response.json(), arrived=False)
-        else:
-            async for line in response.content:
-                if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
-                    _add_http(answer, json.loads(line[len(b"data: ") :]), arrived=True)
+class _Call(ABC):
+    """One request over all connections that it takes."""
+
+    def __init__(
+        self, fleet: Fleet, shape: Shape, salt: str, stream: bool, silence_s: float | None, answer: Answer
+    ) -> None:
+        self.fleet, self.shape, self.salt, self.stream, self.answer = fleet, shape, salt, stream, answer
+        self.silence_s = silence_s
+        """Of streams. An answer that is not streamed shows no sign of life: its client asks for it again and again."""
+        self.search_s = None if silence_s is None else SEARCH_S
+        self.id = uuid.uuid4().hex
+        self.error = ""
+        self.known = False
+        """A coordinator may have it: it is not asked again, but resumed."""
+        self.unknown_since_s: float | None = None
+
+    @abstractmethod
+    async def go_on(self) -> bool:
+        """Ask, or resume; whether the answer is whole now."""
+
+    def forgotten(self) -> None:
+        """Nobody knows it. Where nothing has come of it, it is asked again."""
+        self.known = bool(self.answer.choices)
+        self.unknown_since_s = self.unknown_since_s or time.monotonic()
+        if self.known and time.monotonic() - self.unknown_since_s > FORGOTTEN_S:
+            self.answer.trouble = "nobody knows it any more"
+
+
+class _HttpCall(_Call):
+    last_event_id = ""
+
+    async def go_on(self) -> bool:
+        try:
+            if self.stream:
+                return await self._read_stream()
+            async with asyncio.timeout(self.search_s), self._begin() as response:
+                if self._accepted(response.status, await response.text()):
+                    _add_http(self.answer, await response.json(), arrived=False)
+                    return True
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            self.error = repr(error)
+        return False
+
+    def _begin(self) -> Any:
+        body = dict(self.shape.body) | ({"cache_salt": self.salt} if self.salt else {})
+        if self.stream:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        if not self.known:
+            self.known = True
+            headers = {"X-Request-Id": self.id, "X-Baton-Resume-S": f"{KEEP_S:g}"}
+            return self.fleet.http.post(self.shape.path, json=body, headers=headers)
+        headers = {"Last-Event-ID": self.last_event_id} if self.last_event_id else {}
+        return self.fleet.http.get(f"/v1/{'streams' if self.stream else 'requests'}/{self.id}", headers=headers)
+
+    def _accepted(self, status: int, text: str) -> bool:
+        self.error = f"{status} {text[:300]}"
+        if status == 404:
+            self.forgotten()
+        elif status not in (200, 409, 429, 502, 503, 504):
+            self.answer.trouble = self.error
+        return status == 200
+
+    async def _read_stream(self) -> bool:
+        async with contextlib.AsyncExitStack() as stack:
+            async with asyncio.timeout(self.search_s if self.known else self.silence_s):
+                response = await stack.enter_async_context(self._begin())
+            if response.status != 200:
+                return self._accepted(response.status, await response.text())
+            event_id = ""
+            while True:
+                async with asyncio.timeout(self.silence_s):
+                    line = await response.content.readline()
+                if not line.endswith(b"\n"):
+                    self.error = "it ended too soon"
+                    return False
+                name, _, value = line.partition(b": ")
+                if name == b"id":
+                    event_id = value.strip().decode()
+                elif name == b"data" and value.strip() == b"[DONE]":
+                    return True
+                elif name == b"data" and b'"resumed_elsewhere"' in value:
+                    self.error = "taken by somebody else"
+                    return False
+                elif name == b"data":
+                    _add_http(self.answer, json.loads(value), arrived=True)
+                    self.last_event_id, self.unknown_since_s = event_id, None
 
 
 def _add_http(answer: Answer, part: dict[str, Any], arrived: bool) -> None:
@@ -223,25 +312,54 @@ def _http_logprobs(logprobs: dict[str, Any]) -> list[Logprob]:
     return [Logprob(*row) for row in rows]
 
 
-async def _ask_grpc(fleet: Fleet, shape: Shape, salt: str, answer: Answer) -> None:
-    request = ParseDict(shape.body, api.GenerateRequest())
-    if salt:
-        request.cache_salt = salt
-    async for part in InferenceStub(fleet.channel).Generate(request):
-        choice = answer.choices.setdefault(part.choice, Choice())
-        if part.token_ids and part.first_index != len(choice.token_ids):
-            answer.trouble = f"tokens from {part.first_index} on after {len(choice.token_ids)}"
-        choice.token_ids += part.token_ids
-        choice.text += part.text
-        choice.logprobs += [
-            Logprob(each.token_id, each.logprob, {other.token_id: other.logprob for other in each.alternatives})
-            for each in part.logprobs
-        ]
-        if part.finish_reason:
-            choice.finish = api.FinishReason.Name(part.finish_reason)
-        if part.HasField("usage"):
-            answer.usage = part.usage.prompt_tokens, part.usage.completion_tokens
-        answer.arrivals_s.setdefault(part.choice, []).append(time.monotonic())
+Parts = AsyncIterable[api.GenerateResponse]
+
+
+class _GrpcCall(_Call):
+    async def go_on(self) -> bool:
+        stub = InferenceStub(self.fleet.channel)
+        if self.known:
+            choices = [self.answer.choices.get(number, Choice()) for number in range(self.shape.body.get("n", 1))]
+            positions = [
+                api.ChoicePosition(num_tokens=len(choice.token_ids), ended=choice.finish is not None)
+                for choice in choices
+            ]
+            parts: Parts = stub.Resume(api.ResumeRequest(request_id=self.id, positions=positions))
+        else:
+            request = ParseDict(self.shape.body, api.GenerateRequest(request_id=self.id, resume_s=KEEP_S))
+            if self.salt:
+                request.cache_salt = self.salt
+            parts = stub.Generate(request)
+        self.known = True
+        try:
+            async for part in parts:
+                self.unknown_since_s = None
+                _add_grpc(self.answer, part)
+        except grpc.aio.AioRpcError as error:
+            self.error = f"{error.code().name} {error.details()}"
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                self.forgotten()
+            elif error.code() not in GO_ON:
+                self.answer.trouble = self.error
+            return False
+        return True
+
+
+def _add_grpc(answer: Answer, part: api.GenerateResponse) -> None:
+    choice = answer.choices.setdefault(part.choice, Choice())
+    if part.token_ids and part.first_index != len(choice.token_ids):
+        answer.trouble = f"tokens from {part.first_index} on after {len(choice.token_ids)}"
+    choice.token_ids += part.token_ids
+    choice.text += part.text
+    choice.logprobs += [
+        Logprob(each.token_id, each.logprob, {other.token_id: other.logprob for other in each.alternatives})
+        for each in part.logprobs
+    ]
+    if part.finish_reason:
+        choice.finish = api.FinishReason.Name(part.finish_reason)
+    if part.HasField("usage"):
+        answer.usage = part.usage.prompt_tokens, part.usage.completion_tokens
+    answer.arrivals_s.setdefault(part.choice, []).append(time.monotonic())
 
 
 def differences(expected: Answer, answer: Answer, exact: bool) -> str:

@@ -29,6 +29,7 @@ class Recorder(LinkHandler):
         self.pins: list[str] = []
         self.reserved: list[int] = []
         self.adopted: list[str] = []
+        self.claimed: list[str] = []
         self.cached: dict[str, int] = {}
         self.linked: list[int] = []
         self.drains = 0
@@ -57,6 +58,9 @@ class Recorder(LinkHandler):
 
     def on_adopt(self, link: Link, adopt: wire.Adopt) -> None:
         self.adopted.append(adopt.id.request_id)
+
+    def on_claim(self, link: Link, claim: wire.Claim) -> None:
+        self.claimed.append(claim.request_id)
 
     def on_cached_tokens(self, cached: wire.CachedTokens) -> None:
         self.cached[cached.id.request_id] = cached.num_tokens

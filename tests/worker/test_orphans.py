@@ -190,3 +190,43 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(world.orphans) == 3
 
     asyncio.run(run())
+
+
+class Wire:
+    """A link to a coordinator."""
+
+    def __init__(self, coordinator: int) -> None:
+        self.coordinator = coordinator
+        self.sent: list[wire.WorkerMessage] = []
+
+    def send(self, message: wire.WorkerMessage) -> None:
+        self.sent.append(message)
+
+
+def test_a_claim_takes_a_request_from_a_coordinator_that_only_hangs() -> None:
+    async def run() -> None:
+        world, old, new = World(), Wire(OLD), Wire(NEW)
+        for each in (old, new):
+            world.orphans.linked(each.coordinator, each.send)
+        mine, prefill, other = attempt("id-0"), attempt("id-1", wire.ROLE_PREFILL), attempt("idle-0")
+        for each in (mine, prefill, other):
+            each.link = old
+        ended = attempt("id-2")
+        ended.link = old
+        world.orphans.ended(ended, wire.Ending(id=ended.id, reason=wire.END_REASON_STOP))
+        world.orphans.claim("id", new, [mine, prefill, other])
+        (told,) = old.sent
+        assert (told.ending.id.request_id, told.ending.reason) == ("id-0", wire.END_REASON_TAKEN)
+        assert [each.orphan.assignment.id.request_id for each in new.sent] == ["id-2", "id-0"]
+        assert (mine.orphaned, prefill.orphaned, other.orphaned) == (True, False, False)
+        world.orphans.linked(OLD, old.send)  # it goes on: what was claimed is not its own any more
+        assert world.aborted == []
+        world.orphans.adopt(mine.id, mine.key, 5, NEW)
+        assert new.sent[-1].admission.accepted
+        world.orphans.claim("id", old, [mine])  # the client is back there
+        assert new.sent[-1].ending.reason == wire.END_REASON_TAKEN
+        assert old.sent[-1].orphan.assignment.id.request_id == "id-0"
+        world.orphans.claim("id", old, [mine])  # idempotent
+        assert new.sent[-1].ending.reason == wire.END_REASON_TAKEN
+
+    asyncio.run(run())
