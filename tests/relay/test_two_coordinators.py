@@ -38,6 +38,7 @@ class Coordinator:
         self.tokens: dict[int, list[int]] = {}
         self.endings: dict[str, int] = {}
         self.heartbeats = 0
+        self.refusals: list[bool] = []
         self._changed = asyncio.Event()
 
     def send(self, message: wire.WorkerMessage) -> None:
@@ -49,6 +50,8 @@ class Coordinator:
             self.endings[message.ending.id.request_id] = message.ending.reason
         elif kind == "heartbeat":
             self.heartbeats += 1
+        elif kind == "admission" and not message.admission.accepted:
+            self.refusals.append(message.admission.reserved)
         self._changed.set()
 
     def assignment(self, handle: int, prompt: list[int], max_tokens: int = NEW_TOKENS) -> wire.Assignment:
@@ -129,5 +132,40 @@ def test_pins_belong_to_their_link_though_two_have_one_name(model: tuple[LoadedM
             await pinned(blocks)
             shell.on_unpin(two, "pin")
             await pinned(0)
+
+    asyncio.run(run())
+
+
+def test_a_worker_is_one_coordinators_alone_only_when_nothing_of_the_other_is_left(
+    model: tuple[LoadedModel, list[list[int]]],
+) -> None:
+    async def run() -> None:
+        async with relay(model[0], decode=OPTIONS) as pair:
+            shell = pair.decode.shell.shell
+            one, two = Coordinator("one"), Coordinator("two")
+            shell.on_assignment(two, two.assignment(1, PROMPTS[1], 400))
+            await two.until(num_tokens=1)
+            shell.on_reserve(one, 77)
+            for handle, prompt in ((2, PROMPTS[2]), (3, PROMPTS[3])):
+                shell.on_assignment(two, two.assignment(handle, prompt))
+            assert two.refusals == [True, True]
+            await two.until(num_tokens=3)
+            assert (shell.heartbeat().reservation, shell.heartbeat().reservation_cleared) == (77, False)
+            shell.on_abort(two, two.id(1))
+            assert not shell.heartbeat().reservation_cleared, "a step of it may still go on"
+            async with asyncio.timeout(20):
+                while not shell.heartbeat().reservation_cleared:
+                    await asyncio.sleep(0.005)
+            assert shell.steps.load.running == 0
+            shell.on_assignment(one, one.assignment(1, PROMPTS[0]))
+            await one.until(num_endings=1)
+            assert one.tokens[1] == model[1][0]
+            shell.on_unreserve(two, 77)
+            assert shell.heartbeat().reservation_wanted
+            shell.on_lost(one)
+            shell.on_assignment(two, two.assignment(4, PROMPTS[1]))
+            await two.until(num_endings=2)
+            assert two.tokens[4] == model[1][1]
+            await pair.whole()
 
     asyncio.run(run())
