@@ -13,6 +13,7 @@ this address: no piece is lost or comes twice.
 import asyncio
 import contextlib
 import json
+import ssl
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from types import TracebackType
@@ -20,7 +21,8 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import aiohttp
 
-from baton.errors import BatonError
+from baton.errors import BatonError, ConfigurationError
+from baton.tls import reason_of
 
 T = TypeVar("T")
 
@@ -33,6 +35,8 @@ _KEEP_S = 10.0
 """What a coordinator that lives is asked to keep a request for when the connection breaks."""
 _MAX_BACKOFF_S = 1.0
 _HUNG_UP = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError)
+_NO_TLS = -1
+"""In place of a status of HTTP: trying again does not help."""
 _TRY_AGAIN = {0, 429, 502, 503, 504}  # nobody answers, or whoever does has no workers yet
 _READ_BUFFER_BYTES = 1 << 20  # an event with many logprobs is one long line
 
@@ -53,12 +57,26 @@ class TextDelta(NamedTuple):
     finish_reason: str | None
 
 
-class AsyncClient:
-    """`silence_s`: longest wait for the next piece of an answer."""
+def trusting(ca: str = "", cert: str = "", key: str = "") -> ssl.SSLContext:
+    """What to talk https with: PEM files of the server's authority (empty: those of the system, or of SSL_CERT_FILE),
+    and of a certificate for servers that want one. Raises ConfigurationError."""
+    try:
+        context = ssl.create_default_context(cafile=ca or None)
+        if cert:
+            context.load_cert_chain(cert, key or None, password=lambda: "")
+    except (OSError, ValueError) as error:
+        files = ", ".join(name for name in (ca, cert, key) if name)
+        raise ConfigurationError(f"'{files}' cannot be used for TLS: {reason_of(error)}; give PEM files") from error
+    return context
 
-    def __init__(self, url: str = DEFAULT_URL, silence_s: float = 600.0) -> None:
+
+class AsyncClient:
+    """`silence_s`: longest wait for the next piece of an answer. `tls`: see `trusting`."""
+
+    def __init__(self, url: str = DEFAULT_URL, silence_s: float = 600.0, tls: ssl.SSLContext | None = None) -> None:
         self.url = url.rstrip("/")
         self._silence_s = silence_s
+        self._tls = tls
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -156,12 +174,18 @@ class AsyncClient:
     async def _request(self, method: str, path: str, **options: Any) -> aiohttp.ClientResponse:
         if self._session is None:
             timeout = aiohttp.ClientTimeout(sock_connect=_CONNECT_TIMEOUT_S, sock_read=self._silence_s)
-            self._session = aiohttp.ClientSession(timeout=timeout, read_bufsize=_READ_BUFFER_BYTES)
+            connector = aiohttp.TCPConnector(ssl=self._tls or True)
+            self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=_READ_BUFFER_BYTES)
         try:
             response = await self._session.request(method, self.url + path, **options)
         except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
+            if problem := _tls_problem(error):
+                raise ClientError(f"no TLS with {self.url}: {problem}", _NO_TLS) from error
             if isinstance(error, _HUNG_UP) and not isinstance(error, aiohttp.ClientConnectorError):
-                raise _BrokenOff(f"{self.url} hung up before its answer") from error
+                raise _BrokenOff(
+                    f"{self.url} hung up before its answer"
+                    + ("; does it want https://?" if self.url.startswith("http://") else "")
+                ) from error
             raise ClientError(f"no coordinator answers at {self.url}; start one with `baton serve`") from error
         if response.status == 200:
             return response
@@ -171,6 +195,17 @@ class AsyncClient:
             except (aiohttp.ClientError, ValueError, LookupError, TypeError):
                 message = f"{self.url} answered {response.status} {response.reason}; is it a Baton coordinator?"
         raise ClientError(message, response.status)
+
+
+def _tls_problem(error: BaseException) -> str:
+    """Why TLS failed, if that was it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLError) and not isinstance(cause, aiohttp.ClientError):
+            advice = "; name its authority with --ca or SSL_CERT_FILE"
+            return reason_of(cause) + (advice if isinstance(cause, ssl.SSLCertVerificationError) else "")
+        cause = cause.__cause__ or cause.__context__
+    return ""
 
 
 class _BrokenOff(ClientError):
@@ -214,8 +249,8 @@ class _Answer:
 class Client:
     """The same without asyncio, in an event loop of its own."""
 
-    def __init__(self, url: str = DEFAULT_URL, silence_s: float = 600.0) -> None:
-        self._client = AsyncClient(url, silence_s)
+    def __init__(self, url: str = DEFAULT_URL, silence_s: float = 600.0, tls: ssl.SSLContext | None = None) -> None:
+        self._client = AsyncClient(url, silence_s, tls)
         self._runner = asyncio.Runner()
 
     def __enter__(self) -> Self:

@@ -7,16 +7,19 @@
 """
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
 import traceback
+from collections import deque
 from typing import Any, NoReturn
 
 import grpc
 
 from baton.config import CoordinatorOptions
 from baton.errors import PeerError
+from baton.tls import Tls
 from baton.v1 import worker_link_pb2 as wire
 from baton.v1 import worker_link_pb2_grpc as rpc
 from coordinator.dispatch import Dispatcher
@@ -29,13 +32,20 @@ _HEARTBEAT = wire.CoordinatorMessage(heartbeat=wire.CoordinatorHeartbeat())
 
 
 class LinkServicer(rpc.WorkerLinkServicer):
-    def __init__(self, options: CoordinatorOptions, registry: WorkerRegistry, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self, options: CoordinatorOptions, registry: WorkerRegistry, dispatcher: Dispatcher, tls: Tls | None = None
+    ) -> None:
         self._options = options
         self._registry = registry
         self._dispatcher = dispatcher
         self._incarnation = secrets.randbits(64)
+        self._tls = tls
+        self._unknown: deque[float] = deque()
+        """When each connection was accepted that nothing was heard on yet."""
 
     async def Connect(self, request_iterator: Any, context: _Context) -> None:  # type: ignore[override]
+        with contextlib.suppress(IndexError):
+            self._unknown.popleft()  # whichever: only how many stay is of interest
         worker = await self._register(context)
         tasks = [
             asyncio.create_task(self._read(worker, context)),
@@ -92,6 +102,17 @@ class LinkServicer(rpc.WorkerLinkServicer):
         while True:
             await context.write(await worker.outbox.get())
 
+    def on_connection(self) -> None:
+        """With TLS, for each connection that is accepted, on a thread of gRPC's. How its handshake ends is not told,
+        so that one which no call comes on within `heartbeat_timeout_s` counts as refused."""
+        self._unknown.append(time.monotonic())
+
+    def _judge_unknown(self, now: float) -> None:
+        while self._unknown and now - self._unknown[0] > self._options.heartbeat_timeout_s:
+            self._unknown.popleft()
+            if self._tls is not None:
+                self._tls.refuse("link", "no TLS, or no certificate of the authority of --tls-ca")
+
     async def watch(self) -> None:
         """Send heartbeats, and lose silent workers, until cancelled.
 
@@ -104,6 +125,7 @@ class LinkServicer(rpc.WorkerLinkServicer):
             await asyncio.sleep(interval_s)
             now = time.monotonic()
             own_delay_s, before = max(0.0, now - before - interval_s), now
+            self._judge_unknown(now)
             for worker in list(self._registry.workers.values()):
                 if own_delay_s > interval_s:
                     worker.last_seen_s += own_delay_s
