@@ -174,7 +174,8 @@ class AsyncClient:
     async def _request(self, method: str, path: str, **options: Any) -> aiohttp.ClientResponse:
         if self._session is None:
             timeout = aiohttp.ClientTimeout(sock_connect=_CONNECT_TIMEOUT_S, sock_read=self._silence_s)
-            connector = aiohttp.TCPConnector(ssl=self._tls or True)
+            is_https = self.url.startswith("https://")
+            connector = aiohttp.TCPConnector(ssl=self._tls or (trusting() if is_https else True))
             self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=_READ_BUFFER_BYTES)
         try:
             response = await self._session.request(method, self.url + path, **options)
