@@ -37,6 +37,7 @@ _MAX_BACKOFF_S = 1.0
 _HUNG_UP = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError)
 _NO_TLS = -1
 """In place of a status of HTTP: trying again does not help."""
+_HINTS = ("; does it want https://?", "; does it want a certificate (--client-cert)?")
 _TRY_AGAIN = {0, 429, 502, 503, 504}  # nobody answers, or whoever does has no workers yet
 _READ_BUFFER_BYTES = 1 << 20  # an event with many logprobs is one long line
 
@@ -78,6 +79,7 @@ class AsyncClient:
         self._silence_s = silence_s
         self._tls = tls
         self._session: aiohttp.ClientSession | None = None
+        self._has_answered = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -183,11 +185,10 @@ class AsyncClient:
             if problem := _tls_problem(error):
                 raise ClientError(f"no TLS with {self.url}: {problem}", _NO_TLS) from error
             if isinstance(error, _HUNG_UP) and not isinstance(error, aiohttp.ClientConnectorError):
-                raise _BrokenOff(
-                    f"{self.url} hung up before its answer"
-                    + ("; does it want https://?" if self.url.startswith("http://") else "")
-                ) from error
+                hint = "" if self._has_answered else _HINTS[self.url.startswith("https://")]
+                raise _BrokenOff(f"{self.url} hung up before its answer{hint}") from error
             raise ClientError(f"no coordinator answers at {self.url}; start one with `baton serve`") from error
+        self._has_answered = True
         if response.status == 200:
             return response
         async with response:

@@ -1,6 +1,7 @@
 """gRPC over the files of `baton.tls`."""
 
 import asyncio
+import socket
 import ssl
 from collections.abc import Callable
 from typing import cast
@@ -48,6 +49,10 @@ async def trouble(address: str, tls: Tls | None) -> str | None:
 
     None: nobody listens, or TLS is as it should be.
     """
+    return await asyncio.to_thread(_probe, address, tls)
+
+
+def _probe(address: str, tls: Tls | None) -> str | None:
     host, _, port = address.rpartition(":")
     if tls is None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -55,26 +60,29 @@ async def trouble(address: str, tls: Tls | None) -> str | None:
     else:
         context = tls.material.naming
     context.set_alpn_protocols(["h2"])
-    writer = None
     try:
-        async with asyncio.timeout(PROBE_TIMEOUT_S):
-            reader, writer = await asyncio.open_connection(
-                host.strip("[]"), int(port), ssl=context, server_hostname=COORDINATOR_NAME
-            )
+        with (
+            socket.create_connection((host.strip("[]"), int(port)), PROBE_TIMEOUT_S) as plain,
+            context.wrap_socket(plain, server_hostname=COORDINATOR_NAME) as connection,
+        ):
             if tls is None:
                 return "it talks TLS only; add --tls-cert, --tls-key and --tls-ca here"
-            await reader.read(1)  # with TLS 1.3 this is where a refusal of our certificate shows
+            # With TLS 1.3 a refusal of our certificate shows here; who accepts it has something to say at once.
+            return None if _hears(connection) else "it refused the certificate of --tls-cert; compare --tls-ca there"
     except ssl.SSLCertVerificationError as error:
         return f"its certificate is not good: {reason_of(error)}; compare --tls-ca here with --tls-cert there"
-    except ssl.SSLError as error:
+    except ssl.SSLError:
         if tls is None:
-            return None if "WRONG_VERSION" in (error.reason or "") else "it talks TLS only"
-        if "ALERT" in (error.reason or ""):
-            return f"it refused the certificate of --tls-cert: {reason_of(error)}"
+            return None  # no TLS either
         return "it talks no TLS; add --tls-cert, --tls-key and --tls-ca there, or leave them out here"
-    except (OSError, TimeoutError):
+    except OSError:
         return None
-    finally:
-        if writer is not None:
-            writer.close()
-    return None
+
+
+def _hears(connection: ssl.SSLSocket) -> bool:
+    try:
+        return bool(connection.recv(1))
+    except TimeoutError:
+        return True
+    except OSError:
+        return False

@@ -132,9 +132,9 @@ class CoordinatorLink:
             raise Refused(f"the coordinator at {self._address} refused this worker: {error.details()}") from error
         reason = error.code().name
         if error.code() == grpc.StatusCode.UNAVAILABLE and (problem := await trouble(self._address, self._tls)):
-            if not self.coordinator:
+            if problem == self._told and not self.coordinator:  # no chance of a moment, nor files being replaced
                 raise Refused(f"no link with the coordinator at {self._address}: {problem}") from error
-            reason = problem  # it may have certificates that are being replaced
+            reason = problem
         if reason != self._told:
             self._told = reason
             log.info("link to the coordinator at %s: %s", self._address, reason)
