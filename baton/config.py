@@ -52,6 +52,8 @@ class EtcdAddress(NamedTuple):
 
 def parse_addresses(text: str, flag: str) -> tuple[str, ...]:
     """Of host:port, separated by commas; an IPv6 address in brackets."""
+    if "@" in text:  # not repeated here, nor in a log
+        raise ConfigurationError(f"{flag} holds a user or password; every user of this machine sees it there")
     addresses = tuple(part.strip() for part in text.split(","))
     for address in addresses:
         match = re.fullmatch(r"(?:\[[0-9a-fA-F:.%]+\]|[\w.-]+):(\d{1,5})", address)
@@ -62,6 +64,8 @@ def parse_addresses(text: str, flag: str) -> tuple[str, ...]:
 
 def parse_etcd(text: str) -> EtcdAddress:
     """From 'etcd://host:port,host:port/prefix'; the prefix is /baton where there is none."""
+    if "@" in text:
+        raise ConfigurationError("--discovery holds a user or password; write both to a file for --discovery-login")
     match = re.fullmatch(r"etcd://([^/]+)(/.*)?", text)
     if not match:
         raise ConfigurationError(f"--discovery is '{text}'; write etcd://host:port[,host:port][/prefix]")

@@ -5,12 +5,13 @@ import logging
 import shutil
 import socket
 import ssl
+import subprocess
 import threading
 from pathlib import Path
 
 import pytest
 
-from baton.tls import Tls, inside, outside
+from baton.tls import COORDINATOR_NAME, Tls, inside, outside
 from tests.authority import Authority, Files
 
 
@@ -125,3 +126,13 @@ def test_clients_need_tls_1_2(own: Files, authority: Authority, version: str, ta
             got = None
     thread.join(10)
     assert (got is not None) is taken
+
+
+def test_the_commands_of_the_page_make_files_that_work(tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the openssl command")
+    page = (Path(__file__).parents[1] / "docs" / "security.md").read_text()
+    commands = page.split("```")[1]
+    subprocess.run(["bash", "-ec", commands], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    files = Files(str(tmp_path / "cert.pem"), str(tmp_path / "key.pem"), str(tmp_path / "ca.pem"))
+    assert inside(files.options(), COORDINATOR_NAME) is not None

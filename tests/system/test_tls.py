@@ -287,6 +287,7 @@ def served_serial(port: int, ca: str) -> str:
         return str((connection.getpeercert() or {})["serialNumber"])
 
 
+@pytest.mark.slow
 def test_new_files_are_used_without_a_restart_and_bad_ones_are_not(
     authority: Authority, tmp_path: Path, undisturbed: list[str]
 ) -> None:
@@ -327,12 +328,15 @@ def test_baton_serve_passes_all_of_it_on_and_asks_with_a_certificate_where_it_mu
              "--client-cert", client.cert, "--client-key", client.key)  # fmt: skip
     with Cluster("--dtype", "float32", "--kv-memory", "64MiB", "--no-restart", *words) as cluster:
         assert cluster.url.startswith("https://")
-        asks = ["complete", "--url", cluster.url, "--ca", files.ca, "--temperature", "0", "--max-tokens", "20", "Hello"]
-        command = [sys.executable, "-P", "-m", "cli.main", *asks]
-        without = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        shows = ["--url", cluster.url, "--ca", files.ca, "--client-cert", client.cert, "--client-key", client.key]
+
+        def baton(*words: str) -> "subprocess.CompletedProcess[str]":
+            command = [sys.executable, "-P", "-m", "cli.main", *words]
+            return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+        without = baton("status", *shows[:4])
         assert without.returncode == 1
         assert "does it want a certificate (--client-cert)?" in without.stderr
-        shows = ["--client-cert", client.cert, "--client-key", client.key]
-        answered = subprocess.run([*command, *shows], capture_output=True, text=True, timeout=60)
+        answered = baton("complete", *shows, "--temperature", "0", "--max-tokens", "20", "Hello")
         assert answered.returncode == 0, answered.stderr
         assert len(answered.stdout) > 5
