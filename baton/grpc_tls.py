@@ -71,9 +71,11 @@ def _probe(address: str, tls: Tls | None) -> str | None:
             return None if _hears(connection) else "it refused the certificate of --tls-cert; compare --tls-ca there"
     except ssl.SSLCertVerificationError as error:
         return f"its certificate is not good: {reason_of(error)}; compare --tls-ca here with --tls-cert there"
+    except ssl.SSLEOFError:
+        return None  # it went away, or is a proxy with nobody behind it
     except ssl.SSLError:
         if tls is None:
-            return None  # no TLS either
+            return None  # no TLS there either
         return "it talks no TLS; add --tls-cert, --tls-key and --tls-ca there, or leave them out here"
     except OSError:
         return None
