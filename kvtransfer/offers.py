@@ -41,7 +41,7 @@ from kvtransfer.layout import BlockLayout
 from kvtransfer.leases import LeaseBook, LeaseChange, LeaseEvent
 from kvtransfer.memory import PoolMemory
 from kvtransfer.outgoing import Connection, Outgoing, Parked, Stranger
-from kvtransfer.sealing import Seal
+from kvtransfer.sealing import ALERT, Seal, is_late
 from kvtransfer.wire import (
     HIGH_WATER_MARK,
     MAX_FRAME_BYTES,
@@ -376,6 +376,9 @@ class OfferServer:
     def _shake(self, socket: zmq.asyncio.Socket, routing_id: bytes, frame: bytes, tls: Tls) -> None:
         """With TLS a connection begins with a handshake, and whoever gets through it says Hello."""
         stranger = self._strangers.pop(routing_id, None)
+        if stranger is None and is_late(frame):
+            send_now(socket, [routing_id, ALERT])
+            return
         if stranger is None:
             stranger = Stranger(Seal(tls.server, True), time.monotonic() + self._options.heartbeat_timeout_s)
         elif stranger.seal.done:

@@ -20,8 +20,8 @@ from baton.tls import Handshake, reason_of
 
 NO_TLS: Final = "the peer talks no TLS; add --tls-cert, --tls-key and --tls-ca there, or leave them out here"
 TLS_ONLY: Final = "the peer talks TLS only; add --tls-cert, --tls-key and --tls-ca here, or leave them out there"
-_ALERT: Final = b"\x15\x03\x03\x00\x02\x02\x28"
-"""For a peer to whom TLS has no words, because it spoke none: the handshake failed."""
+ALERT: Final = b"\x15\x03\x03\x00\x02\x02\x28"
+"""For a peer to whom TLS has no words, as it spoke none or of something forgotten: the handshake failed."""
 _READ_BYTES: Final = 1 << 16
 
 
@@ -52,7 +52,7 @@ class Seal:
 
     def farewell(self) -> bytes:
         """What is still to be sent after a failure: TLS's own words for the reason."""
-        return self._outgoing.read() or _ALERT
+        return self._outgoing.read() or ALERT
 
     def seal(self, message: bytes) -> bytes:
         """The frame for a message; after a failure one that tells the peer of it."""
@@ -79,3 +79,8 @@ class Seal:
 def talks_tls(frame: bytes) -> bool:
     """Whether somebody shakes hands, or says why not."""
     return frame[:1] in (b"\x15", b"\x16") and frame[1:2] == b"\x03"
+
+
+def is_late(frame: bytes) -> bool:
+    """Whether it is of a connection whose handshake is over, and that is known here no more."""
+    return frame.startswith(b"\x17\x03")

@@ -161,6 +161,24 @@ def test_a_frame_that_was_tampered_with_is_not_believed(
     assert tampered
 
 
+def test_a_puller_that_was_forgotten_begins_anew_and_is_no_stranger(
+    prefill: Tls, decode: Tls, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(world: Pair) -> None:
+        for number in range(2):
+            task = world.take(f"h{number}", [number])
+            world.offer_all(f"h{number}", [number + 5])
+            assert (await task).failure is None
+            for connection in list(world.offers._connections.values()):
+                world.offers._drop(connection, "forgotten", False)
+            while world.intake._users:  # its next heartbeat tells it
+                await asyncio.sleep(0.005)
+
+    run(scenario, tls=prefill, pull_tls=decode)
+    assert caplog.text.count("lost worker prefill-0 as a source of blocks: TLS between workers failed") == 2
+    assert not prefill.counters
+
+
 def test_frames_of_one_connection_open_in_order_and_on_no_other(prefill: Tls, decode: Tls) -> None:
     def joined() -> tuple[Seal, Seal]:
         puller, server = Seal(decode.client, False), Seal(prefill.server, True)
