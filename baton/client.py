@@ -200,9 +200,11 @@ class AsyncClient:
 
 
 def _tls_problem(error: BaseException) -> str:
-    """Why TLS failed, if that was it."""
+    """Why TLS failed, if that was it, and not a server that went away in the middle."""
     cause: BaseException | None = error
     while cause is not None:
+        if isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+            return ""
         if isinstance(cause, ssl.SSLError) and not isinstance(cause, aiohttp.ClientError):
             advice = "; name its authority with --ca or SSL_CERT_FILE"
             return reason_of(cause) + (advice if isinstance(cause, ssl.SSLCertVerificationError) else "")

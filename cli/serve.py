@@ -202,7 +202,7 @@ def pool_sizes(arguments: argparse.Namespace) -> dict[str, int]:
 def trusted(options: PublicTlsOptions, cert: str, key: str) -> ssl.SSLContext | None:
     """What this command asks its own coordinators with: their certificate is the only one that is good, whatever name
     it has. Raises ConfigurationError."""
-    if bool(cert and key) != bool(options.public_tls_client_ca):
+    if len({bool(cert), bool(key), bool(options.public_tls_client_ca)}) > 1:
         raise ConfigurationError(
             "--public-tls-client-ca, --client-cert and --client-key of `baton serve` belong together"
         )

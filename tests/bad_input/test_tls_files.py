@@ -10,6 +10,7 @@ from baton.client import trusting
 from baton.config import PublicTlsOptions, TlsOptions, validate
 from baton.errors import ConfigurationError
 from baton.tls import COORDINATOR_NAME, inside, outside
+from cli.serve import trusted
 from tests.authority import Authority, Files, openssl
 
 
@@ -103,6 +104,18 @@ def test_a_client_is_told_which_of_its_files_is_no_good(good: Files) -> None:
     for words in ({"ca": "/no/such"}, {"ca": good.key}, {"cert": good.key}, {"cert": good.cert, "key": good.cert}):
         with pytest.raises(ConfigurationError, match="cannot be used for TLS"):
             trusting(**words)
+
+
+def test_baton_serve_needs_a_certificate_for_itself_where_clients_need_one(good: Files) -> None:
+    for options, cert, key in (
+        (good.public(good.ca), "", ""),
+        (good.public(good.ca), good.cert, ""),
+        (good.public(), good.cert, good.key),
+    ):
+        with pytest.raises(ConfigurationError, match="--client-cert and --client-key of `baton serve` belong together"):
+            trusted(options, cert, key)
+    assert trusted(good.public(good.ca), good.cert, good.key) is not None
+    assert trusted(PublicTlsOptions(), "", "") is None
 
 
 def test_without_flags_there_is_no_tls() -> None:
