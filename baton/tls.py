@@ -31,6 +31,7 @@ COORDINATOR_NAME: Final = "coordinator.baton"
 LOOK_EVERY_S: Final = 2.0
 SAY_AGAIN_S: Final = 60.0
 EXPIRES_SOON_S: Final = 7 * 86400.0
+WARN_EVERY_S: Final = 86400.0
 
 Handshake = (ssl.SSLWantReadError, ssl.SSLWantWriteError)
 Files = Mapping[str, str]
@@ -86,6 +87,8 @@ class Tls:
 
     def look(self) -> None:
         """Take up files that changed before the previous look: then whoever replaces them, one by one, is done."""
+        if time.monotonic() >= self._warn_at:
+            self._warn_of_end()
         before, self._seen = self._seen, self._signature()
         if self._seen == self._used or self._seen != before:
             return
@@ -122,6 +125,7 @@ class Tls:
         return tuple(_signature(path) for path in self._files.values())
 
     def _warn_of_end(self) -> None:
+        self._warn_at = time.monotonic() + WARN_EVERY_S
         left_s = self.material.expires_at - time.time()
         if left_s < EXPIRES_SOON_S:
             log.warning("the certificate %s ends in %.1f days", next(iter(self._files.values())), left_s / 86400)

@@ -7,6 +7,7 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -97,10 +98,18 @@ def test_every_refused_peer_is_counted_and_each_reason_said_once(own: Files, cap
     assert len(caplog.records) == 2
 
 
-def test_a_certificate_that_ends_soon_is_warned_of(authority: Authority, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_certificate_that_ends_soon_is_warned_of_every_day(
+    authority: Authority, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with caplog.at_level(logging.WARNING):
-        of(authority.sign("short", days=3), "inside")
-    assert "ends in 3.0 days" in caplog.text
+        tls = of(authority.sign("short", days=3), "inside")
+        tls.look()
+        assert caplog.text.count("ends in 3.0 days") == 1
+        tomorrow = time.monotonic() + 86401
+        monkeypatch.setattr(time, "monotonic", lambda: tomorrow)
+        tls.look()
+        tls.look()
+    assert caplog.text.count("ends in 3.0 days") == 2
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
