@@ -13,6 +13,7 @@ took its place at this address, or at another one of several addresses: no piece
 import asyncio
 import contextlib
 import json
+import ssl
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from types import TracebackType
@@ -20,7 +21,8 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import aiohttp
 
-from baton.errors import BatonError
+from baton.errors import BatonError, ConfigurationError
+from baton.tls import reason_of
 
 T = TypeVar("T")
 
@@ -40,6 +42,9 @@ _KEEP_S = 10.0
 """What a coordinator that lives is asked to keep a request for when the connection breaks."""
 _MAX_BACKOFF_S = 1.0
 _HUNG_UP = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError)
+_NO_TLS = -1
+"""In place of a status of HTTP: trying again does not help."""
+_HINTS = ("; does it want https://?", "; does it want a certificate (--client-cert)?")
 _TRY_AGAIN = {0, 429, 502, 503, 504}  # nobody answers, or whoever does has no workers yet
 _READ_BUFFER_BYTES = 1 << 20  # an event with many logprobs is one long line
 
@@ -60,15 +65,30 @@ class TextDelta(NamedTuple):
     finish_reason: str | None
 
 
+def trusting(ca: str = "", cert: str = "", key: str = "") -> ssl.SSLContext:
+    """What to talk https with: PEM files of the server's authority (empty: those of the system, or of SSL_CERT_FILE),
+    and of a certificate for servers that want one. Raises ConfigurationError."""
+    try:
+        context = ssl.create_default_context(cafile=ca or None)
+        if cert:
+            context.load_cert_chain(cert, key or None, password=lambda: "")
+    except (OSError, ValueError) as error:
+        files = ", ".join(name for name in (ca, cert, key) if name)
+        raise ConfigurationError(f"'{files}' cannot be used for TLS: {reason_of(error)}; give PEM files") from error
+    return context
+
+
 class AsyncClient:
     """`url`: of a coordinator, or of several with commas between them, such as "http://a:8000,http://b:8000": asked is
     the one that answered last, or the next. `silence_s`: a coordinator that gives no sign of life for so long hangs, or
-    is cut off, and the answer goes on at whatever answers now."""
+    is cut off, and the answer goes on at whatever answers now. `tls`: see `trusting`."""
 
-    def __init__(self, url: str = DEFAULT_URL, silence_s: float = SILENCE_S) -> None:
+    def __init__(self, url: str = DEFAULT_URL, silence_s: float = SILENCE_S, tls: ssl.SSLContext | None = None) -> None:
         self._urls = [each.strip().rstrip("/") for each in url.split(",")]
         self._silence_s = silence_s
+        self._tls = tls
         self._session: aiohttp.ClientSession | None = None
+        self._has_answered = False
 
     @property
     def url(self) -> str:
@@ -195,18 +215,15 @@ class AsyncClient:
     async def _request_here(self, method: str, path: str, patience_s: float, **options: Any) -> aiohttp.ClientResponse:
         if self._session is None:
             timeout = aiohttp.ClientTimeout(sock_connect=self._silence_s)
-            self._session = aiohttp.ClientSession(timeout=timeout, read_bufsize=_READ_BUFFER_BYTES)
+            is_https = any(url.startswith("https://") for url in self._urls)
+            connector = aiohttp.TCPConnector(ssl=self._tls or (trusting() if is_https else True))
+            self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=_READ_BUFFER_BYTES)
         try:
             async with asyncio.timeout(patience_s):
                 response = await self._session.request(method, self.url + path, **options)
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise _NobodyThere(f"no coordinator answers at {self.url}; start one with `baton serve`") from error
-        except TimeoutError as error:
-            raise _BrokenOff(f"{self.url} gave no answer for {patience_s:.1f} s") from error
-        except (aiohttp.ClientError, ConnectionError) as error:
-            if isinstance(error, _HUNG_UP):
-                raise _BrokenOff(f"{self.url} hung up before its answer") from error
-            raise ClientError(f"{self.url} cannot be asked: {error}") from error
+        except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
+            raise self._explained(error, patience_s) from error
+        self._has_answered = True
         if response.status == 200:
             return response
         async with response:
@@ -215,6 +232,32 @@ class AsyncClient:
             except (aiohttp.ClientError, ValueError, LookupError, TypeError):
                 message = f"{self.url} answered {response.status} {response.reason}; is it a Baton coordinator?"
         raise ClientError(message, response.status)
+
+    def _explained(self, error: Exception, patience_s: float) -> ClientError:
+        """Why there was no answer at all."""
+        if problem := _tls_problem(error):
+            return ClientError(f"no TLS with {self.url}: {problem}", _NO_TLS)
+        if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+            return _NobodyThere(f"no coordinator answers at {self.url}; start one with `baton serve`")
+        if isinstance(error, TimeoutError):
+            return _BrokenOff(f"{self.url} gave no answer for {patience_s:.1f} s")
+        if isinstance(error, _HUNG_UP):
+            hint = "" if self._has_answered else _HINTS[self.url.startswith("https://")]
+            return _BrokenOff(f"{self.url} hung up before its answer{hint}")
+        return ClientError(f"{self.url} cannot be asked: {error}")
+
+
+def _tls_problem(error: BaseException) -> str:
+    """Why TLS failed, if that was it, and not a server that went away in the middle."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+            return ""
+        if isinstance(cause, ssl.SSLError) and not isinstance(cause, aiohttp.ClientError):
+            advice = "; name its authority with --ca or SSL_CERT_FILE"
+            return reason_of(cause) + (advice if isinstance(cause, ssl.SSLCertVerificationError) else "")
+        cause = cause.__cause__ or cause.__context__
+    return ""
 
 
 class _NobodyThere(ClientError):
@@ -262,8 +305,8 @@ class _Answer:
 class Client:
     """The same without asyncio, in an event loop of its own."""
 
-    def __init__(self, url: str = DEFAULT_URL, silence_s: float = SILENCE_S) -> None:
-        self._client = AsyncClient(url, silence_s)
+    def __init__(self, url: str = DEFAULT_URL, silence_s: float = SILENCE_S, tls: ssl.SSLContext | None = None) -> None:
+        self._client = AsyncClient(url, silence_s, tls)
         self._runner = asyncio.Runner()
 
     def __enter__(self) -> Self:

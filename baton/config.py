@@ -52,6 +52,8 @@ class EtcdAddress(NamedTuple):
 
 def parse_addresses(text: str, flag: str) -> tuple[str, ...]:
     """Of host:port, separated by commas; an IPv6 address in brackets."""
+    if "@" in text:  # not repeated here, nor in a log
+        raise ConfigurationError(f"{flag} holds a user or password; every user of this machine sees it there")
     addresses = tuple(part.strip() for part in text.split(","))
     for address in addresses:
         match = re.fullmatch(r"(?:\[[0-9a-fA-F:.%]+\]|[\w.-]+):(\d{1,5})", address)
@@ -62,6 +64,8 @@ def parse_addresses(text: str, flag: str) -> tuple[str, ...]:
 
 def parse_etcd(text: str) -> EtcdAddress:
     """From 'etcd://host:port,host:port/prefix'; the prefix is /baton where there is none."""
+    if "@" in text:
+        raise ConfigurationError("--discovery holds a user or password; write both to a file for --discovery-login")
     match = re.fullmatch(r"etcd://([^/]+)(/.*)?", text)
     if not match:
         raise ConfigurationError(f"--discovery is '{text}'; write etcd://host:port[,host:port][/prefix]")
@@ -145,11 +149,26 @@ class HandoverOptions:
         "on one host prefill writes straight into blocks of decode: how long a prompt waits for these before it is "
         "computed into other blocks, to be pulled; 0: blocks are always pulled",
     )
-    handover_tls_cert: str = setting(
-        "", "PEM certificate of this worker: lane tcp then uses mutual TLS only; needs the key and the authority too"
+
+
+@dataclass(frozen=True)
+class TlsOptions:
+    """Between Baton's own processes: link, hand-over messages, lane tcp. All or none; see docs/security.md."""
+
+    tls_cert: str = setting("", "PEM certificate of this process: it then talks to others with mutual TLS only")
+    tls_key: str = setting("", "PEM private key of that certificate, without a password, for nobody else to read")
+    tls_ca: str = setting("", "PEM certificates of the authority that signed those of every process of the cluster")
+
+
+@dataclass(frozen=True)
+class PublicTlsOptions:
+    """Towards clients: HTTP and gRPC."""
+
+    public_tls_cert: str = setting("", "PEM certificate for clients to see, and its chain: HTTP and gRPC use TLS only")
+    public_tls_key: str = setting(
+        "", "PEM private key of that certificate, without a password, for nobody else to read"
     )
-    handover_tls_key: str = setting("", "PEM private key of that certificate, without a password")
-    handover_tls_ca: str = setting("", "PEM certificates of the authority that signed every worker's certificate")
+    public_tls_client_ca: str = setting("", "PEM certificates of the authority that clients need a certificate of")
 
 
 @dataclass(frozen=True)
@@ -289,6 +308,12 @@ def validate(options: object) -> None:
             options.discovery_cert and not options.discovery_ca
         ):
             raise ConfigurationError("--discovery-cert, --discovery-key and --discovery-ca belong together")
+    if isinstance(options, TlsOptions):
+        _all_or_none(options, ("tls_cert", "tls_key", "tls_ca"))
+    if isinstance(options, PublicTlsOptions):
+        _all_or_none(options, ("public_tls_cert", "public_tls_key"))
+        if options.public_tls_client_ca and not options.public_tls_cert:
+            raise ConfigurationError("--public-tls-client-ca needs --public-tls-cert and --public-tls-key")
     if isinstance(options, WorkerOptions) and options.coordinator:
         parse_addresses(options.coordinator, "--coordinator")
     if isinstance(options, TierOptions):
@@ -316,6 +341,12 @@ def validate(options: object) -> None:
             )
         if options.page_size & (options.page_size - 1):
             raise ConfigurationError(f"--page-size is {options.page_size}; it must be a power of two")
+
+
+def _all_or_none(options: object, names: tuple[str, ...]) -> None:
+    missing = [flag(name) for name in names if not getattr(options, name)]
+    if missing and len(missing) < len(names):
+        raise ConfigurationError(f"{', '.join(map(flag, names))} belong together; {' and '.join(missing)} is missing")
 
 
 def add_arguments(parser: argparse.ArgumentParser, *classes: type) -> None:

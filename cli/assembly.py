@@ -20,6 +20,7 @@ import torch
 
 from baton.config import EngineOptions, HandoverOptions, TierOptions, parse_bytes
 from baton.errors import ConfigurationError
+from baton.tls import Tls
 from baton.v1 import worker_link_pb2 as wire
 from decode.role import DecodeRole
 from engine.engine import Engine
@@ -35,7 +36,7 @@ from engine.speculation.policy import Policy
 from engine.speculation.speculator import Guesser, Speculator
 from kvtransfer.direct import DirectServer
 from kvtransfer.intake import Intake
-from kvtransfer.lanes.registry import lanes_of
+from kvtransfer.lanes.registry import parse_lanes
 from kvtransfer.layout import BlockLayout
 from kvtransfer.memory import PoolMemory, physical_bytes
 from kvtransfer.offers import OfferServer
@@ -254,15 +255,18 @@ async def wire_up(
     host: str,
     send_all: Callable[[wire.WorkerMessage], None],
     on_crash: Callable[[BaseException], None],
+    tls: Tls | None = None,
 ) -> AsyncIterator[Wired]:
     """Shell, roles and hand-over of one worker, stopped in reverse order whatever happens."""
-    lanes = lanes_of(options)
+    lanes = parse_lanes(options.lanes, tls)
     if parts.model.ops.launches:
         # The pool is on a device, and what peers map mirrors only what was announced: not what a writer has to read.
         options = dataclasses.replace(options, direct_wait_s=0.0)
     shell = WorkerShell(
         parts.engine, parts.model.fingerprint, send_all, on_crash, parts.layout.page_size_tokens, parts.store
     )
+    if tls is not None:
+        tls.counters = shell.counters
     page_size = parts.layout.page_size_tokens
     prefixes = PrefixServer(parts.engine, shell.steps, shell.counters)
     prefill = PrefillRole(shell, page_size, options.direct_wait_s) if wire.ROLE_PREFILL in roles else None
@@ -288,7 +292,7 @@ async def wire_up(
         offers = OfferServer(
             me, parts.layout, parts.memory, [lane.serve(host) for lane in lanes], options, shell.counters,
             on_released, on_quarantined, on_resolved, DirectServer(parts.memory) if writes else None,
-            prefill.on_want if prefill is not None else lambda key, placed: None, prefixes.on_ask,
+            prefill.on_want if prefill is not None else lambda key, placed: None, prefixes.on_ask, tls,
         )  # fmt: skip
         prefixes.serve_offers(offers)
         if prefill is not None:
@@ -296,9 +300,7 @@ async def wire_up(
             shell.carry(prefill)
         address = await offers.start(host)
         stack.push_async_callback(offers.stop)
-        intake = Intake(
-            me, parts.layout, parts.memory, lanes, options, shell.counters, other_dtypes=parts.converts_kv_dtype
-        )
+        intake = Intake(me, parts.layout, parts.memory, lanes, options, shell.counters, parts.converts_kv_dtype, tls)
         shell.prefixes = PrefixFetcher(me, intake, parts.memory.block_bytes, shell.counters)
         shell.lanes_in_use = intake.lanes_in_use
         if wire.ROLE_DECODE in roles:

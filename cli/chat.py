@@ -5,7 +5,7 @@ import contextlib
 import sys
 
 from baton.client import Client
-from cli.complete import add_client_arguments, sampling_of
+from cli.complete import add_client_arguments, client_of, sampling_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def _ask() -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    with Client(arguments.url) as client:
+    with client_of(arguments) as client:
         if arguments.message:
             _answer(client, arguments, [*messages, {"role": "user", "content": arguments.message}])
             return 0

@@ -2,7 +2,7 @@
 
 import argparse
 
-from baton.client import DEFAULT_URL, Client
+from baton.client import DEFAULT_URL, Client, trusting
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11,11 +11,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_client_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command that asks a server shares."""
-    parser.add_argument("--url", default=DEFAULT_URL, help="where the coordinator is (default: %(default)s)")
+    """What every command that asks for an answer shares."""
+    add_server_arguments(parser)
     parser.add_argument("--max-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=None, help="0 is greedy (default: the model's own)")
     parser.add_argument("--seed", type=int, default=None, help="same seed, same answer")
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command that asks a server shares."""
+    parser.add_argument("--url", default=DEFAULT_URL, help="where the coordinator is (default: %(default)s)")
+    parser.add_argument(
+        "--ca", default="", metavar="FILE",
+        help="PEM certificates of the authority of an https:// server; default: the system's, or SSL_CERT_FILE's",
+    )  # fmt: skip
+    parser.add_argument("--client-cert", default="", metavar="FILE", help="PEM certificate to show to it, if it asks")
+    parser.add_argument("--client-key", default="", metavar="FILE", help="PEM private key of that certificate")
+
+
+def client_of(arguments: argparse.Namespace) -> Client:
+    return Client(arguments.url, tls=trusting(arguments.ca, arguments.client_cert, arguments.client_key))
 
 
 def sampling_of(arguments: argparse.Namespace) -> dict[str, float | int]:
@@ -25,7 +40,7 @@ def sampling_of(arguments: argparse.Namespace) -> dict[str, float | int]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    with Client(arguments.url) as client:
+    with client_of(arguments) as client:
         for delta in client.complete(arguments.prompt, **sampling_of(arguments)):
             print(delta.text, end="", flush=True)
     print()

@@ -19,11 +19,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from baton.config import parse_bytes
+from baton.config import TlsOptions, from_arguments, parse_bytes, to_arguments
+from baton.config import add_arguments as add_options
 from baton.errors import ConfigurationError, TransferError
+from baton.tls import inside
 from cli.host_facts import Fact, host_facts
 from kvtransfer.lanes.registry import LANES, Lane, parse_lanes
-from kvtransfer.lanes.streams import Tls
 from kvtransfer.lanes.trial import Served, TrialServer, ask, measure
 
 POOL_BYTES = 64 << 20
@@ -31,7 +32,6 @@ REPEAT = 7
 LANE_BUDGET_S = 5.0
 CHILD_START_S = 30.0
 DEFAULT_LANES = ",".join(name for name in LANES if name != "fake")
-TLS_FLAGS = ("--handover-tls-cert", "--handover-tls-key", "--handover-tls-ca")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,14 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", default="256KiB", help="of a KV block, where blocks are served")
     parser.add_argument("--folder", help="also look at this folder, as a place for KV blocks on a disk")
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
-    for flag in TLS_FLAGS:
-        parser.add_argument(flag, default="", metavar="FILE", help="as for a worker")
+    add_options(parser, TlsOptions)
     parser.add_argument("--until-eof", action="store_true", help=argparse.SUPPRESS)  # of the process started here
 
 
 def run(arguments: argparse.Namespace) -> int:
-    tls_files = [getattr(arguments, flag[2:].replace("-", "_")) for flag in TLS_FLAGS]
-    lanes = parse_lanes(arguments.lanes, Tls.load(*tls_files))
+    tls = from_arguments(TlsOptions, arguments)
+    lanes = parse_lanes(arguments.lanes, inside(tls))
     if arguments.serve:
         _serve(lanes, *host_and_port(arguments.serve), parse_bytes(arguments.block_size), arguments.until_eof)
         return 0
@@ -61,8 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         host_and_port(arguments.peer)
         between, reports = f"this host and {arguments.peer}", _reports(lanes, ask(arguments.peer))
     else:
-        words = ["--lanes", arguments.lanes, "--block-size", arguments.block_size]
-        words += [word for pair in zip(TLS_FLAGS, tls_files, strict=True) for word in pair]
+        words = ["--lanes", arguments.lanes, "--block-size", arguments.block_size, *to_arguments(tls)]
         with _child(words) as address:
             between, reports = "two processes of this host", _reports(lanes, ask(address))
     facts = host_facts(arguments.folder)

@@ -58,7 +58,7 @@ from engine.measuring import (
 from engine.plan import Runner
 from engine.pool import BlockShape
 from engine.weights import check_model, expected_tensors
-from kvtransfer.lanes.registry import lanes_of
+from kvtransfer.lanes.registry import parse_lanes
 
 log = logging.getLogger(__name__)
 STEPS_SHARE, PARTS_SHARE, TRANSFERS_SHARE, LIMITS_SHARE = 0.55, 0.25, 0.08, 0.05
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
         from_arguments(HandoverOptions, arguments),
     )
     log_to_stderr("profile")
-    lanes = lanes_of(settings.handover)
+    lanes = parse_lanes(settings.handover.lanes)
     folder = model_folder(settings.model)
     check_model(folder)
     output = writable_folder(Path(settings.profile.output))

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import signal
+import ssl
 import sys
 import time
 from collections.abc import Sequence
@@ -29,7 +30,9 @@ from baton.config import (
     EngineOptions,
     HandoverOptions,
     ModelOptions,
+    PublicTlsOptions,
     TierOptions,
+    TlsOptions,
     WorkerOptions,
     from_arguments,
     parse_bytes,
@@ -42,9 +45,10 @@ from baton.config import (
 from baton.errors import BatonError, ConfigurationError
 from baton.model_folder import served_name
 from baton.processes import log_to_stderr, stop_signals
+from baton.tls import COORDINATOR_NAME, check_secret, inside, outside, reason_of
 from cli.model import cores_for, model_folder, own_cores, threads_for
 from engine.weights import check_model
-from kvtransfer.lanes.registry import lanes_of
+from kvtransfer.lanes.registry import parse_lanes
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -66,7 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"front doors to the same workers; each has its ports {PORT_STRIDE} above those before it (default: 1)",
     )  # fmt: skip
     group.add_argument("--no-restart", action="store_true", help="leave a process that died dead")
-    add_options(parser, CoordinatorOptions, DiscoveryOptions, ModelOptions, EngineOptions, HandoverOptions, TierOptions)
+    group.add_argument(
+        "--client-cert", default="", metavar="FILE",
+        help="PEM certificate that this command shows to its coordinators; only with --public-tls-client-ca",
+    )  # fmt: skip
+    group.add_argument("--client-key", default="", metavar="FILE", help="PEM private key of that certificate")
+    add_options(
+        parser, CoordinatorOptions, DiscoveryOptions, ModelOptions, EngineOptions, HandoverOptions, TierOptions,
+        TlsOptions, PublicTlsOptions,
+    )  # fmt: skip
 
 
 @dataclass
@@ -116,6 +128,7 @@ class Door:
 
     options: CoordinatorOptions
     child: Child
+    scheme: str = "http"
 
     async def start(self, *others: object) -> None:
         """Raises BatonError when it does not come up. Started again, it has the ports that it got now."""
@@ -135,7 +148,7 @@ class Door:
 
     @property
     def base_url(self) -> str:
-        return f"http://{self._reached(self.options.host)}:{self.options.port}"
+        return f"{self.scheme}://{self._reached(self.options.host)}:{self.options.port}"
 
     @property
     def grpc(self) -> str:
@@ -152,7 +165,7 @@ class Door:
         return f"[{host}]" if ":" in host else host
 
 
-def doors(options: CoordinatorOptions, number: int) -> list[Door]:
+def doors(options: CoordinatorOptions, number: int, scheme: str) -> list[Door]:
     """Coordinators beside each other; a port of 0 stays one. Raises ConfigurationError when ports run out."""
     if number < 1:
         raise ConfigurationError(f"--coordinators is {number}; it must be at least 1")
@@ -167,7 +180,7 @@ def doors(options: CoordinatorOptions, number: int) -> list[Door]:
             parent_pid=os.getpid(),
         )
         validate(own)
-        result.append(Door(own, Child("coordinator" if number == 1 else f"coordinator-{index}", [])))
+        result.append(Door(own, Child("coordinator" if number == 1 else f"coordinator-{index}", []), scheme))
     return result
 
 
@@ -186,18 +199,41 @@ def pool_sizes(arguments: argparse.Namespace) -> dict[str, int]:
     return sizes
 
 
+def trusted(options: PublicTlsOptions, cert: str, key: str) -> ssl.SSLContext | None:
+    """What this command asks its own coordinators with: their certificate is the only one that is good, whatever name
+    it has. Raises ConfigurationError."""
+    if len({bool(cert), bool(key), bool(options.public_tls_client_ca)}) > 1:
+        raise ConfigurationError(
+            "--public-tls-client-ca, --client-cert and --client-key of `baton serve` belong together"
+        )
+    tls = outside(options)
+    if tls is None:
+        return None
+    if cert:
+        check_secret("--client-key", key)
+        try:
+            tls.client.load_cert_chain(cert, key, password=lambda: "")
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"--client-cert and --client-key cannot be used: {reason_of(error)}") from error
+    return tls.client
+
+
 class Cluster:
     """The processes of one `baton serve`."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.sizes = pool_sizes(arguments)
         self.restart = not arguments.no_restart
-        self.doors = doors(from_arguments(CoordinatorOptions, arguments), arguments.coordinators)
+        self.tls = from_arguments(TlsOptions, arguments)
+        self.public_tls = from_arguments(PublicTlsOptions, arguments)
+        self._trusted = trusted(self.public_tls, arguments.client_cert, arguments.client_key)
+        scheme = "https" if self.public_tls.public_tls_cert else "http"
+        self.doors = doors(from_arguments(CoordinatorOptions, arguments), arguments.coordinators, scheme)
         self.discovery = from_arguments(DiscoveryOptions, arguments)
         self.model = from_arguments(ModelOptions, arguments)
         self.handover = from_arguments(HandoverOptions, arguments)
         self.tiers = from_arguments(TierOptions, arguments)
-        lanes_of(self.handover)
+        parse_lanes(self.handover.lanes, inside(self.tls, COORDINATOR_NAME))
         folder = model_folder(self.model)
         check_model(folder)
         engine = from_arguments(EngineOptions, arguments)
@@ -209,7 +245,9 @@ class Cluster:
         self.workers: list[Child] = []
 
     async def start(self) -> None:
-        await asyncio.gather(*(door.start(self.discovery, self.model) for door in self.doors))
+        await asyncio.gather(
+            *(door.start(self.discovery, self.model, self.tls, self.public_tls) for door in self.doors)
+        )
         links = ",".join(door.link for door in self.doors)
         names = [(kind, f"{kind}-{number}") for kind, size in self.sizes.items() for number in range(size)]
         for (kind, name), cores in zip(names, own_cores(len(names), self.engine.threads), strict=True):
@@ -220,7 +258,9 @@ class Cluster:
                     name,
                     [
                         kind,
-                        *words_of(worker, self.discovery, self.model, engine, self.handover, self._tiers_of(name)),
+                        *words_of(
+                            worker, self.discovery, self.model, engine, self.handover, self._tiers_of(name), self.tls
+                        ),
                     ],
                 )
             )
@@ -242,7 +282,7 @@ class Cluster:
             await self._ready_at(door, stop, deadline)
 
     async def _ready_at(self, door: Door, stop: asyncio.Event, deadline: float) -> None:
-        async with AsyncClient(door.base_url) as client:
+        async with AsyncClient(door.base_url, tls=self._trusted) as client:
             while not stop.is_set():
                 status = await client.status()
                 if len(status["workers"]) >= len(self.workers):

@@ -9,11 +9,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from baton.client import DEFAULT_URL, Client
+from cli.complete import add_server_arguments, client_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--url", default=DEFAULT_URL, help="where the coordinator is (default: %(default)s)")
+    add_server_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
@@ -40,7 +40,7 @@ def _row(worker: dict[str, Any]) -> list[str]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    with Client(arguments.url) as client:
+    with client_of(arguments) as client:
         status = client.status()
     if arguments.json:
         print(json.dumps(status, indent=2))

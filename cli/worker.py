@@ -25,6 +25,7 @@ from baton.config import (
     HandoverOptions,
     ModelOptions,
     TierOptions,
+    TlsOptions,
     WorkerOptions,
     default_worker_id,
     from_arguments,
@@ -36,6 +37,7 @@ from baton.config import (
 from baton.discovery import Discovery, open_discovery
 from baton.model_folder import served_name
 from baton.processes import log_to_stderr, stop_signals, watch_parent
+from baton.tls import inside
 from baton.v1 import worker_link_pb2 as wire
 from cli.assembly import Parts, Wired, assemble, wire_up
 from cli.model import cores_for, model_folder, threads_for
@@ -61,7 +63,9 @@ STANDBY: dict[str, Roles] = {"prefill": [wire.ROLE_DECODE], "decode": [], "mixed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, WorkerOptions, DiscoveryOptions, ModelOptions, EngineOptions, HandoverOptions, TierOptions)
+    add_options(
+        parser, WorkerOptions, DiscoveryOptions, ModelOptions, EngineOptions, HandoverOptions, TierOptions, TlsOptions
+    )
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Settings:
     engine: EngineOptions
     handover: HandoverOptions
     tiers: TierOptions
+    tls: TlsOptions
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -84,6 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         from_arguments(EngineOptions, arguments),
         from_arguments(HandoverOptions, arguments),
         from_arguments(TierOptions, arguments),
+        from_arguments(TlsOptions, arguments),
     )
     worker_id = settings.worker.worker_id or default_worker_id(settings.kind)
     log_to_stderr(worker_id)
@@ -94,7 +100,7 @@ async def _live(settings: Settings, worker_id: str, folder: Path) -> int:
     loop = asyncio.get_running_loop()
     stop, crashed = stop_signals(), loop.create_future()
     watch_parent(settings.worker.parent_pid, stop.set)
-    cores = cores_for(settings.engine)
+    cores, tls = cores_for(settings.engine), inside(settings.tls)
     parts = await asyncio.to_thread(_load, settings, folder)
     me = PeerIdentity(worker_id, random.SystemRandom().getrandbits(64))
 
@@ -105,7 +111,7 @@ async def _live(settings: Settings, worker_id: str, folder: Path) -> int:
     late_links: list[CoordinatorLinks] = []
     wiring = wire_up(
         parts, me, ROLES[settings.kind] + STANDBY[settings.kind], settings.handover, settings.worker.host,
-        lambda message: late_links[0].send_all(message), on_crash,
+        lambda message: late_links[0].send_all(message), on_crash, tls,
     )  # fmt: skip
     async with wiring as wired:
         wired.shell.orphans.keep_s = settings.worker.orphan_s
@@ -113,10 +119,15 @@ async def _live(settings: Settings, worker_id: str, folder: Path) -> int:
             # The thread that computes, and with it those that it starts; wires run wherever there is room.
             await wired.shell.steps.call(lambda engine: os.sched_setaffinity(0, cores))
         registration = _registration(settings, parts, me, wired)
-        links = CoordinatorLinks(registration, wired.shell, wired.shell.heartbeat)
+        links = CoordinatorLinks(registration, wired.shell, wired.shell.heartbeat, tls)
         late_links.append(links)
+        watching = asyncio.create_task(tls.watch()) if tls else None
         linking = links.run(_discovery(settings, wired.shell), settings.worker.connect_timeout_s)
-        return await _until_stopped(settings.worker, wired.shell, asyncio.create_task(linking), stop, crashed)
+        try:
+            return await _until_stopped(settings.worker, wired.shell, asyncio.create_task(linking), stop, crashed)
+        finally:
+            if watching:
+                watching.cancel()
 
 
 def _load(settings: Settings, folder: Path) -> Parts:

@@ -7,11 +7,13 @@
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 import secrets
 import time
 import traceback
+from collections import deque
 from typing import Any, NoReturn
 
 import grpc
@@ -19,6 +21,7 @@ import grpc
 from baton.config import CoordinatorOptions
 from baton.errors import PeerError
 from baton.pulse import Pulse
+from baton.tls import Tls
 from baton.v1 import worker_link_pb2 as wire
 from baton.v1 import worker_link_pb2_grpc as rpc
 from coordinator.dispatch import Dispatcher
@@ -31,7 +34,9 @@ _HEARTBEAT = wire.CoordinatorMessage(heartbeat=wire.CoordinatorHeartbeat())
 
 
 class LinkServicer(rpc.WorkerLinkServicer):
-    def __init__(self, options: CoordinatorOptions, registry: WorkerRegistry, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self, options: CoordinatorOptions, registry: WorkerRegistry, dispatcher: Dispatcher, tls: Tls | None = None
+    ) -> None:
         self._options = options
         self._registry = registry
         self._dispatcher = dispatcher
@@ -39,8 +44,13 @@ class LinkServicer(rpc.WorkerLinkServicer):
         self._pulse = Pulse(options.heartbeat_interval_s, options.heartbeat_timeout_s)
         self._cut_off_at_s = -math.inf
         """When a worker was last lost because nobody was heard."""
+        self._tls = tls
+        self._unknown: deque[float] = deque()
+        """When each connection was accepted that nothing was heard on yet."""
 
     async def Connect(self, request_iterator: Any, context: _Context) -> None:  # type: ignore[override]
+        with contextlib.suppress(IndexError):
+            self._unknown.popleft()  # whichever: only how many stay is of interest
         worker = await self._register(context)
         tasks = [
             asyncio.create_task(self._read(worker, context)),
@@ -97,11 +107,23 @@ class LinkServicer(rpc.WorkerLinkServicer):
         while True:
             await context.write(await worker.outbox.get())
 
+    def on_connection(self) -> None:
+        """With TLS, for each connection that is accepted, on a thread of gRPC's. How its handshake ends is not told,
+        so that one which no call comes on within `heartbeat_timeout_s` counts as refused."""
+        self._unknown.append(time.monotonic())
+
+    def _judge_unknown(self, now: float) -> None:
+        while self._unknown and now - self._unknown[0] > self._options.heartbeat_timeout_s:
+            self._unknown.popleft()
+            if self._tls is not None:
+                self._tls.refuse("link", "no TLS, or no certificate of the authority of --tls-ca")
+
     async def watch(self) -> None:
         """Send heartbeats, and lose silent workers, until cancelled."""
         while True:
             workers = [worker for worker in self._registry.workers.values() if not worker.lost.is_set()]
             beats = await self._pulse.rest([worker.last_seen_s for worker in workers])
+            self._judge_unknown(time.monotonic())
             for worker in list(self._registry.workers.values()):
                 if self._pulse.silent(worker.last_seen_s):
                     self._lose_silent(worker)

@@ -1,13 +1,14 @@
 """What the coordinator counts, in Prometheus' terms. Names begin with baton_, units are in the name."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from baton.metrics import TIER_COUNTERS, TIERS, WORKER_COUNTERS
+from baton.tls import Tls
 from coordinator.delivery import Choice, Request
 from coordinator.workers import Worker, WorkerRegistry
 
@@ -106,8 +107,27 @@ class Metrics:
     def watch_workers(self, workers: "WorkerRegistry") -> None:
         self.registry.register(_WorkerCollector(workers))
 
+    def watch_tls(self, sides: Mapping[str, Tls | None]) -> None:
+        self.registry.register(_TlsCollector({side: tls for side, tls in sides.items() if tls is not None}))
+
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+
+class _TlsCollector(Collector):
+    def __init__(self, sides: dict[str, Tls]) -> None:
+        self._sides = sides
+
+    def collect(self) -> Iterator[Metric]:
+        for name in ("tls_refused", "tls_reloads", "tls_reload_failures"):
+            family = CounterMetricFamily(f"baton_{name}", WORKER_COUNTERS[name], labels=["side"])
+            for side, tls in self._sides.items():
+                family.add_metric([side], tls.counters.get(name, 0.0))
+            yield family
+        ends = GaugeMetricFamily("baton_tls_certificate_end_seconds", "When it ends, since 1970", labels=["side"])
+        for side, tls in self._sides.items():
+            ends.add_metric([side], tls.material.expires_at)
+        yield ends
 
 
 class _WorkerCollector(Collector):

@@ -15,11 +15,13 @@ from pathlib import Path
 import grpc
 from aiohttp import web
 
-from baton.config import CoordinatorOptions, DiscoveryOptions, ModelOptions
+from baton.config import CoordinatorOptions, DiscoveryOptions, ModelOptions, PublicTlsOptions, TlsOptions
 from baton.discovery import open_discovery
 from baton.errors import ConfigurationError
+from baton.grpc_tls import server_credentials
 from baton.model_folder import served_name
 from baton.processes import stop_signals, watch_parent
+from baton.tls import COORDINATOR_NAME, inside, outside
 from baton.v1 import worker_link_pb2_grpc as link_rpc
 from coordinator.dispatch import Dispatcher
 from coordinator.failures import unavailable
@@ -37,7 +39,7 @@ from coordinator.workers import WorkerRegistry
 events = logging.getLogger("baton.events")
 _STOP_GRACE_S = 1.0
 _RETRACT_TIMEOUT_S = 2.0
-_NOWHERE = DiscoveryOptions()
+_NOWHERE, _NO_TLS, _NO_PUBLIC_TLS = DiscoveryOptions(), TlsOptions(), PublicTlsOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +58,10 @@ class Coordinator:
     def __init__(
         self, options: CoordinatorOptions, model: ModelOptions, model_folder: Path,
         discovery: DiscoveryOptions = _NOWHERE,
+        tls: TlsOptions = _NO_TLS, public_tls: PublicTlsOptions = _NO_PUBLIC_TLS,
     ) -> None:  # fmt: skip
         self._options = options
+        self._tls, self._public_tls = inside(tls, COORDINATOR_NAME), outside(public_tls)
         self._announced_host = _announced_host(options, discovery)
         name = served_name(model)
         self._tokenizer = ModelTokenizer(model_folder)
@@ -71,7 +75,8 @@ class Coordinator:
         self.intake = Intake(options, name, self._tokenizer, self.registry, self.dispatcher, self.metrics)
         self.dispatcher.model = name
         self.resumption = Resumption(options, self.intake, self.dispatcher, self.metrics)
-        self._link = LinkServicer(options, self.registry, self.dispatcher)
+        self._link = LinkServicer(options, self.registry, self.dispatcher, self._tls)
+        self.metrics.watch_tls({"inside": self._tls, "public": self._public_tls})
         self._tasks: set[asyncio.Task[None]] = set()
         self._announcing: asyncio.Task[None] | None = None
         self._closing = contextlib.AsyncExitStack()
@@ -82,12 +87,16 @@ class Coordinator:
         try:
             link = await self._start_link()
             self._grpc = GrpcApi(self.intake, self.resumption, options.max_body_bytes, options.heartbeat_interval_s)
-            grpc_port = _bind(self._grpc.server, options.host, options.grpc_port, "--grpc-port")
+            credentials = server_credentials(self._public_tls) if self._public_tls else None
+            grpc_port = _bind(self._grpc.server, options.host, options.grpc_port, "--grpc-port", credentials)
             await self._grpc.server.start()
             self._closing.push_async_callback(self._grpc.server.stop, _STOP_GRACE_S)
             await self._grpc.set_ready(False)
             self.registry.on_change = self._readiness_changed
             http = await self._start_http()
+            for tls in (self._tls, self._public_tls):
+                if tls is not None:
+                    self._spawn(tls.watch())
             self._announce(link)
         except BaseException:
             await self.stop()
@@ -98,7 +107,8 @@ class Coordinator:
         options = self._options
         self._link_server = server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         link_rpc.add_WorkerLinkServicer_to_server(self._link, server)
-        port = _bind(server, options.link_host, options.link_port, "--link-port")
+        credentials = server_credentials(self._tls, self._link.on_connection) if self._tls else None
+        port = _bind(server, options.link_host, options.link_port, "--link-port", credentials)
         await server.start()
         self._closing.push_async_callback(server.stop, None)
         self._spawn(self._link.watch())
@@ -118,8 +128,10 @@ class Coordinator:
         )
         await runner.setup()
         self._closing.push_async_callback(runner.cleanup)
+        context = self._public_tls.listener("http") if self._public_tls else None
+        site = web.TCPSite(runner, options.host, options.port, ssl_context=context, reuse_port=False)
         try:
-            await web.TCPSite(runner, options.host, options.port, reuse_port=False).start()
+            await site.start()
         except OSError as error:
             raise _port_error("--port", options.host, options.port, error.strerror or str(error)) from error
         return int(runner.addresses[0][1])
@@ -187,13 +199,15 @@ async def serve(
     model_folder: Path,
     on_ready: Callable[[Ports], None],
     discovery: DiscoveryOptions = _NOWHERE,
+    tls: TlsOptions = _NO_TLS,
+    public_tls: PublicTlsOptions = _NO_PUBLIC_TLS,
 ) -> None:
     """Run a coordinator until SIGTERM, SIGINT or the end of its parent, and then drain it.
 
     After SIGTERM others go on with what does not finish in time; otherwise nobody does, and clients are told so. A
     second signal ends the process at once. Raises ConfigurationError before anything is served.
     """
-    coordinator = Coordinator(options, model, model_folder, discovery)
+    coordinator = Coordinator(options, model, model_folder, discovery, tls, public_tls)
     stop = stop_signals()
     watch_parent(options.parent_pid, stop.set)
     try:
@@ -217,9 +231,10 @@ def _announced_host(options: CoordinatorOptions, discovery: DiscoveryOptions) ->
     return host
 
 
-def _bind(server: grpc.aio.Server, host: str, port: int, flag: str) -> int:
+def _bind(server: grpc.aio.Server, host: str, port: int, flag: str, credentials: grpc.ServerCredentials | None) -> int:
+    address = _address(host, port)
     try:
-        bound = server.add_insecure_port(_address(host, port))
+        bound = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError as error:
         raise _port_error(flag, host, port, "it may be in use") from error
     if not bound:

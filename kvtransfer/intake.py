@@ -26,6 +26,7 @@ import zmq.asyncio
 
 from baton.config import HandoverOptions
 from baton.errors import PeerError
+from baton.tls import Tls
 from baton.v1 import handover_pb2 as pb
 from kvtransfer.direct import Lending
 from kvtransfer.lanes.registry import Lane
@@ -56,16 +57,20 @@ class Intake:
         options: HandoverOptions,
         counters: dict[str, float],
         other_dtypes: bool = False,
+        tls: Tls | None = None,
     ) -> None:
         """`lanes`: best first, see `lanes.registry.parse_lanes`.
 
         `other_dtypes`: also take blocks of another dtype, cast to the one here. Never for workers whose answers are to
         be exact: such KV is not what they would compute, and `IntakeResult.same_bits` tells.
+
+        `tls`: no peer without is talked to.
         """
         self._me = me
         self._layout = layout
         self._memory = memory
         self._lanes = lanes
+        self._tls = tls
         self._options = options
         self._counters = counters
         self._converters = Converters(layout, memory, other_dtypes)
@@ -284,7 +289,7 @@ class Intake:
         return attempt
 
     async def _connect(self, peer: PeerRef) -> PeerLink:
-        link = PeerLink(self._me, peer, self._options, self._on_message, self._on_lost, self._active_ids)
+        link = PeerLink(self._me, peer, self._options, self._on_message, self._on_lost, self._active_ids, self._tls)
         try:
             await link.connect(self._context, self._layout, self._memory, self._lanes, self._converters)
         except PeerError:

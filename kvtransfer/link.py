@@ -17,6 +17,7 @@ from zmq.utils.monitor import parse_monitor_message
 from baton.config import HandoverOptions
 from baton.errors import PeerError, TransferError
 from baton.pulse import Pulse
+from baton.tls import Tls
 from baton.v1 import handover_pb2 as pb
 from kvtransfer.direct import Lending
 from kvtransfer.handshake import check_reply, hello, offered_layout
@@ -25,6 +26,7 @@ from kvtransfer.lanes.choosing import open_best
 from kvtransfer.lanes.registry import Lane
 from kvtransfer.layout import BlockLayout
 from kvtransfer.memory import PoolMemory
+from kvtransfer.sealing import Seal
 from kvtransfer.staging import Converter, Converters
 from kvtransfer.wire import (
     HIGH_WATER_MARK,
@@ -57,6 +59,7 @@ class PeerLink:
         on_message: Callable[["PeerLink", pb.HandoverMessage], None],
         on_lost: Callable[["PeerLink"], None],
         active_ids: Callable[["PeerLink"], list[str]],
+        tls: Tls | None = None,
     ) -> None:
         self.peer = peer
         self.lost: str | None = None
@@ -73,7 +76,9 @@ class PeerLink:
         self._on_message = on_message
         self._on_lost = on_lost
         self._active_ids = active_ids
-        self._numbering = Numbering()
+        self._seal = None if tls is None else Seal(tls.client, False)
+        self._numbering = Numbering(self._seal)
+        self._hello = pb.HandoverMessage()
         self._last_heard = 0.0
         self._greeting: asyncio.Future[pb.HelloReply] = asyncio.get_running_loop().create_future()
         self._tasks: list[asyncio.Task[None]] = []
@@ -104,7 +109,11 @@ class PeerLink:
             self._dial(context)
         except zmq.ZMQError as error:
             raise PeerError(f"'{self.peer.address}' cannot be dialled: {error}") from error
-        self.send(hello(self._me, self.peer, layout, [lane.name for lane in lanes]))
+        self._hello = hello(self._me, self.peer, layout, [lane.name for lane in lanes])
+        if self._seal is None:
+            self.send(self._hello)
+        else:
+            self._send_frame(self._seal.shake())
         try:
             async with asyncio.timeout(self._options.heartbeat_timeout_s):
                 reply = await asyncio.shield(self._greeting)
@@ -163,8 +172,10 @@ class PeerLink:
         """Queue a message; a peer that cannot take it is lost. Nothing is sent to a lost peer."""
         if self._socket is None or self.lost is not None:
             return
-        error = send_now(self._socket, [self._numbering.stamp(message)])
-        if error is not None:
+        self._send_frame(self._numbering.stamp(message))
+
+    def _send_frame(self, frame: bytes) -> None:
+        if self._socket is not None and (error := send_now(self._socket, [frame])) is not None:
             self._lose(f"nothing can be sent to the peer: {error}")
 
     async def close(self) -> None:
@@ -200,9 +211,23 @@ class PeerLink:
         while self.lost is None:
             frame = await socket.recv()
             try:
-                self._handle(self._numbering.accept(frame))
+                if self._seal is None or self._seal.done:
+                    self._handle(self._numbering.accept(frame))
+                else:
+                    self._shake(self._seal, frame)
             except PeerError as error:
                 self._lose(str(error))
+
+    def _shake(self, seal: Seal, frame: bytes) -> None:
+        try:
+            answer = seal.shake(frame)
+        except PeerError:
+            self._send_frame(seal.farewell())
+            raise
+        if answer:
+            self._send_frame(answer)
+        if seal.done:
+            self.send(self._hello)
 
     def _handle(self, message: pb.HandoverMessage) -> None:
         self._last_heard = time.monotonic()

@@ -33,6 +33,7 @@ import zmq.asyncio
 from baton.config import HandoverOptions
 from baton.errors import ConfigurationError, PeerError
 from baton.pulse import Pulse
+from baton.tls import Tls
 from baton.v1 import handover_pb2 as pb
 from kvtransfer.direct import DirectServer, LentPool, Placed
 from kvtransfer.handshake import refusal
@@ -40,7 +41,8 @@ from kvtransfer.lanes.base import LaneEndpoint, LaneServer
 from kvtransfer.layout import BlockLayout
 from kvtransfer.leases import LeaseBook, LeaseChange, LeaseEvent
 from kvtransfer.memory import PoolMemory
-from kvtransfer.outgoing import Connection, Outgoing, Parked
+from kvtransfer.outgoing import Connection, Outgoing, Parked, Stranger
+from kvtransfer.sealing import ALERT, Seal, is_late
 from kvtransfer.wire import (
     HIGH_WATER_MARK,
     MAX_FRAME_BYTES,
@@ -56,6 +58,8 @@ from kvtransfer.wire import (
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 1024
+MAX_STRANGERS = 256
+"""Connections in a TLS handshake; beyond these the oldest is forgotten."""
 MAX_PARKED = 4096
 
 
@@ -87,11 +91,14 @@ class OfferServer:
         direct: DirectServer | None = None,
         on_want: Callable[[str, Placed | None], None] = lambda handover_id, placed: None,
         on_ask: Callable[[str, PeerIdentity, Sequence[bytes]], None] | None = None,
+        tls: Tls | None = None,
     ) -> None:
         """`direct`: maps pools of decode workers. on_want(id, placed): once a Want of an open hand-over, never from
         inside a call of the owner's. `placed`: the owner must call `written` until that has said `stopped`.
 
         on_ask(id, peer, names): a peer asks for blocks by name. None: nothing is ever found.
+
+        `tls`: nothing is said to a peer without (see `sealing`).
         """
         self._me = me
         self._layout = layout
@@ -105,6 +112,8 @@ class OfferServer:
         self._direct = direct
         self._on_want_of = on_want
         self._on_ask = on_ask
+        self._tls = tls
+        self._strangers: dict[bytes, Stranger] = {}
         self._writing: dict[str, Writing] = {}
         self._direct_endpoint: pb.LaneEndpoint | None = None
         # A reader's batch lasts at most pull_timeout_s, and its own clock is checked well within the silence allowed.
@@ -355,16 +364,41 @@ class OfferServer:
                 continue
             connection = self._connections.get(frames[0])
             if connection is None:
-                self._greet(socket, frames[0], frames[1])
+                if self._tls is None:
+                    self._greet(socket, frames[0], frames[1], Numbering())
+                else:
+                    self._shake(socket, frames[0], frames[1], self._tls)
                 continue
             try:
                 self._handle(connection, connection.numbering.accept(frames[1]))
             except PeerError as error:
                 self._drop(connection, str(error), True)
 
-    def _greet(self, socket: zmq.asyncio.Socket, routing_id: bytes, frame: bytes) -> None:
+    def _shake(self, socket: zmq.asyncio.Socket, routing_id: bytes, frame: bytes, tls: Tls) -> None:
+        """With TLS a connection begins with a handshake, and whoever gets through it says Hello."""
+        stranger = self._strangers.pop(routing_id, None)
+        if stranger is None and is_late(frame):
+            send_now(socket, [routing_id, ALERT])
+            return
+        if stranger is None:
+            stranger = Stranger(Seal(tls.server, True), time.monotonic() + self._options.heartbeat_timeout_s)
+        elif stranger.seal.done:
+            self._greet(socket, routing_id, frame, Numbering(stranger.seal))
+            return
+        try:
+            answer = stranger.seal.shake(frame)
+        except PeerError as error:
+            tls.refuse("hand-over", str(error))
+            answer = stranger.seal.farewell()
+        else:
+            self._strangers[routing_id] = stranger
+            if len(self._strangers) > MAX_STRANGERS:
+                del self._strangers[next(iter(self._strangers))]
+        if answer:
+            send_now(socket, [routing_id, answer])
+
+    def _greet(self, socket: zmq.asyncio.Socket, routing_id: bytes, frame: bytes, numbering: Numbering) -> None:
         """Answer the first message of a connection, which must be an acceptable Hello."""
-        numbering = Numbering()
         try:
             hello = numbering.accept(frame).hello
             reason = refusal(hello, self._me, self._layout, self._endpoints)
@@ -479,6 +513,9 @@ class OfferServer:
                 continue  # not before what peers sent is read: their heartbeats renew leases
             now = time.monotonic()
             self._apply(self._book.tick(now))
+            for routing_id, stranger in list(self._strangers.items()):
+                if now >= stranger.expires_at:
+                    del self._strangers[routing_id]
             for handover_id, parked in list(self._parked.items()):
                 if now >= parked.expires_at:
                     del self._parked[handover_id]

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from baton.v1 import handover_pb2 as pb
+from kvtransfer.sealing import Seal
 from kvtransfer.wire import MAX_OFFER_BLOCKS, Numbering, PeerIdentity
 
 MIN_GROUP_BYTES = 256 << 10
@@ -25,6 +26,14 @@ class Connection:
     peer: PeerIdentity
     numbering: Numbering
     last_heard: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stranger:
+    """A connection in the middle of its TLS handshake, or with nothing said after it."""
+
+    seal: Seal
+    expires_at: float
 
 
 @dataclass(slots=True)

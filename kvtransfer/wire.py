@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 
 from baton.errors import PeerError
 from baton.v1 import handover_pb2 as pb
+from kvtransfer.sealing import TLS_ONLY, Seal, talks_tls
 
 log = logging.getLogger(__name__)
 
@@ -48,17 +49,24 @@ class Numbering:
     """Sequence numbers of one connection, from 1 in each direction. A gap or a repeat means that messages were lost
     or doubled, and then nothing on the connection can be believed."""
 
-    def __init__(self) -> None:
+    def __init__(self, seal: Seal | None = None) -> None:
+        """`seal`: what encrypts, its handshake done before the first message."""
+        self._seal = seal
         self._sent = 0
         self._received = 0
 
     def stamp(self, message: pb.HandoverMessage) -> bytes:
         self._sent += 1
         message.sequence = self._sent
-        return message.SerializeToString()
+        frame = message.SerializeToString()
+        return frame if self._seal is None else self._seal.seal(frame)
 
     def accept(self, frame: bytes) -> pb.HandoverMessage:
         """Parse the next frame. Raises PeerError when it is not a message, or not the next one."""
+        if self._seal is not None:
+            frame = self._seal.open(frame)
+        elif talks_tls(frame):
+            raise PeerError(TLS_ONLY)
         message = pb.HandoverMessage()
         try:
             message.ParseFromString(frame)

@@ -1,11 +1,13 @@
 """The house is as its plan says."""
 
 import ast
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
+from baton import config
 from baton.metrics import WORKER_COUNTERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +39,17 @@ def test_every_counter_that_is_counted_is_registered_and_every_registered_one_is
             unknown = set(re.findall(r'counters\["(\w+)"\]', text)) - set(WORKER_COUNTERS)
             assert not unknown, f"{path.name} counts {unknown}"
     assert counted == set(WORKER_COUNTERS)
+
+
+def test_no_flag_takes_a_secret_itself() -> None:
+    """Everybody on a machine sees command lines: what is secret comes from files, or the environment."""
+    options = [value for value in vars(config).values() if dataclasses.is_dataclass(value)]
+    assert options
+    secret = re.compile(r"(^|_)(key|login|password|secret|credential|token)$")
+    for each in options:
+        for field in dataclasses.fields(each):
+            if secret.search(field.name):
+                assert re.match("PEM private key|file with", field.metadata["help"]), field.name
 
 
 def test_links_between_pages_lead_somewhere() -> None:

@@ -14,7 +14,9 @@ from collections.abc import AsyncIterator, Callable
 import grpc
 
 from baton.errors import ConfigurationError
+from baton.grpc_tls import channel, trouble
 from baton.pulse import Pulse
+from baton.tls import Tls
 from baton.v1 import worker_link_pb2 as wire
 from baton.v1.worker_link_pb2_grpc import WorkerLinkStub
 from worker.roles import Link
@@ -81,14 +83,16 @@ class CoordinatorLink:
         registration: wire.Registration,
         handler: LinkHandler,
         heartbeat: Callable[[], wire.WorkerHeartbeat],
+        tls: Tls | None = None,
     ) -> None:
         self._address = address
         self._registration = registration
         self._handler = handler
         self._heartbeat = heartbeat
+        self._tls = tls
         self._outgoing: asyncio.Queue[wire.WorkerMessage] | None = None
         self._overflow = asyncio.Event()
-        self._told_failure = False
+        self._told = ""
         self._heard = 0.0
         self.connected = asyncio.Event()
         self.wanted = True
@@ -120,7 +124,7 @@ class CoordinatorLink:
                 if not held:
                     await self._session(on_connected)
             except (grpc.aio.AioRpcError, TimeoutError, ConnectionError) as error:
-                self._explain(error)
+                await self._explain(error)
             if self.connected.is_set():
                 self.connected.clear()
                 backoff_s = FIRST_BACKOFF_S
@@ -131,14 +135,21 @@ class CoordinatorLink:
             await asyncio.sleep(MAX_BACKOFF_S if held else backoff_s)
             backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
 
-    def _explain(self, error: Exception) -> None:
+    async def _explain(self, error: Exception) -> None:
+        """Say why there is no link, each reason once an outage. Raises Refused when dialling again cannot help."""
         if not isinstance(error, grpc.aio.AioRpcError):
             log.warning("link to the coordinator at %s broke: %s", self._address, error or type(error).__name__)
-        elif error.code() == grpc.StatusCode.FAILED_PRECONDITION:
+            return
+        if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
             raise Refused(f"the coordinator at {self._address} refused this worker: {error.details()}") from error
-        elif not self._told_failure:
-            self._told_failure = True  # once an outage
-            log.info("link to the coordinator at %s: %s", self._address, error.code().name)
+        reason = error.code().name
+        if error.code() == grpc.StatusCode.UNAVAILABLE and (problem := await trouble(self._address, self._tls)):
+            if problem == self._told and not self.coordinator:  # no chance of a moment, nor files being replaced
+                raise Refused(f"no link with the coordinator at {self._address}: {problem}") from error
+            reason = problem
+        if reason != self._told:
+            self._told = reason
+            log.info("link to the coordinator at %s: %s", self._address, reason)
 
     async def _session(self, on_connected: Callable[[], None]) -> None:
         """One connection from dialling to its end."""
@@ -146,16 +157,16 @@ class CoordinatorLink:
         self._overflow.clear()
         options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
         try:
-            async with grpc.aio.insecure_channel(self._address, options=options) as channel:
+            async with channel(self._address, self._tls, options) as opened:
                 self._outgoing.put_nowait(wire.WorkerMessage(registration=self._registration))
-                call = WorkerLinkStub(channel).Connect(self._messages(self._outgoing))
+                call = WorkerLinkStub(opened).Connect(self._messages(self._outgoing))
                 async with asyncio.timeout(WELCOME_TIMEOUT_S):  # wait_for() may lose a cancellation
                     welcome = await call.read()
                 if not isinstance(welcome, wire.CoordinatorMessage):  # the end of the stream
                     raise ConnectionError("the coordinator hung up before its welcome")
                 self.coordinator = welcome.welcome.coordinator_incarnation
                 self.connected.set()
-                self._told_failure = False
+                self._told = ""
                 self._handler.on_linked(self)
                 on_connected()
                 log.info("registered with the coordinator at %s", self._address)

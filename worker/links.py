@@ -11,6 +11,7 @@ from typing import Any
 
 from baton.discovery.base import Discovery
 from baton.errors import ConfigurationError
+from baton.tls import Tls
 from baton.v1 import worker_link_pb2 as wire
 from worker.link import CoordinatorLink, LinkHandler, Refused
 
@@ -21,11 +22,13 @@ REFUSED_RETRY_S = 10.0
 
 class CoordinatorLinks:
     def __init__(
-        self, registration: wire.Registration, handler: LinkHandler, heartbeat: Callable[[], wire.WorkerHeartbeat]
-    ) -> None:
+        self, registration: wire.Registration, handler: LinkHandler, heartbeat: Callable[[], wire.WorkerHeartbeat],
+        tls: Tls | None = None,
+    ) -> None:  # fmt: skip
         self._registration = registration
         self._handler = handler
         self._heartbeat = heartbeat
+        self._tls = tls
         self._wanted: frozenset[str] = frozenset()
         self._links: dict[str, CoordinatorLink] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -77,7 +80,7 @@ class CoordinatorLinks:
             self._dial(address)
 
     def _dial(self, address: str) -> None:
-        link = CoordinatorLink(address, self._registration, self._handler, self._heartbeat)
+        link = CoordinatorLink(address, self._registration, self._handler, self._heartbeat, self._tls)
         self._links[address] = link
         task = asyncio.create_task(self._keep(address, link))
         self._tasks.add(task)

@@ -25,6 +25,7 @@ import grpc
 from baton.config import DiscoveryOptions, parse_etcd
 from baton.discovery.base import Discovery
 from baton.errors import ConfigurationError
+from baton.tls import check_secret
 from baton.v1 import etcd_pb2 as api
 from baton.v1 import etcd_pb2_grpc as rpc
 
@@ -66,6 +67,9 @@ class Etcd(Discovery):
         self._on_lost = on_lost
         self._is_lost = False
         self.trouble = "it has not answered yet"
+        for flag, path in ("--discovery-login", options.discovery_login), ("--discovery-key", options.discovery_key):
+            if path:
+                check_secret(flag, path)
         try:
             self._credentials(), self._login()
         except (OSError, ValueError) as error:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from baton.config import HandoverOptions
 from baton.errors import ConfigurationError
+from baton.tls import Tls
 from kvtransfer.lanes import nixl, ucx
 from kvtransfer.lanes.base import LaneClient, LaneEndpoint, LaneServer
 from kvtransfer.lanes.cma import CmaLaneClient, CmaLaneServer
@@ -13,7 +13,6 @@ from kvtransfer.lanes.cuda_ipc import CudaIpcLaneClient, CudaIpcLaneServer
 from kvtransfer.lanes.fake import FakeLaneClient, FakeLaneServer
 from kvtransfer.lanes.faulty import FaultPlan, FaultyLaneClient
 from kvtransfer.lanes.shm import ShmLaneClient, ShmLaneServer
-from kvtransfer.lanes.streams import Tls
 from kvtransfer.lanes.tcp import TcpLaneClient, TcpLaneServer
 from kvtransfer.memory import PoolMemory
 
@@ -62,12 +61,6 @@ def parse_lanes(text: str, tls: Tls | None = None) -> list[Lane]:
     if len(set(names)) < len(names):
         raise ConfigurationError(f"--lanes is '{text}'; name each lane once")
     return lanes
-
-
-def lanes_of(options: HandoverOptions) -> list[Lane]:
-    """What the options name, with their TLS. Raises ConfigurationError."""
-    tls = Tls.load(options.handover_tls_cert, options.handover_tls_key, options.handover_tls_ca)
-    return parse_lanes(options.lanes, tls)
 
 
 def _parse_lane(word: str, tls: Tls | None) -> Lane:

@@ -9,52 +9,16 @@ import ssl
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
-from baton.errors import ConfigurationError, TransferError
+from baton.errors import TransferError
+from baton.tls import Tls
 
 SEND_STALL_S: Final = 10.0
 """A receiver that takes nothing for so long loses its connection."""
 _MAX_PARTS: Final = 64  # memory ranges in one system call
 _TLS_PIECE_BYTES: Final = 1 << 20  # what one send may take SEND_STALL_S for
 _LOCAL_BUFFER_BYTES: Final = 256 << 10
-
-
-@dataclass(frozen=True, slots=True)
-class Tls:
-    """Mutual TLS 1.3. A peer is who holds a certificate of the authority; names in certificates are not compared,
-    because workers know each other by address."""
-
-    server: ssl.SSLContext
-    client: ssl.SSLContext
-
-    @classmethod
-    def load(cls, cert: str, key: str, ca: str) -> "Tls | None":
-        """From PEM files; None when no file is named. Raises ConfigurationError."""
-        named = {"cert": cert, "key": key, "ca": ca}
-        missing = [f"--handover-tls-{name}" for name, path in named.items() if not path]
-        if len(missing) == len(named):
-            return None
-        if missing:
-            raise ConfigurationError(f"TLS between workers needs all of its files; {' and '.join(missing)} is missing")
-        server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        client.check_hostname = False
-        for context in (server, client):
-            context.minimum_version = ssl.TLSVersion.TLSv1_3
-            context.verify_mode = ssl.CERT_REQUIRED
-            try:
-                context.load_cert_chain(cert, key, password=lambda: "")  # never ask at a terminal
-            except (OSError, ValueError) as error:
-                raise ConfigurationError(
-                    f"--handover-tls-cert '{cert}' and --handover-tls-key '{key}' cannot be used: {error}; "
-                    "they are PEM files of one pair, the key without a password"
-                ) from error
-            try:
-                context.load_verify_locations(ca)
-            except OSError as error:
-                raise ConfigurationError(f"--handover-tls-ca '{ca}' cannot be used: {error}") from error
-        return cls(server, client)
 
 
 class Stream(ABC):

@@ -27,6 +27,7 @@ from functools import partial
 import numpy as np
 
 from baton.errors import ConfigurationError, TransferError
+from baton.tls import Tls, reason_of
 from kvtransfer.lanes.base import (
     ANY_GENERATION,
     POLL_S,
@@ -37,7 +38,7 @@ from kvtransfer.lanes.base import (
     check_still_wanted,
 )
 from kvtransfer.lanes.copying import MAX_RUN_BYTES, Integers, Pieces, batches, coalesce
-from kvtransfer.lanes.streams import SEND_STALL_S, Stream, Tls, accept_stream, dial_stream
+from kvtransfer.lanes.streams import SEND_STALL_S, Stream, accept_stream, dial_stream
 from kvtransfer.memory import PoolMemory
 
 log = logging.getLogger(__name__)
@@ -136,8 +137,10 @@ class TcpLaneServer(LaneServer):
             while _answer(stream, memory, self._check_open):
                 pass
         except OSError as error:
-            level = logging.DEBUG if stream else logging.WARNING
-            log.log(level, "lane tcp: a connection ended: %s", error)
+            if stream is None and self._tls is not None:
+                self._tls.refuse("lane tcp", reason_of(error))
+            else:
+                log.debug("lane tcp: a connection ended: %s", error)
         except TransferError as error:
             log.debug("lane tcp: a connection ended: %s", error)
         finally:

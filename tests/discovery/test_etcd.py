@@ -247,6 +247,7 @@ def test_a_user_and_password_come_from_a_file(tmp_path: Path) -> None:
             etcd.password = "secret:with:colons"
             login = tmp_path / "login"
             login.write_text("baton:wrong\n")
+            login.chmod(0o600)
             seen = Seen()
             discovery = at(etcd, discovery_login=str(login))[0]
             async with running(discovery.watch(seen), at(etcd, discovery_login=str(login))[0].announce(A)):
@@ -302,3 +303,21 @@ def test_options_that_cannot_work_are_refused_with_what_to_change(options: dict[
 
     with pytest.raises(ConfigurationError, match=complaint):
         start()
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "complaint"),
+    [("baton:SECRET", 0o644, "--discovery-login .* chmod 600"), ("SECRET", 0o600, "must hold user:password")],
+)
+def test_a_login_is_kept_from_others_and_out_of_messages(
+    tmp_path: Path, content: str, mode: int, complaint: str
+) -> None:
+    login = tmp_path / "login"
+    login.write_text(content)
+    login.chmod(mode)
+    with pytest.raises(ConfigurationError, match=complaint) as refused:
+        open_discovery(DiscoveryOptions(discovery="etcd://a:1", discovery_login=str(login)))
+    assert "SECRET" not in str(refused.value)
+    with pytest.raises(ConfigurationError, match="--discovery-login") as refused:
+        validate(DiscoveryOptions(discovery="etcd://baton:SECRET@a:1"))
+    assert "SECRET" not in str(refused.value)

@@ -3,15 +3,12 @@ import errno
 import itertools
 import os
 import random
-import shutil
 import socket
 import struct
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,13 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.errors import ConfigurationError, TransferError
+from baton.tls import Tls, inside
 from kvtransfer.lanes import cma, copying, cuda_ipc, tcp
 from kvtransfer.lanes.base import ANY_GENERATION, BlockRead, LaneClient, LaneEndpoint, LaneServer, OtherHostError
 from kvtransfer.lanes.copying import batches, coalesce
 from kvtransfer.lanes.host import boot_id
 from kvtransfer.lanes.registry import LANES, Lane, parse_lanes
-from kvtransfer.lanes.streams import Tls, TlsStream
+from kvtransfer.lanes.streams import TlsStream
 from kvtransfer.memory import PoolMemory
+from tests.authority import Authority
 from tests.kvtransfer import fake_cuda
 from tests.kvtransfer.world import BLOCK_BYTES, NUM_BLOCKS, new_memory, scattered
 
@@ -363,44 +362,14 @@ def test_a_large_tcp_pull_is_spread_over_connections_and_fails_as_one(monkeypatc
     served.close()
 
 
-class Authority:
-    """Signs certificates with the openssl command."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder, self._name = folder, name
-        self._key = folder / f"{name}.key"
-        self.ca = folder / f"{name}.pem"
-        self._openssl("req", "-x509", *self.NEW_KEY, self._key, "-out", self.ca, "-subj", f"/CN={name}")
-
-    NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout")
-
-    @staticmethod
-    def _openssl(*words: str | Path) -> None:
-        subprocess.run(["openssl", *map(str, words)], check=True, capture_output=True, timeout=20)
-
-    def sign(self, worker: str) -> list[str]:
-        """The three files of a worker."""
-        cert, key, asks = (self._folder / f"{self._name}-{worker}.{kind}" for kind in ("pem", "key", "csr"))
-        self._openssl("req", *self.NEW_KEY, key, "-out", asks, "-subj", f"/CN={worker}")
-        self._openssl("x509", "-req", "-in", asks, "-CA", self.ca, "-CAkey", self._key, "-CAcreateserial", "-out", cert)
-        return [str(cert), str(key), str(self.ca)]
-
-
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory) -> Authority:
-    if shutil.which("openssl") is None:
-        pytest.skip("needs the openssl command to make certificates")
     return Authority(tmp_path_factory.mktemp("tls"), "ours")
 
 
 @pytest.fixture(scope="module")
-def files(authority) -> list[str]:
-    return authority.sign("worker")
-
-
-@pytest.fixture(scope="module")
-def tls(files) -> Tls:
-    return Tls.load(*files)
+def tls(authority) -> Tls:
+    return inside(authority.sign("worker", names="").options())
 
 
 def test_lane_tcp_with_tls_moves_the_same_bytes_and_none_in_the_clear(tls, monkeypatch):
@@ -420,7 +389,7 @@ def test_lane_tcp_with_tls_moves_the_same_bytes_and_none_in_the_clear(tls, monke
 
 @pytest.mark.parametrize("stranger", ["plain puller", "plain server", "another authority"])
 def test_tls_and_strangers_do_not_talk(tls, stranger, authority, tmp_path, caplog):
-    theirs = Tls.load(*Authority(tmp_path, "theirs").sign("worker")) if stranger == "another authority" else None
+    theirs = inside(Authority(tmp_path, "theirs").sign("worker").options()) if stranger == "another authority" else None
     serving, pulling = (None, tls) if stranger == "plain server" else (tls, theirs)
     server = tcp.TcpLaneServer("127.0.0.1", serving)
     endpoint = server.start(new_memory(seed=1))
@@ -428,24 +397,9 @@ def test_tls_and_strangers_do_not_talk(tls, stranger, authority, tmp_path, caplo
         tcp.TcpLaneClient.connect(endpoint, new_memory(), soon(1), pulling)
     if serving is not None:
         tcp.TcpLaneClient.connect(endpoint, new_memory(), soon(), tls).close()  # the others go on
-        assert "connection ended" in caplog.text
+        assert caplog.text.count("lane tcp: a peer was refused") == 1
+        assert tls.counters.pop("tls_refused") >= 1
     server.close()
-
-
-def test_tls_files_that_cannot_be_used_are_a_configuration_error_that_names_them(files, authority, tmp_path):
-    cert, key, ca = files
-    assert Tls.load("", "", "") is None
-    with pytest.raises(ConfigurationError, match="--handover-tls-key and --handover-tls-ca"):
-        Tls.load(cert, "", "")
-    locked = tmp_path / "locked.key"
-    Authority._openssl("ec", "-in", key, "-aes256", "-passout", "pass:secret", "-out", locked)
-    other = authority.sign("other")
-    for bad in ([tmp_path / "none", key, ca], [cert, other[1], ca], [cert, locked, ca], [key, key, ca]):
-        with pytest.raises(ConfigurationError, match="--handover-tls-cert"):
-            Tls.load(*map(str, bad))
-    for bad_ca in (tmp_path / "none", key):
-        with pytest.raises(ConfigurationError, match="--handover-tls-ca"):
-            Tls.load(cert, key, str(bad_ca))
 
 
 def test_no_lane_carries_blocks_in_the_clear_beside_tls(tls, monkeypatch):

@@ -17,6 +17,7 @@ import zmq
 import zmq.asyncio
 
 from baton.config import HandoverOptions
+from baton.tls import Tls
 from baton.v1 import handover_pb2 as pb
 from kvtransfer.intake import Intake, IntakeResult
 from kvtransfer.lanes.registry import parse_lanes
@@ -76,11 +77,12 @@ class Owner:
 
 
 def offer_server(
-    memory: PoolMemory, owner: Owner, counters: dict[str, float], options: HandoverOptions, layout: BlockLayout = LAYOUT
-) -> OfferServer:
-    lanes = [lane.serve("127.0.0.1") for lane in parse_lanes(options.lanes)]
+    memory: PoolMemory, owner: Owner, counters: dict[str, float], options: HandoverOptions,
+    layout: BlockLayout = LAYOUT, tls: Tls | None = None,
+) -> OfferServer:  # fmt: skip
+    lanes = [lane.serve("127.0.0.1") for lane in parse_lanes(options.lanes, tls)]
     callbacks = owner.on_released, owner.on_quarantined, owner.on_resolved
-    return OfferServer(PREFILL, layout, memory, lanes, options, counters, *callbacks)
+    return OfferServer(PREFILL, layout, memory, lanes, options, counters, *callbacks, tls=tls)
 
 
 @dataclass
@@ -119,20 +121,21 @@ class Pair:
 @contextlib.asynccontextmanager
 async def pair(
     lanes: str = "fake", pull_lanes: str = "", offered: BlockLayout = LAYOUT, layout: BlockLayout = LAYOUT,
-    other_dtypes: bool = False, **options: float,
+    other_dtypes: bool = False, tls: Tls | None = None, pull_tls: Tls | None = None, **options: float,
 ) -> AsyncIterator[Pair]:  # fmt: skip
     """Both ends, connected by `lanes`; `pull_lanes` are those of the pulling side where they differ.
 
-    `offered` and `layout` are the blocks of the offering and of the pulling side.
+    `offered` and `layout` are the blocks of the offering and of the pulling side; `tls` and `pull_tls` likewise.
     """
     settings = replace(OPTIONS, lanes=lanes, **options)
     source, target = new_memory(seed=1, block_bytes=offered.block_bytes), new_memory(block_bytes=layout.block_bytes)
     owner = Owner()
     offer_counters: dict[str, float] = {}
     intake_counters: dict[str, float] = {}
-    offers = offer_server(source, owner, offer_counters, settings, offered)
+    offers = offer_server(source, owner, offer_counters, settings, offered, tls)
     address = await offers.start("127.0.0.1")
-    intake = Intake(DECODE, layout, target, parse_lanes(pull_lanes or lanes), settings, intake_counters, other_dtypes)
+    pulled_by = parse_lanes(pull_lanes or lanes, pull_tls)
+    intake = Intake(DECODE, layout, target, pulled_by, settings, intake_counters, other_dtypes, pull_tls)
     peer = PeerRef(PREFILL.worker_id, PREFILL.incarnation, address)
     try:
         yield Pair(offers, intake, owner, source, target, peer, offer_counters, intake_counters)

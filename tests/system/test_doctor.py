@@ -76,7 +76,7 @@ def test_a_peer_is_measured_and_what_it_does_not_serve_is_explained(capsys):
         (("--block-size", "1001"), "multiple of 8"),
         (("--block-size", "0"), "cannot be tried"),
         (("--block-size", "3GiB"), "cannot be tried"),
-        (("--handover-tls-cert", "cert.pem"), "--handover-tls-key"),
+        (("--tls-cert", "cert.pem"), "--tls-key"),
         (("--folder", "/no/such/folder", "--lanes", "shm"), "no folder"),
     ],
 )
