@@ -20,6 +20,7 @@ import torch
 
 from baton.config import EngineOptions, HandoverOptions, TierOptions, parse_bytes
 from baton.errors import ConfigurationError
+from baton.model_folder import VERSION_DIGITS
 from baton.v1 import worker_link_pb2 as wire
 from decode.role import DecodeRole
 from engine.engine import Engine
@@ -77,6 +78,7 @@ class Parts:
         return wire.Registration(
             protocol_version=wire.LINK_PROTOCOL_VERSION,
             model_fingerprint=self.model.fingerprint,
+            model_version=self.model.version[:VERSION_DIGITS],
             page_size_tokens=self.layout.page_size_tokens,
             total_blocks=self.memory.num_blocks,
             max_model_tokens=self.max_model_tokens,

@@ -35,7 +35,7 @@ class Turn:
     start: list[tuple[Choice, Worker]] = field(default_factory=list)
     """Isolated, each with the worker that it has for itself."""
     resume: list[Choice] = field(default_factory=list)
-    """Others that found every worker closed, and need not wait any more; all if no worker is left."""
+    """Others that found every worker closed, and need not wait any more; all if no worker of their version is left."""
 
 
 class Quarantine:
@@ -93,10 +93,12 @@ class Quarantine:
                 self._waiting.remove(choice)
                 turn.start.append((choice, lane.worker))
         self._reserve(able, now_s, turn)
-        if not all(worker.id in self._lanes for worker in able):
-            turn.resume, self._stranded = self._stranded, []
-        elif not able:
-            turn.resume, self._stranded, self._waiting = self._stranded + self._waiting, [], []
+        there = {worker.version for worker in able}
+        open = {worker.version for worker in able if worker.id not in self._lanes}
+        turn.resume = [each for each in self._stranded if _version(each) in open or _version(each) not in there]
+        turn.resume += [each for each in self._waiting if _version(each) not in there]
+        self._stranded = [each for each in self._stranded if each not in turn.resume]
+        self._waiting = [each for each in self._waiting if each not in turn.resume]
         return turn
 
     def _open_lanes(self, now_s: float, workers: Mapping[str, Worker]) -> None:
@@ -118,7 +120,8 @@ class Quarantine:
             if lane.request is choice.request:
                 return lane
         total = len(choice.prompt) + choice.stream.max_tokens
-        free = [worker for worker in able if total <= worker.context_tokens and self._free(worker, now_s)]
+        own = (worker for worker in able if worker.version == _version(choice))
+        free = [worker for worker in own if total <= worker.context_tokens and self._free(worker, now_s)]
         if not free:
             return None
         worker = min(free, key=lambda one: (one.id in choice.avoid, trouble.get(one.id, 0), not one.decodes))
@@ -147,9 +150,14 @@ class Quarantine:
             fit = [
                 worker for worker in able
                 if worker.decodes and total <= worker.context_tokens and worker.id not in self._lanes
+                and worker.version == _version(choice)
             ]  # fmt: skip
             if fit:
                 worker = min(fit, key=lambda one: (one.id in choice.avoid, len(one.legs)))
                 self._lanes[worker.id] = Lane(worker, now_s)
         elif now_s - reserved.since_s > PATIENCE_S:
             turn.move += reserved.worker.legs.values()
+
+
+def _version(choice: Choice) -> str:
+    return choice.request.version

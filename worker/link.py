@@ -6,6 +6,7 @@ both sides send a heartbeat every `heartbeat_interval_s`, and one that hears not
 """
 
 import asyncio
+import contextlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
@@ -75,7 +76,7 @@ class CoordinatorLink:
         self._registration = registration
         self._handler = handler
         self._heartbeat = heartbeat
-        self._outgoing: asyncio.Queue[wire.WorkerMessage] | None = None
+        self._outgoing: asyncio.Queue[wire.WorkerMessage | None] | None = None
         self._overflow = asyncio.Event()
         self._told_failure = False
         self.connected = asyncio.Event()
@@ -92,6 +93,13 @@ class CoordinatorLink:
             self._outgoing.put_nowait(message)
         except asyncio.QueueFull:
             self._overflow.set()
+
+    def close(self) -> None:
+        """The last message has been sent: the coordinator hangs up when it has read it, and is not dialled again."""
+        self.wanted = False
+        if self._outgoing is not None:
+            with contextlib.suppress(asyncio.QueueFull):
+                self._outgoing.put_nowait(None)
 
     async def run(
         self, on_connected: Callable[[], None], is_reached_otherwise: Callable[[int], bool] = lambda coordinator: False
@@ -117,6 +125,8 @@ class CoordinatorLink:
                 log.info("the coordinator at %s is announced no more, and its link is gone", self._address)
                 return
             await asyncio.sleep(MAX_BACKOFF_S if held else backoff_s)
+            if not self.wanted:
+                return
             backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
 
     def _explain(self, error: Exception) -> None:
@@ -152,9 +162,9 @@ class CoordinatorLink:
             self._outgoing = None
 
     @staticmethod
-    async def _messages(queue: "asyncio.Queue[wire.WorkerMessage]") -> AsyncIterator[wire.WorkerMessage]:
-        while True:
-            yield await queue.get()
+    async def _messages(queue: "asyncio.Queue[wire.WorkerMessage | None]") -> AsyncIterator[wire.WorkerMessage]:
+        while (message := await queue.get()) is not None:
+            yield message
 
     async def _serve(self, call: "grpc.aio.StreamStreamCall[wire.WorkerMessage, wire.CoordinatorMessage]",
                      welcome: wire.Welcome) -> None:  # fmt: skip

@@ -146,6 +146,7 @@ class WorkerShell(LinkHandler):
         if not self.draining:
             log.info("draining: %d attempts run on", len(self._attempts))
             self.draining = True
+            self._changed.set()
             self._send_all(wire.WorkerMessage(heartbeat=self.heartbeat()))  # at once: whatever comes now is refused
 
     def on_adopt(self, link: Link, adopt: wire.Adopt) -> None:
@@ -221,6 +222,12 @@ class WorkerShell(LinkHandler):
             if not attempt.orphaned:
                 attempt.link.send(wire.WorkerMessage(ending=ending))
             self.orphans.ended(attempt, ending)
+
+    async def finished(self) -> None:
+        """Wait until a coordinator had this worker drain and no attempt is left."""
+        while self._attempts or not self.draining:
+            self._changed.clear()
+            await self._changed.wait()
 
     async def drained(self, timeout_s: float) -> bool:
         """Wait until no attempt and no hand-over needs this process; False when the time ran out first."""

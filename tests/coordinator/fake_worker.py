@@ -41,8 +41,8 @@ class FakeWorker:
             **{
                 "protocol_version": 1, "worker_id": worker_id, "incarnation": next(_incarnations), "roles": roles,
                 "pid": 4242, "host": "127.0.0.1", "handover_address": f"tcp://127.0.0.1:1/{worker_id}", "model": "demo",
-                "model_fingerprint": "f", "page_size_tokens": 16, "total_blocks": 4096, "max_model_tokens": 2048,
-                "block_bytes": 1024, "lanes": ["shm", "tcp"],
+                "model_fingerprint": "f", "model_version": "v", "page_size_tokens": 16, "total_blocks": 4096,
+                "max_model_tokens": 2048, "block_bytes": 1024, "lanes": ["shm", "tcp"],
             }
             | registration
         )  # fmt: skip
