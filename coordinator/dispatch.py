@@ -274,13 +274,15 @@ class Dispatcher:
             handed_over = not leg.decode and len(choice.stream.tokens) > leg.first_index
             if choice.request.ended or handed_over or worker.legs.get(leg.handle) is not leg:
                 continue
-            if self._route(choice, self._registry.loads(choice.request.version)) is None:
+            if choice.request.shadow:
+                self.abort(choice.request)
+            elif self._route(choice, self._registry.loads(choice.request.version)) is None:
                 stay += 1
-                continue
-            moved += 1
-            self._metrics.attempts_failed.labels("moved").inc()
-            self._drop_legs(choice)
-            self._begin_attempt(choice)
+            else:
+                moved += 1
+                self._metrics.attempts_failed.labels("moved").inc()
+                self._drop_legs(choice)
+                self._begin_attempt(choice)
         return moved, stay
 
     def _pump_soon(self) -> None:

@@ -157,6 +157,9 @@ class FakeWorker:
                 self.pins[message.pin.id] = message.pin
             elif kind == "unpin":
                 del self.pins[message.unpin.id]
+            elif kind == "drain":
+                self.heartbeat.draining = True
+                await self.beat()
             elif kind == "abort":
                 self.aborts.append(message.abort.id)
                 run = self._runs.pop((message.abort.id.request_id, message.abort.id.attempt), None)
