@@ -116,13 +116,14 @@ class CoordinatorLink:
                 if not held:
                     await self._session(on_connected)
             except (grpc.aio.AioRpcError, TimeoutError, ConnectionError) as error:
-                self._explain(error)
+                if self.wanted:
+                    self._explain(error)
             if self.connected.is_set():
                 self.connected.clear()
                 backoff_s = FIRST_BACKOFF_S
                 self._handler.on_lost(self)
             if not self.wanted:
-                log.info("the coordinator at %s is announced no more, and its link is gone", self._address)
+                log.info("the link to the coordinator at %s is gone, and not wanted any more", self._address)
                 return
             await asyncio.sleep(MAX_BACKOFF_S if held else backoff_s)
             if not self.wanted:
