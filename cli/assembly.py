@@ -301,6 +301,7 @@ async def wire_up(
         intake = Intake(
             me, parts.layout, parts.memory, lanes, options, shell.counters, other_dtypes=parts.converts_kv_dtype
         )
+        shell.lender = prefixes
         shell.prefixes = PrefixFetcher(me, intake, parts.memory.block_bytes, shell.counters)
         shell.lanes_in_use = intake.lanes_in_use
         if wire.ROLE_DECODE in roles:

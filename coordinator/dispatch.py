@@ -351,10 +351,10 @@ class Dispatcher:
             worker = self._registry.workers.get(held.life.worker_id)
             if worker is leg.worker and held.life == _life(worker):
                 break  # what follows is not longer
-            if worker is None or held.life != _life(worker) or not worker.accepts or worker.id in leg.choice.avoid:
+            if worker is None or held.life != _life(worker) or worker.id in leg.choice.avoid:
                 continue
-            if worker.version != leg.worker.version:
-                continue
+            if worker.version != leg.worker.version or worker.lost.is_set():
+                continue  # one that drains may be asked: what it has is all that a moved stream need not compute again
             holders.append(wire.PrefixHolder(worker=_peer(worker), num_tokens=held.num_tokens))
         return holders[:MAX_HOLDERS]
 

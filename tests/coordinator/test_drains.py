@@ -12,13 +12,13 @@ async def drain(system: System, **asked: Any) -> tuple[int, dict[str, Any]]:
         return response.status, await response.json()
 
 
-async def ask(system: System, max_tokens: int = 4) -> str:
-    async with system.http.post("/v1/completions", json={"prompt": "hello", "max_tokens": max_tokens}) as response:
+async def ask(system: System, max_tokens: int = 4, prompt: str = "hello") -> str:
+    async with system.http.post("/v1/completions", json={"prompt": prompt, "max_tokens": max_tokens}) as response:
         return str((await response.json())["choices"][0]["text"])
 
 
-def right(system: System, count: int = 4) -> str:
-    ids = system.encode("hello")
+def right(system: System, count: int = 4, prompt: str = "hello") -> str:
+    ids = system.encode(prompt)
     return system.decode([token_at(ids, index) for index in range(count)])
 
 
@@ -58,6 +58,24 @@ def test_streams_that_take_too_long_are_moved_whoever_had_the_worker_drain(run) 
             assert [list(each.token_ids)[-2:] for each in two.assignments] == [_head(system)] * 3
             assert len(one.aborts) == 3
             assert system.metric("baton_drains_total", event="moved") == 3
+
+    run(main())
+
+
+def test_a_moved_stream_may_have_its_kv_from_the_worker_that_drains(run) -> None:
+    async def main() -> None:
+        async with running(drain_timeout_s=0.1) as system:
+            one = await system.worker("one")
+            one.pause_at = 2
+            prompt = "count the words of this " * 60
+            call = asyncio.create_task(ask(system, prompt=prompt))
+            await until(lambda: _tokens(system) == [2])
+            two = await system.worker("two")
+            await drain(system, workers=["one"])
+            assert await call == right(system, prompt=prompt)
+            (holder,) = two.assignments[0].holders
+            assert holder.worker.worker_id == "one"
+            assert holder.num_tokens > 0.8 * len(system.encode(prompt))
 
     run(main())
 
