@@ -249,8 +249,8 @@ class Dispatcher:
         """Begin anew at another version, as nothing was delivered and no worker of the request's own is there."""
         if request.moved or request.adopted or request.shadow or any(each.stream.tokens for each in request.choices):
             return False
-        if request.version in self._registry.ready_versions():
-            return False  # it is there, and this is too long for it
+        if request.version in self._registry.ready_versions() or self._suspects.isolated(request):
+            return False  # too long for those that are there; or those that were there may have died of it
         version = self.versions.choose(request.id, besides=[request.version])
         if version is None:
             return False

@@ -97,8 +97,9 @@ class Quarantine:
         open = {worker.version for worker in able if worker.id not in self._lanes}
         turn.resume = [each for each in self._stranded if _version(each) in open or _version(each) not in there]
         turn.resume += [each for each in self._waiting if _version(each) not in there]
-        self._stranded = [each for each in self._stranded if each not in turn.resume]
-        self._waiting = [each for each in self._waiting if each not in turn.resume]
+        resumed = set(turn.resume)
+        self._stranded = [each for each in self._stranded if each not in resumed]
+        self._waiting = [each for each in self._waiting if each not in resumed]
         return turn
 
     def _open_lanes(self, now_s: float, workers: Mapping[str, Worker]) -> None:

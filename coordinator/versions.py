@@ -5,9 +5,9 @@ streams: all attempts at a request, hand-overs and prefixes stay within the vers
 
 1. With `--rollout` the version is a function of the request's user, or else its id, and the weights.
 2. A version with a weight and no worker that decodes gets nothing: the others take its share.
-3. Where no version with a weight is there, or no file says anything, the oldest that is there serves everything, until
-   it is gone. So workers of new weights get no client's request before somebody says so. A version whose weight is 0,
-   or that has a shadow share, is never taken.
+3. Where no version with a weight is there, or no file says anything, the oldest that is there serves everything. So
+   workers of new weights get no client's request before somebody says so, or nobody else is left. A version whose
+   weight is 0, or that has a shadow share, is never taken.
 """
 
 import logging
@@ -49,14 +49,12 @@ class Versions:
         return self._oldest([version for version in ready if not self.rollout.forbids(version)])
 
     def _oldest(self, ready: list[str]) -> str | None:
-        """Kept while it is there, however its workers are started anew meanwhile."""
+        """By the first worker that it ever had here, however they are started anew."""
         if not ready:
             return None
-        if self._default not in ready:
-            started = self._registry.version_starts()
-            before, self._default = self._default, min(ready, key=lambda version: started[version])
-            if before:
-                events.warning("version %s has no worker left; %s serves instead", before, self._default)
+        before, self._default = self._default, min(ready, key=self._registry.version_starts.__getitem__)
+        if before not in ("", self._default):
+            events.warning("version %s serves what no weight covers; before it was %s", self._default, before)
         return self._default
 
     def status(self) -> list[dict[str, Any]]:

@@ -223,6 +223,8 @@ class WorkerRegistry:
         self._served_model = served_model
         self._tokenizer_fingerprint = tokenizer_fingerprint
         self.workers: dict[str, Worker] = {}
+        self.version_starts: dict[str, float] = {}
+        """When the first worker of each version was started that was ever here; Unix seconds."""
         self.on_lost: Callable[[Worker], None] = lambda worker: None
         """Set by the dispatcher: fail the worker's attempts over."""
         self.on_joined: Callable[[Worker], None] = lambda worker: None
@@ -238,6 +240,8 @@ class WorkerRegistry:
             same = old.registration.incarnation == registration.incarnation
             old.lose("it dialled again" if same else "it was started anew", died=not same)
         worker = self.workers[registration.worker_id] = Worker(registration, self._lost)
+        started = registration.started_unix_s
+        self.version_starts[worker.version] = min(self.version_starts.get(worker.version, started), started)
         roles = "+".join(name for name, has in (("prefill", worker.prefills), ("decode", worker.decodes)) if has)
         events.info(
             "worker %s joined: %s, pid %d, %d blocks of %d tokens, incarnation %016x",
@@ -300,14 +304,6 @@ class WorkerRegistry:
         """Those of which a worker that decodes, or stands in for those that do, accepts work."""
         ready = (worker for worker in self.workers.values() if worker.accepts and (worker.decodes or worker.stands_in))
         return list(dict.fromkeys(worker.version for worker in ready))
-
-    def version_starts(self) -> dict[str, float]:
-        """Of each version, when the worker was started that runs longest; Unix seconds."""
-        starts: dict[str, float] = {}
-        for worker in self.workers.values():
-            started = worker.registration.started_unix_s
-            starts[worker.version] = min(starts.get(worker.version, started), started)
-        return starts
 
     @property
     def context_tokens(self) -> int:

@@ -138,6 +138,8 @@ def test_without_a_file_the_oldest_version_serves_everything_until_it_is_gone(ru
             await until(lambda: "decode-1" not in system.coordinator.registry.workers)
             answer = await ask(system)
             assert (answer["system_fingerprint"], answer["choices"][0]["text"]) == ("new", text(system, "new", 4))
+            await system.worker("decode-2", started_unix_s=11.0)
+            assert (await ask(system))["system_fingerprint"] == "v", "nobody has given the new one traffic"
 
     run(main())
 
@@ -289,6 +291,48 @@ def test_a_request_of_which_nothing_was_delivered_begins_anew_at_another_version
             assert answer["system_fingerprint"] == "new"
             assert [choice["text"] for choice in answer["choices"]] == [text(system, "new", 4)] * 2
             assert system.metric("baton_version_moves_total") == 1
+
+    run(main())
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_poison_kills_workers_of_its_own_version_only(run, count: int) -> None:
+    async def main() -> None:
+        async with running(worker_return_s=0.2) as system:
+            others = [await new_worker(system, f"new-{at}") for at in range(3)]
+            own = [await system.worker(f"decode-{at}") for at in range(count)]
+            for worker in (*own, *others):
+                worker.dies_of = lambda assignment, index: 299 in assignment.token_ids
+            roll_out(system, {"v": 1.0})
+            answer = await ask(system, [299, 301])  # type: ignore[arg-type]
+            assert answer["error"]["code"] == ("poison" if count == 6 else "unavailable")
+            assert not any(worker.assignments or worker.closed.is_set() for worker in others)
+            assert sum(worker.closed.is_set() for worker in own) == min(count, 4)
+            assert (await ask(system))["choices"][0]["text"] == text(system, "v" if count == 6 else "new", 4)
+
+    run(main())
+
+
+def test_of_a_request_that_two_versions_began_the_newer_one_goes_on(run) -> None:
+    async def main() -> None:
+        async with running() as first:
+            old = await first.worker()
+            old.pause_at = 2
+            headers = {"X-Request-Id": "a-request-of-this-test"}
+            body = {"prompt": "hello", "max_tokens": 4, "n": 2, "stream": True, "temperature": 0}
+            stream = await first.http.post("/v1/completions", json=body, headers=headers)
+            await until(lambda: tokens_of(first) == [2, 2])
+            async with running() as second:
+                stale, heir = await second.worker("decode-1"), await new_worker(second)
+                for worker, assignment, attempt in ((stale, old.assignments[0], 1), (heir, old.assignments[1], 2)):
+                    assignment.id.attempt = attempt
+                    await worker.report(assignment, 2)
+                async with second.http.get("/v1/requests/a-request-of-this-test") as response:
+                    answer = await response.json()
+                assert answer["system_fingerprint"] == "new"
+                assert [choice["text"] for choice in answer["choices"]] == [text(second, "new", 4)] * 2
+                assert len(stale.aborts) == 1
+            stream.close()
 
     run(main())
 
