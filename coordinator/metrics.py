@@ -159,6 +159,7 @@ def _gauges(workers: "list[Worker]") -> Iterator[Metric]:
     waiting = GaugeMetricFamily("baton_worker_waiting_requests", "Requests not begun", labels=["worker"])
     tokens = GaugeMetricFamily("baton_worker_waiting_prefill_tokens", "Prompt tokens to compute", labels=["worker"])
     up = GaugeMetricFamily("baton_worker_up", "1 accepts work, 0 drains", labels=["worker", "role"])
+    info = GaugeMetricFamily("baton_worker_info", "Always 1: what it runs", labels=["worker", "version", "software"])
     lanes = GaugeMetricFamily("baton_lane_in_use", "Always 1: who hands over how", labels=["worker", "peer", "lane"])
     size = GaugeMetricFamily("baton_worker_kv_tier_bytes", "What its blocks take", labels=["worker", "tier"])
     on = GaugeMetricFamily("baton_worker_kv_tier_on", "1 on, 0.5 read-only, 0 off", labels=["worker", "tier"])
@@ -170,6 +171,7 @@ def _gauges(workers: "list[Worker]") -> Iterator[Metric]:
         beat = worker.heartbeat
         for state in _BLOCK_STATES:
             blocks.add_metric([worker.id, state], getattr(beat.blocks, state))
+        info.add_metric([worker.id, worker.version, worker.registration.software_version], 1)
         total.add_metric([worker.id], beat.blocks.total)
         running.add_metric([worker.id], beat.running_requests)
         waiting.add_metric([worker.id], beat.waiting_requests)
@@ -179,4 +181,4 @@ def _gauges(workers: "list[Worker]") -> Iterator[Metric]:
                 up.add_metric([worker.id, role], float(worker.accepts))
         for peer, lane in beat.lanes_in_use.items():
             lanes.add_metric([worker.id, peer, lane], 1)
-    yield from (blocks, total, running, waiting, tokens, up, lanes, size, on, pinned)
+    yield from (blocks, total, running, waiting, tokens, up, info, lanes, size, on, pinned)

@@ -87,6 +87,7 @@ def test_another_version_and_other_software_are_welcome_beside_what_is_here(run)
             rows = {row["id"]: (row["model_version"], row["software"]) for row in status["workers"]}
             assert rows == {"decode-0": ("v", "0.0.9"), "new-0": ("new", "7.0")}
             assert [row["version"] for row in status["versions"]] == ["new", "v"]
+            assert system.metric("baton_worker_info", worker="new-0", version="new", software="7.0") == 1
             assert status["version"] == baton.__version__
 
     run(main())

@@ -85,7 +85,7 @@ class Load:
 
     def more(self, count: int = 8) -> list[Answer]:
         """Waits for so many more answers; those that were asked for after now are the last of them."""
-        before, deadline = len(self.answers), time.monotonic() + TIMEOUT_S
+        before, deadline = len(self.answers), time.monotonic() + 2 * TIMEOUT_S
         while len(self.answers) < before + len(PROMPTS) + count:
             assert not self.errors, self.errors
             assert time.monotonic() < deadline, "the load stands still"
@@ -101,10 +101,15 @@ class Load:
         return self.answers
 
 
+def baton(*words: str) -> "subprocess.CompletedProcess[str]":
+    """As an operator types it."""
+    command = [sys.executable, "-P", "-m", "cli.main", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+
+
 def drain(url: str, *words: str) -> str:
-    """As an operator does, until the workers have ended."""
-    command = [sys.executable, "-P", "-m", "cli.main", "drain", *words, "--wait", "--url", url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    """Until the workers have ended."""
+    done = baton("drain", *words, "--wait", "--url", url)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -226,6 +231,8 @@ def test_a_canary_is_raised_by_editing_a_file_and_the_old_version_drained(
         assert [answer.version for answer in answers] == [said.pick(answer.id, said.weights) for answer in answers]
         counts[percent] = [answer.version for answer in answers]
     assert 0 <= counts[10].count("new") < counts[50].count("new"), "exactly the share is the unit tests'"
+    shown = baton("status", "--url", parts.url).stdout
+    assert "version new: weight 50, 1 workers, 0 draining" in shown
     canary.file.write_text("[weights]\nnew = \n")
     deadline = time.monotonic() + TIMEOUT_S
     while not metric(parts, "baton_rollout_errors_total"):
@@ -321,6 +328,9 @@ def test_a_drain_is_known_to_every_coordinator_and_long_streams_are_moved() -> N
             thread.join(TIMEOUT_S)
         assert answers == [expected] * len(threads)
         assert moved > 0, "they were long enough"
+        wrong = baton("drain", "nobody", "--url", doors[0].url)
+        assert (wrong.returncode, "worker nobody is not here" in wrong.stderr) == (1, True), wrong.stderr
+        assert baton("drain").returncode == 2
         # The last decode worker goes, and prefill workers do its work.
         assert "decode-1" in drain(doors[1].url, "decode-1")
         for door in doors:
