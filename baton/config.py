@@ -248,7 +248,7 @@ class CoordinatorOptions:
         "", "TOML file with the weights and shadow shares of model versions, read again when it changes; "
         "empty: the oldest version serves",
     )  # fmt: skip
-    max_shadows: int = setting(8, "copies of requests that run at shadow versions side by side; more are dropped")
+    max_shadows: int = setting(8, "streams of copies that run at shadow versions side by side; more are dropped")
     parent_pid: int = setting(0, "exit when this process is gone; 0 watches nobody")
 
 

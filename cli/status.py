@@ -17,7 +17,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
-COLUMNS = ("worker", "role", "version", "state", "pid", "blocks", "cached", "leased", "quar.", "run", "wait", "lanes")
+COLUMNS = (
+    "worker",
+    "role",
+    "version",
+    "software",
+    "state",
+    "pid",
+    "blocks",
+    "cached",
+    "leased",
+    "quar.",
+    "run",
+    "wait",
+    "lanes",
+)
 WIDE = 200  # columns where the output is not a terminal: nothing is cut short for a program
 
 
@@ -28,6 +42,7 @@ def _row(worker: dict[str, Any]) -> list[str]:
         worker["id"],
         "mixed" if len(worker["roles"]) > 1 else worker["roles"][0],
         worker["model_version"],
+        worker["software"] or "-",
         worker["state"],
         str(worker["pid"]),
         f"{in_use}/{blocks['total']}",

@@ -3,8 +3,8 @@
 1. When a client's request has been started, each version with a shadow share gets a copy of it or does not.
    The copy has the same tokens, sampling and seeds, no ticket and no reader.
 2. It is nobody's concern: it has no part in admission, retries or suspicion, its first failure ends it, and its workers
-   serve no client (`coordinator.rollout` sees to that). At most `max_shadows` run; what is beyond them, and all of them
-   once clients take LOAD_SHARE of the streams that may run, is dropped and counted.
+   serve no client (`coordinator.rollout` sees to that). At most `max_shadows` streams of copies run. What is beyond
+   them, and all of them once clients take LOAD_SHARE of the streams that may run, is dropped and counted.
 3. When both have ended their tokens are compared. A copy whose original failed or was aborted is aborted.
 """
 
@@ -77,7 +77,7 @@ class Shadows:
             self._count("useless")
         elif self._dispatcher.num_streams > self._max_clients:
             self._count("dropped_load")
-        elif len(self._pairs) >= self._max_shadows:
+        elif self._num_streams + len(client.choices) > self._max_shadows:
             self._count("dropped_limit")
         else:
             copy = Request(new_request_id("shadow"), client.cache_salt, client.form)
@@ -117,6 +117,10 @@ class Shadows:
             figures.answers["equal" if first is None else "different"] += 1
             if first is not None:
                 figures.first_difference.observe(first)
+
+    @property
+    def _num_streams(self) -> int:
+        return sum(len(copy.choices) for copy in self._pairs)
 
     def _drop_all(self, event: str) -> None:
         self._abort(list(self._pairs.values()), event)

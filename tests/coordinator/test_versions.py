@@ -424,6 +424,8 @@ def test_a_shadow_that_fails_or_hangs_costs_the_client_nothing(run) -> None:
             for _ in range(4):
                 assert (await ask(system))["choices"][0]["text"] == text(system, "v", 4)
             await until(lambda: system.metric("baton_shadows_total", event="dropped_limit") == 2)
+            await ask(system, n=3)
+            await until(lambda: system.metric("baton_shadows_total", event="dropped_limit") == 3)
             assert system.coordinator.dispatcher.num_streams == 0
             await new.stop()
             await until(lambda: not system.coordinator.dispatcher.requests)
