@@ -1,5 +1,6 @@
 """Rolling upgrades as docs/upgrades.md describes them, on real processes and under load: no error, no wrong token."""
 
+import itertools
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from tests.system.test_pools import TIMEOUT_S, Parts
 
 DEMO = Path(__file__).resolve().parents[2] / "engine" / "demo_model"
 PROMPTS = [f"Number {number}: what does the function do, and why? " * (4 + number) for number in range(4)]
-MAX_TOKENS = 24
+MAX_TOKENS, CLIENTS = 24, 3
 
 
 @dataclass
@@ -71,14 +72,16 @@ class Load:
 
     def __post_init__(self) -> None:
         self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(len(PROMPTS))]
+        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(CLIENTS)]
         for thread in self._threads:
             thread.start()
 
     def _ask(self, number: int) -> None:
-        while not self._over.is_set():
+        for prompt in itertools.cycle((number, number + 1)):
+            if self._over.is_set():
+                return
             try:
-                self.answers.append(stream(self.url, number))
+                self.answers.append(stream(self.url, prompt))
             except Exception as error:  # noqa: BLE001 - whatever it is, the test names it
                 self.errors.append(error)
                 return
@@ -86,11 +89,11 @@ class Load:
     def more(self, count: int = 8) -> list[Answer]:
         """Waits for so many more answers; those that were asked for after now are the last of them."""
         before, deadline = len(self.answers), time.monotonic() + 2 * TIMEOUT_S
-        while len(self.answers) < before + len(PROMPTS) + count:
+        while len(self.answers) < before + CLIENTS + count:
             assert not self.errors, self.errors
             assert time.monotonic() < deadline, "the load stands still"
             time.sleep(0.02)
-        return self.answers[before + len(PROMPTS) :]
+        return self.answers[before + CLIENTS :]
 
     def stop(self) -> list[Answer]:
         self._over.set()
