@@ -314,7 +314,7 @@ def test_shadows_of_equal_weights_are_equal_and_of_others_are_not(
 @pytest.mark.slow
 def test_a_drain_is_known_to_every_coordinator_and_long_streams_are_moved() -> None:
     words = ("--coordinators", "2", "--decode", "2", "--dtype", "float32", "--kv-memory", "64MiB", "--no-restart")
-    with Cluster(*words, "--drain-timeout-s", "1") as cluster:
+    with Cluster(*words, "--drain-timeout-s", "0.3") as cluster:
         doors = [cluster.at(url) for url in cluster.urls]
         expected = stream(doors[0].url, 0, 900).text
         answers: list[str] = []
