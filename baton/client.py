@@ -124,6 +124,12 @@ class AsyncClient:
         """State of the coordinator and its workers; answered only on the coordinator's own machine."""
         return await self._get("/status")
 
+    async def drain(self, workers: Sequence[str] = (), version: str = "") -> dict[str, Any]:
+        """Have workers, or all of a model version, finish and end; answered only on the coordinator's own machine."""
+        body = {"workers": list(workers), "version": version}
+        async with await self._request("POST", "/drain", _SEARCH_S, json=body) as response:
+            return dict(await response.json())
+
     async def _get(self, path: str) -> dict[str, Any]:
         async with await self._request("GET", path, _SEARCH_S) as response:
             return dict(await response.json())
@@ -332,6 +338,9 @@ class Client:
 
     def status(self) -> dict[str, Any]:
         return self._run(self._client.status())
+
+    def drain(self, workers: Sequence[str] = (), version: str = "") -> dict[str, Any]:
+        return self._run(self._client.drain(workers, version))
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._runner.run(work)

@@ -80,6 +80,10 @@ class ModelOptions:
     )
     revision: str = setting("", "branch, tag or commit of a hub id; empty takes the hub's default")
     served_name: str = setting("", "name clients use; empty takes the last part of --model")
+    model_version: str = setting(
+        "", "label of these weights, by which workers of several versions of one served model are told apart, such as "
+        "2026-11 or v2; empty makes one from the weights",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -256,8 +260,14 @@ class CoordinatorOptions:
         60.0, "longest that a request is kept for a client that hung up and asked for it with X-Baton-Resume-S"
     )
     drain_timeout_s: float = setting(
-        30.0, "seconds that running requests get to finish after SIGTERM, before other coordinators go on with them"
-    )
+        30.0, "seconds that running requests get to finish before others go on with them: after SIGTERM other "
+        "coordinators, with those of a draining worker other workers",
+    )  # fmt: skip
+    rollout: str = setting(
+        "", "TOML file with the weights and shadow shares of model versions, read again when it changes; "
+        "empty: the oldest version serves",
+    )  # fmt: skip
+    max_shadows: int = setting(8, "streams of copies that run at shadow versions side by side; more are dropped")
     parent_pid: int = setting(0, "exit when this process is gone; 0 watches nobody")
 
 
@@ -275,12 +285,21 @@ _POSITIVE = {
 }  # fmt: skip
 _NOT_NEGATIVE = {
     "max_model_tokens", "threads", "local_prefill_tokens", "parent_pid", "worker_return_s", "orphan_s", "max_resume_s",
+    "max_shadows",
 }  # fmt: skip
 _PORTS = {"port", "grpc_port", "link_port"}
 
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def check_version_label(label: str, where: str) -> None:
+    """Raise ConfigurationError for what is no label of a model version."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", label):
+        raise ConfigurationError(
+            f"{where} has '{label[:80]}'; a version is 1 to 64 letters, digits, dots, dashes and underscores"
+        )
 
 
 def validate(options: object) -> None:
@@ -314,6 +333,8 @@ def validate(options: object) -> None:
         _all_or_none(options, ("public_tls_cert", "public_tls_key"))
         if options.public_tls_client_ca and not options.public_tls_cert:
             raise ConfigurationError("--public-tls-client-ca needs --public-tls-cert and --public-tls-key")
+    if isinstance(options, ModelOptions) and options.model_version:
+        check_version_label(options.model_version, "--model-version")
     if isinstance(options, WorkerOptions) and options.coordinator:
         parse_addresses(options.coordinator, "--coordinator")
     if isinstance(options, TierOptions):

@@ -1,6 +1,9 @@
 """From what --model says to a folder on this machine."""
 
+import json
 from pathlib import Path
+
+import xxhash
 
 from baton.config import ModelOptions
 from baton.errors import ModelError
@@ -9,6 +12,8 @@ from baton.errors import ModelError
 _NEEDED_FILES = ["*.json", "*.jinja", "*.safetensors"]
 _UNNEEDED_FILES = ["*/*", "consolidated*"]
 _ETAG_TIMEOUT_S = 10.0
+VERSION_DIGITS = 12
+"""Of a fingerprint of weights, in the label of a model version that nobody named."""
 
 
 def served_name(options: ModelOptions) -> str:
@@ -17,6 +22,21 @@ def served_name(options: ModelOptions) -> str:
         return options.served_name
     path = Path(options.model).expanduser()
     return path.resolve().name if options.model != "demo" and path.is_dir() else path.name
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """Equal for folders whose tokenizers turn the same text into the same tokens; empty without a tokenizer.json.
+
+    Hashed is what the file says, not how it is written: saved again by another version of a library it may have other
+    spaces. What a training run left of cutting and filling up is not used here.
+    """
+    try:
+        content = json.loads((folder / "tokenizer.json").read_bytes())
+    except (OSError, ValueError):
+        return ""  # a worker needs none; a coordinator says what is wrong when it loads it
+    if isinstance(content, dict):
+        content = {name: value for name, value in content.items() if name not in ("truncation", "padding")}
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True))
 
 
 def resolve_model(options: ModelOptions, demo_folder: Path) -> Path:

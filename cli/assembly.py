@@ -20,6 +20,7 @@ import torch
 
 from baton.config import EngineOptions, HandoverOptions, TierOptions, parse_bytes
 from baton.errors import ConfigurationError
+from baton.model_folder import VERSION_DIGITS
 from baton.tls import Tls
 from baton.v1 import worker_link_pb2 as wire
 from decode.role import DecodeRole
@@ -78,6 +79,7 @@ class Parts:
         return wire.Registration(
             protocol_version=wire.LINK_PROTOCOL_VERSION,
             model_fingerprint=self.model.fingerprint,
+            model_version=self.model.version[:VERSION_DIGITS],
             page_size_tokens=self.layout.page_size_tokens,
             total_blocks=self.memory.num_blocks,
             max_model_tokens=self.max_model_tokens,
@@ -301,6 +303,7 @@ async def wire_up(
         address = await offers.start(host)
         stack.push_async_callback(offers.stop)
         intake = Intake(me, parts.layout, parts.memory, lanes, options, shell.counters, parts.converts_kv_dtype, tls)
+        shell.lender = prefixes
         shell.prefixes = PrefixFetcher(me, intake, parts.memory.block_bytes, shell.counters)
         shell.lanes_in_use = intake.lanes_in_use
         if wire.ROLE_DECODE in roles:

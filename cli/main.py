@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "complete": ("cli.complete", "continue a text, streaming"),
     "chat": ("cli.chat", "talk to the model, streaming"),
     "status": ("cli.status", "show workers, roles, blocks and load"),
+    "drain": ("cli.drain", "have workers finish what they run and end"),
     "profile": ("cli.profile", "measure a model on this machine: cost table, trace, and where each millisecond goes"),
     "doctor": ("cli.doctor", "show what this host offers for moving KV blocks, and measure every lane"),
 }

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import uvloop
 
+import baton
 from baton.config import (
     DEFAULT_LINK,
     DiscoveryOptions,
@@ -35,7 +36,7 @@ from baton.config import (
     add_arguments as add_options,
 )
 from baton.discovery import Discovery, open_discovery
-from baton.model_folder import served_name
+from baton.model_folder import served_name, tokenizer_fingerprint
 from baton.processes import log_to_stderr, stop_signals, watch_parent
 from baton.tls import inside
 from baton.v1 import worker_link_pb2 as wire
@@ -102,6 +103,7 @@ async def _live(settings: Settings, worker_id: str, folder: Path) -> int:
     watch_parent(settings.worker.parent_pid, stop.set)
     cores, tls = cores_for(settings.engine), inside(settings.tls)
     parts = await asyncio.to_thread(_load, settings, folder)
+    tokenizer = await asyncio.to_thread(tokenizer_fingerprint, folder)
     me = PeerIdentity(worker_id, random.SystemRandom().getrandbits(64))
 
     def on_crash(error: BaseException) -> None:
@@ -118,13 +120,13 @@ async def _live(settings: Settings, worker_id: str, folder: Path) -> int:
         if cores:
             # The thread that computes, and with it those that it starts; wires run wherever there is room.
             await wired.shell.steps.call(lambda engine: os.sched_setaffinity(0, cores))
-        registration = _registration(settings, parts, me, wired)
+        registration = _registration(settings, parts, me, wired, tokenizer)
         links = CoordinatorLinks(registration, wired.shell, wired.shell.heartbeat, tls)
         late_links.append(links)
         watching = asyncio.create_task(tls.watch()) if tls else None
-        linking = links.run(_discovery(settings, wired.shell), settings.worker.connect_timeout_s)
+        serving = asyncio.create_task(links.run(_discovery(settings, wired.shell), settings.worker.connect_timeout_s))
         try:
-            return await _until_stopped(settings.worker, wired.shell, asyncio.create_task(linking), stop, crashed)
+            return await _until_stopped(settings.worker, wired.shell, links, serving, stop, crashed)
         finally:
             if watching:
                 watching.cancel()
@@ -173,7 +175,9 @@ def _log_progress() -> Callable[[float], None]:
     return report
 
 
-def _registration(settings: Settings, parts: Parts, me: PeerIdentity, wired: Wired) -> wire.Registration:
+def _registration(
+    settings: Settings, parts: Parts, me: PeerIdentity, wired: Wired, tokenizer: str
+) -> wire.Registration:
     registration = parts.registration()
     registration.MergeFrom(
         wire.Registration(
@@ -186,8 +190,13 @@ def _registration(settings: Settings, parts: Parts, me: PeerIdentity, wired: Wir
             handover_address=wired.handover_address,
             model=served_name(settings.model),
             lanes=settings.handover.lanes.split(","),
+            tokenizer_fingerprint=tokenizer,
+            software_version=baton.__version__,
+            started_unix_s=time.time(),
         )
     )
+    if settings.model.model_version:
+        registration.model_version = settings.model.model_version
     return registration
 
 
@@ -201,14 +210,19 @@ def _discovery(settings: Settings, shell: WorkerShell) -> Discovery:
 
 
 async def _until_stopped(
-    options: WorkerOptions, shell: WorkerShell, linking: "asyncio.Task[None]", stop: asyncio.Event,
-    crashed: "asyncio.Future[BaseException]",
+    options: WorkerOptions, shell: WorkerShell, links: CoordinatorLinks, linking: "asyncio.Task[None]",
+    stop: asyncio.Event, crashed: "asyncio.Future[BaseException]",
 ) -> int:  # fmt: skip
-    """Serve until a signal, a crash of the engine, or a refusal by every coordinator. Returns the exit status."""
-    stopping = asyncio.create_task(stop.wait())
-    waits: set[asyncio.Future[Any]] = {linking, stopping, crashed}
+    """Serve until a signal, a coordinator that drains it, a crash of the engine, or a refusal by every coordinator.
+
+    A drain waits for every attempt, whose coordinator sees to it that it ends; a signal cuts off what takes too long.
+    Returns the exit status.
+    """
+    stopping, finished = asyncio.create_task(stop.wait()), asyncio.create_task(shell.finished())
+    waits: set[asyncio.Future[Any]] = {linking, stopping, finished, crashed}
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
+    finished.cancel()
     if crashed.done():
         log.critical("the engine crashed; this process ends so that others take its work over")
         os._exit(EXIT_CRASHED)
@@ -216,6 +230,7 @@ async def _until_stopped(
         linking.result()  # raises: refused, or no coordinator in time
     clean = await shell.drained(options.drain_timeout_s)
     log.info("drained" if clean else "drain timed out: what still ran is cut off")
+    await links.close(UNLINK_TIMEOUT_S)
     linking.cancel()
     await asyncio.wait({linking}, timeout=UNLINK_TIMEOUT_S)
     return 0

@@ -19,6 +19,7 @@ from baton.v1 import worker_link_pb2 as wire
 from coordinator.detokenizer import TextStream
 from coordinator.failures import FailureKind, RequestFailed, moved
 from coordinator.stream import TokenStream
+from coordinator.version_metrics import Figures
 
 STOP, LENGTH, ABORTED = "stop", "length", "abort"
 _MISSING_LOGPROB = -9999.0  # as OpenAI writes a logprob too small to matter; JSON has no infinity
@@ -239,6 +240,16 @@ class Request:
         self.form = form
         self.resume_s = resume_s
         """How long it is kept for a client that hung up."""
+        self.version = ""
+        """Of the model, chosen when it is admitted: all attempts at all choices are its."""
+        self.moved = False
+        """To a second version, as nothing was delivered yet and the first one was gone."""
+        self.adopted = False
+        """Another coordinator began it, and may have delivered more than is known here."""
+        self.shadow = False
+        """A copy that nobody reads: see `coordinator.shadows`."""
+        self.figures: Figures | None = None
+        """Where its times are counted."""
         self.created_unix_s = int(time.time())
         self.started_s = time.monotonic()
         self.first_token_s: float | None = None

@@ -32,6 +32,7 @@ from coordinator.routing import Route, RoutingPolicy, Work, WorkerLoad
 from coordinator.stream import ABANDON, COMPLETE, Outcome
 from coordinator.suspects import Suspects
 from coordinator.tickets import issue
+from coordinator.versions import Versions
 from coordinator.workers import Leg, Worker, WorkerRegistry, work_together
 
 events = logging.getLogger("baton.events")
@@ -65,6 +66,7 @@ class Dispatcher:
         self._pump_due = False
         self.quarantine = Quarantine(self._suspects)
         self.breakers = Breakers(metrics.breaker)
+        self.versions = Versions(registry, metrics)
         self._handles = itertools.count(1)
         self._legs: dict[Choice, list[Leg]] = {}
         """Of the current attempt at each choice."""
@@ -75,6 +77,8 @@ class Dispatcher:
         """Name of the one served, for tickets."""
         self.on_orphan: Callable[[Worker, wire.Orphan], None] = lambda worker, orphan: None
         """Set by the resumption."""
+        self.on_end: Callable[[Request, str], None] = lambda request, outcome: None
+        """Set by the shadows."""
         self.idle = asyncio.Event()
         self.idle.set()
         registry.on_lost = self._on_lost
@@ -83,10 +87,17 @@ class Dispatcher:
         """Raise RequestFailed if so many more streams cannot be taken now."""
         if self.draining:
             raise unavailable("this coordinator is shutting down; try another or later")
-        if not self._registry.ready:
+        if not self.versions.serves:
             raise unavailable("no worker that can decode is connected; try again later")
         if self.num_streams + num_streams > self._options.max_requests:
             raise RequestFailed(FailureKind.OVERLOADED, "too many requests are running; try again later")
+
+    def choose_version(self, key: str) -> str:
+        """Of a new request, whose id or user `key` is. Raises RequestFailed if none takes requests."""
+        version = self.versions.choose(key)
+        if version is None:
+            raise unavailable("no worker that can decode is connected; try again later")
+        return version
 
     def start(self, request: Request) -> None:
         """Admit and route every choice. Raises RequestFailed if there is no room; later failures are the request's."""
@@ -100,6 +111,7 @@ class Dispatcher:
 
         Raises RequestFailed if there is no room.
         """
+        request.adopted = True
         self._admit(request)
         for choice in request.choices:
             if request.ended:
@@ -117,14 +129,17 @@ class Dispatcher:
             orphan.worker.send(wire.CoordinatorMessage(adopt=wire.Adopt(id=leg.id, handle=leg.handle)))
 
     def _admit(self, request: Request) -> None:
-        self.check_capacity(len(request.choices))
+        if not request.shadow:
+            self.check_capacity(len(request.choices))
         if request.id in self.requests:
             raise RequestFailed(FailureKind.ID_IN_USE, "a request with this id is here already; choose another id")
+        request.version = request.version or self.choose_version(request.id)
         self.requests[request.id] = request
-        self.num_streams += len(request.choices)
         self.idle.clear()
-        self._retries.admitted(len(request.choices))
-        self._suspects.begin(request)
+        if not request.shadow:
+            self.num_streams += len(request.choices)
+            self._retries.admitted(len(request.choices))
+            self._suspects.begin(request)
         loop = asyncio.get_running_loop()
         request.deadline = loop.call_later(self._remaining_s(request), self._expire, request)
 
@@ -149,12 +164,13 @@ class Dispatcher:
         self._suspects.forget(request)
         self.quarantine.forget(request)
         self._pump_soon()
-        if self.requests.pop(request.id, None) is not None:
+        if self.requests.pop(request.id, None) is not None and not request.shadow:
             self.num_streams -= len(request.choices)
         if not self.requests:
             self.idle.set()
         self._metrics.request_ended(outcome, request, time.monotonic())
         request.wake()
+        self.on_end(request, outcome)
 
     def let_go(self) -> None:
         """End every request here, but not in its workers: they keep it for the coordinator that its client finds."""
@@ -172,12 +188,13 @@ class Dispatcher:
     # Attempts
 
     def _begin_attempt(self, choice: Choice) -> None:
-        if self._suspects.isolated(choice.request) and self._registry.ready:
+        version = choice.request.version
+        if self._suspects.isolated(choice.request) and version in self._registry.ready_versions():
             self._metrics.quarantine.labels("waited").inc()
             self.quarantine.park(choice)
             self._pump_soon()
             return
-        loads = self._registry.loads()
+        loads = self._registry.loads(version)
         if not self.quarantine.closed:
             self._attempt(choice, loads)
             return
@@ -206,6 +223,8 @@ class Dispatcher:
             self._delayed[choice] = asyncio.get_running_loop().call_later(RETURN_POLL_S, self._retry, choice)
             return
         choice.homeless_since_s = None
+        if route is None and self._move(choice.request):
+            return
         if route is None:
             self.end(choice.request, "failed", unavailable("no worker that can decode this is left; try again later"))
             return
@@ -224,13 +243,53 @@ class Dispatcher:
 
     def _may_wait_for_worker(self, choice: Choice) -> bool:
         """The last worker that could go on with a stream died: others, or itself, may be back soon."""
-        if not choice.stream.attempt:
+        if not choice.stream.attempt or choice.request.shadow:
             return False
         now = time.monotonic()
         if choice.homeless_since_s is None:
             self._metrics.waits_for_worker.inc()
             choice.homeless_since_s = now
         return now - choice.homeless_since_s < self._options.worker_return_s
+
+    def _move(self, request: Request) -> bool:
+        """Begin anew at another version, as nothing was delivered and no worker of the request's own is there."""
+        if request.moved or request.adopted or request.shadow or any(each.stream.tokens for each in request.choices):
+            return False
+        if request.version in self._registry.ready_versions() or self._suspects.isolated(request):
+            return False  # too long for those that are there; or those that were there may have died of it
+        version = self.versions.choose(request.id, besides=[request.version])
+        if version is None:
+            return False
+        log.warning("%s begins anew at version %s: %s is gone", request.id, version, request.version)
+        self._metrics.version_moves.inc()
+        request.version, request.moved = version, True
+        self.quarantine.forget(request)
+        for choice in request.choices:
+            self._drop_legs(choice)
+            choice.begun_by = choice.homeless_since_s = None
+        for choice in request.choices:
+            if not request.ended:
+                self._begin_attempt(choice)
+        return True
+
+    def move_from(self, worker: Worker) -> tuple[int, int]:
+        """Have others of its version go on with a draining worker's streams. How many do, and how many nobody takes."""
+        moved = stay = 0
+        for leg in list(worker.legs.values()):
+            choice = leg.choice
+            handed_over = not leg.decode and len(choice.stream.tokens) > leg.first_index
+            if choice.request.ended or handed_over or worker.legs.get(leg.handle) is not leg:
+                continue
+            if choice.request.shadow:
+                self.abort(choice.request)
+            elif self._route(choice, self._registry.loads(choice.request.version)) is None:
+                stay += 1
+            else:
+                moved += 1
+                self._metrics.attempts_failed.labels("moved").inc()
+                self._drop_legs(choice)
+                self._begin_attempt(choice)
+        return moved, stay
 
     def _pump_soon(self, news: bool = False) -> None:
         """Let the quarantine take its turn once whoever calls has finished what it is doing."""
@@ -287,7 +346,7 @@ class Dispatcher:
                 peer.CopyFrom(_peer(decode if worker is prefill else prefill))
             if computes:
                 assignment.holders.extend(self._holders(leg))
-            if role == wire.ROLE_DECODE:
+            if role == wire.ROLE_DECODE and not choice.request.shadow:
                 assignment.ticket = issue(choice, self.model)
             worker.send(message)
 
@@ -298,8 +357,10 @@ class Dispatcher:
             worker = self._registry.workers.get(held.life.worker_id)
             if worker is leg.worker and held.life == _life(worker):
                 break  # what follows is not longer
-            if worker is None or held.life != _life(worker) or not worker.accepts or worker.id in leg.choice.avoid:
+            if worker is None or held.life != _life(worker) or worker.id in leg.choice.avoid:
                 continue
+            if worker.version != leg.worker.version or worker.lost.is_set():
+                continue  # one that drains may be asked: what it has is all that a moved stream need not compute again
             holders.append(wire.PrefixHolder(worker=_peer(worker), num_tokens=held.num_tokens))
         return holders[:MAX_HOLDERS]
 
@@ -317,6 +378,11 @@ class Dispatcher:
         log.warning("attempt %d of %s abandoned: %s (worker %s)", attempt, choice.stream_id, cause, leg.worker.id)
         choice.avoid.add(leg.worker.id)
         self._drop_legs(choice)
+        if choice.request.shadow:
+            if own_fault:
+                self.breakers.failure(leg.worker.id)
+            self.end(choice.request, "failed")
+            return
         if not own_fault:
             self._begin_attempt(choice)
             return
@@ -499,6 +565,7 @@ class Dispatcher:
         """Everybody who was there is a suspect. Those that are guilty beyond doubt."""
         self.breakers.failure(worker.id)
         legs = legs + [leg for leg in worker.aftermath() if not leg.choice.request.ended]
+        legs = [leg for leg in legs if not leg.choice.request.shadow]
         self._metrics.suspects.inc(len({leg.choice.request for leg in legs}))
         return self._suspects.died(legs, self.quarantine.alone(worker))
 

@@ -18,9 +18,11 @@ from typing import Any
 
 from aiohttp import web
 
+import baton
 from baton.errors import InvalidRequestError
-from coordinator import openai_api, status
+from coordinator import openai_api
 from coordinator.delivery import Delta, Position, Request
+from coordinator.drains import DrainRequest, Drains
 from coordinator.failures import FailureKind, RequestFailed
 from coordinator.openai_answers import SSE_DONE, AnswerWriter, ErrorBody, ErrorDetail, json_body, positions_of, sse
 from coordinator.pins import CachePin
@@ -71,6 +73,7 @@ class HttpApi:
         resumption: Resumption,
         max_body_bytes: int,
         worker_status: Callable[[], Mapping[str, Any]],
+        drains: Drains,
         alive_interval_s: float,
     ) -> None:
         """`alive_interval_s`: of signs of life, while a stream has nothing else to say."""
@@ -78,6 +81,7 @@ class HttpApi:
         self._resumption = resumption
         self._max_body_bytes = max_body_bytes
         self._worker_status = worker_status
+        self._drains = drains
         self._alive_interval_s = alive_interval_s
 
     def application(self) -> web.Application:
@@ -100,6 +104,7 @@ class HttpApi:
         app.router.add_get("/version", self._version)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/status", self._status)
+        app.router.add_post("/drain", self._drain)
         return app
 
     # Generation
@@ -252,7 +257,7 @@ class HttpApi:
         return _json(b'{"status":"not ready: no worker that can decode is connected, or shutting down"}', 503)
 
     async def _version(self, http: web.Request) -> web.Response:
-        return _json(json_body({"version": status.VERSION}))
+        return _json(json_body({"version": baton.__version__}))
 
     async def _metrics(self, http: web.Request) -> web.Response:
         _operators_only(http)
@@ -261,6 +266,11 @@ class HttpApi:
     async def _status(self, http: web.Request) -> web.Response:
         _operators_only(http)
         return _json(json_body(self._worker_status()))
+
+    async def _drain(self, http: web.Request) -> web.Response:
+        _operators_only(http)
+        asked = openai_api.parse(await _json_bytes(http), DrainRequest)
+        return _json(json_body(self._drains.ask(asked)))
 
     # Around every request
 

@@ -1,6 +1,5 @@
 """What the coordinator counts, in Prometheus' terms. Names begin with baton_, units are in the name."""
 
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
@@ -10,33 +9,22 @@ from prometheus_client.registry import Collector
 from baton.metrics import TIER_COUNTERS, TIERS, WORKER_COUNTERS
 from baton.tls import Tls
 from coordinator.delivery import Choice, Request
+from coordinator.version_metrics import SECONDS, Buckets, VersionMetrics
 from coordinator.workers import Worker, WorkerRegistry
 
 _BLOCK_STATES = ("free", "cached", "held", "leased", "quarantined")
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 class _Histogram(Collector):
-    """A histogram for the one thread of the event loop: a tenth of the library's cost, because it is fed per token."""
-
     def __init__(self, name: str, help: str, bounds: Sequence[float], registry: CollectorRegistry) -> None:
         self._name, self._help = name, help
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
+        self._buckets = Buckets(bounds)
+        self.observe = self._buckets.observe
         registry.register(self)
 
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
     def collect(self) -> Iterator[Metric]:
-        buckets: list[tuple[str, float]] = []
-        total = 0
-        for bound, count in zip([*map(str, self._bounds), "+Inf"], self._counts, strict=True):
-            total += count
-            buckets.append((bound, total))
-        yield HistogramMetricFamily(self._name, self._help, buckets=buckets, sum_value=self._sum)
+        buckets = self._buckets
+        yield HistogramMetricFamily(self._name, self._help, buckets=buckets.cumulative(), sum_value=buckets.sum)
 
 
 class Metrics:
@@ -70,9 +58,21 @@ class Metrics:
             "baton_discovery_up", "1 while --discovery answers, or none is used", registry=registry
         )
         self.discovery_losses = Counter("baton_discovery_losses", "Times that etcd was lost", registry=registry)
-        self._ttft = _Histogram("baton_ttft_seconds", "Arrival to first token", _SECONDS, registry)
-        self._itl = _Histogram("baton_itl_seconds", "Token to next token of a stream", _SECONDS, registry)
-        self._e2e = _Histogram("baton_request_seconds", "Arrival to end of completed requests", _SECONDS, registry)
+        self.version_absent = Counter(
+            "baton_version_absent", "Requests of a version that was not there, taken by others", ["version"],
+            registry=registry,
+        )  # fmt: skip
+        self.version_moves = Counter(
+            "baton_version_moves", "Requests begun anew at another version: theirs was gone", registry=registry
+        )
+        self.rollout_errors = Counter("baton_rollout_errors", "Broken --rollout files, each time", registry=registry)
+        self.shadows = Counter("baton_shadows", "Copies of requests by event", ["event"], registry=registry)
+        self.drains = Counter("baton_drains", "Draining workers and their streams", ["event"], registry=registry)
+        self.versions = VersionMetrics()
+        registry.register(self.versions)
+        self._ttft = _Histogram("baton_ttft_seconds", "Arrival to first token", SECONDS, registry)
+        self._itl = _Histogram("baton_itl_seconds", "Token to next token of a stream", SECONDS, registry)
+        self._e2e = _Histogram("baton_request_seconds", "Arrival to end of completed requests", SECONDS, registry)
         self._first_attempts = self.attempts.labels("first")
         self._other_attempts = self.attempts.labels("again")
         for cause in ("diverged", "gap", "refused", "ended", "expired", "worker_lost", "moved"):
@@ -83,11 +83,18 @@ class Metrics:
     def token(self, choice: "Choice", now_s: float) -> None:
         """A token of `choice` was delivered."""
         request = choice.request
+        figures = request.figures
+        if figures is None:
+            figures = request.figures = self.versions.of(request.version, request.shadow)
         if choice.last_token_s is not None:
-            self._itl.observe(now_s - choice.last_token_s)
+            figures.itl.observe(now_s - choice.last_token_s)
+            if not request.shadow:
+                self._itl.observe(now_s - choice.last_token_s)
         elif request.first_token_s is None:
             request.first_token_s = now_s
-            self._ttft.observe(now_s - request.started_s)
+            figures.ttft.observe(now_s - request.started_s)
+            if not request.shadow:
+                self._ttft.observe(now_s - request.started_s)
         choice.last_token_s = now_s
 
     def attempt_started(self, prefill_choice: str, again: bool) -> None:
@@ -98,9 +105,15 @@ class Metrics:
         self.breakers.labels(worker_id, event).inc()
 
     def request_ended(self, outcome: str, request: "Request", now_s: float) -> None:
+        tokens = sum(len(choice.stream.tokens) for choice in request.choices)
+        figures = self.versions.of(request.version, request.shadow)
+        figures.outcomes[outcome] += 1
+        figures.tokens += tokens
+        if request.shadow:
+            return
         self.requests.labels(outcome).inc()
         self.prompt_tokens.inc(request.prompt_tokens)
-        self.completion_tokens.inc(sum(len(choice.stream.tokens) for choice in request.choices))
+        self.completion_tokens.inc(tokens)
         if outcome == "completed":
             self._e2e.observe(now_s - request.started_s)
 
@@ -166,6 +179,7 @@ def _gauges(workers: "list[Worker]") -> Iterator[Metric]:
     waiting = GaugeMetricFamily("baton_worker_waiting_requests", "Requests not begun", labels=["worker"])
     tokens = GaugeMetricFamily("baton_worker_waiting_prefill_tokens", "Prompt tokens to compute", labels=["worker"])
     up = GaugeMetricFamily("baton_worker_up", "1 accepts work, 0 drains", labels=["worker", "role"])
+    info = GaugeMetricFamily("baton_worker_info", "Always 1: what it runs", labels=["worker", "version", "software"])
     lanes = GaugeMetricFamily("baton_lane_in_use", "Always 1: who hands over how", labels=["worker", "peer", "lane"])
     size = GaugeMetricFamily("baton_worker_kv_tier_bytes", "What its blocks take", labels=["worker", "tier"])
     on = GaugeMetricFamily("baton_worker_kv_tier_on", "1 on, 0.5 read-only, 0 off", labels=["worker", "tier"])
@@ -177,6 +191,7 @@ def _gauges(workers: "list[Worker]") -> Iterator[Metric]:
         beat = worker.heartbeat
         for state in _BLOCK_STATES:
             blocks.add_metric([worker.id, state], getattr(beat.blocks, state))
+        info.add_metric([worker.id, worker.version, worker.registration.software_version], 1)
         total.add_metric([worker.id], beat.blocks.total)
         running.add_metric([worker.id], beat.running_requests)
         waiting.add_metric([worker.id], beat.waiting_requests)
@@ -186,4 +201,4 @@ def _gauges(workers: "list[Worker]") -> Iterator[Metric]:
                 up.add_metric([worker.id, role], float(worker.accepts))
         for peer, lane in beat.lanes_in_use.items():
             lanes.add_metric([worker.id, peer, lane], 1)
-    yield from (blocks, total, running, waiting, tokens, up, lanes, size, on, pinned)
+    yield from (blocks, total, running, waiting, tokens, up, info, lanes, size, on, pinned)

@@ -86,6 +86,8 @@ class Answer(Struct):
     model: str
     choices: Sequence[CompletionChoice | ChatChoice | ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+    system_fingerprint: str = ""
+    """The version of the model that answers."""
 
 
 class ErrorDetail(Struct):
@@ -180,7 +182,8 @@ class AnswerWriter:
         return sse(usage, f"{self._request.id}:{END}") + SSE_DONE
 
     def _answer(self, kind: str, choices: Sequence[Any], usage: Usage | UnsetType | None) -> Answer:
-        return Answer(self._request.id, kind, self._request.created_unix_s, self._model, choices, usage)
+        request = self._request
+        return Answer(request.id, kind, request.created_unix_s, self._model, choices, usage, request.version)
 
     def _completion(self, delta: Delta) -> CompletionChoice:
         logprobs = None

@@ -52,8 +52,9 @@ class _Sampled(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
     cache_salt: str | None = None
-    # Accepted, and without effect here.
+    # Where versions of the model share the traffic, the same user always gets the same one.
     user: str | None = None
+    # Accepted, and without effect here.
     metadata: dict[str, Any] | None = None
     store: bool | None = None
 
@@ -102,7 +103,7 @@ class CompletionRequest(_Sampled, forbid_unknown_fields=True, kw_only=True):
         sampling = self.sampling(self.max_tokens, self.logprobs)
         return GenerateSpec(
             self.model or "", _prompts(self.prompt), sampling, COMPLETION_DEFAULT_TOKENS, cache_salt=self.cache_salt,
-            include_usage=self.include_usage,
+            include_usage=self.include_usage, user=self.user or "",
         )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ class Turn:
     start: list[tuple[Choice, Worker]] = field(default_factory=list)
     """Isolated, each with the worker that it has for itself."""
     resume: list[Choice] = field(default_factory=list)
-    """Others that found every worker closed, and need not wait any more; all if no worker is left."""
+    """Others that found every worker closed, and need not wait any more; all if no worker of their version is left."""
 
 
 class Quarantine:
@@ -107,15 +107,17 @@ class Quarantine:
                 self._waiting.remove(choice)
                 turn.start.append((choice, lane.worker))
         self._reserve(able, now_s, trouble, turn)
-        closed = self.closed
-        if not able:
-            turn.resume, self._stranded, self._waiting = self._stranded + self._waiting, [], []
-        elif not all(worker.id in closed for worker in able):
-            turn.resume, self._stranded = self._stranded, []
-        elif self._stranded or self._waiting:
-            for beat, worker in ((workers[id].heartbeat, workers[id]) for id in self._elsewhere):
-                if not beat.reservation_wanted:
-                    _unreserve(worker, beat.reservation)  # its holder hears that it is wanted
+        there = {worker.version for worker in able}
+        open = {worker.version for worker in able if worker.id not in self.closed}
+        turn.resume = [each for each in self._stranded if _version(each) in open or _version(each) not in there]
+        turn.resume += [each for each in self._waiting if _version(each) not in there]
+        resumed = set(turn.resume)
+        self._stranded = [each for each in self._stranded if each not in resumed]
+        self._waiting = [each for each in self._waiting if each not in resumed]
+        stuck = {_version(each) for each in (*self._stranded, *self._waiting)} - open
+        for worker in (workers[id] for id in self._elsewhere):
+            if worker.version in stuck and not worker.heartbeat.reservation_wanted:
+                _unreserve(worker, worker.heartbeat.reservation)  # its holder hears that it is wanted
         return turn
 
     def _open_lanes(self, now_s: float, workers: Mapping[str, Worker]) -> None:
@@ -126,7 +128,8 @@ class Quarantine:
                 done = True
             elif lane.request is None:
                 denied = beat.reservation not in (0, lane.token)
-                done = denied or not self._waiting or not lane.worker.accepts
+                wanted = any(_fits(choice, lane.worker) for choice in self._waiting)
+                done = denied or not wanted or not lane.worker.accepts
             else:
                 own = [leg for leg in lane.worker.legs.values() if leg.choice.request is lane.request]
                 done = not own or bool(overdue)
@@ -167,8 +170,11 @@ class Quarantine:
     def _reserve(self, able: Sequence[Worker], now_s: float, trouble: Mapping[str, int], turn: Turn) -> None:
         """Have workers emptied for those that still wait."""
         reserved = [lane for lane in self._lanes.values() if lane.request is None]
-        num_idle = sum(lane.worker.empty for lane in reserved)
-        for choice in list({choice.request: choice for choice in self._waiting}.values())[num_idle:]:
+        idle_lanes = [lane for lane in reserved if lane.worker.empty]
+        for choice in {choice.request: choice for choice in self._waiting}.values():
+            if lane := next((each for each in idle_lanes if _fits(choice, each.worker)), None):
+                idle_lanes.remove(lane)  # about to be its own
+                continue
             fit = [worker for worker in able if _fits(choice, worker) and worker.id not in self.closed]
             idle = [worker for worker in fit if worker.empty]
             if idle:
@@ -176,7 +182,7 @@ class Quarantine:
             else:
                 fit = [worker for worker in fit if worker.decodes]
                 if not fit or reserved or (self.closed and len(self.closed) * 2 >= len(able)):
-                    break
+                    continue
                 worker = min(fit, key=lambda one: (one.id in choice.avoid, len(one.legs)))
             lane = self._lanes[worker.id] = Lane(worker, now_s, secrets.randbits(63) + 1)
             reserved.append(lane)
@@ -186,8 +192,13 @@ class Quarantine:
                 turn.move += lane.worker.legs.values()
 
 
+def _version(choice: Choice) -> str:
+    return choice.request.version
+
+
 def _fits(choice: Choice, worker: Worker) -> bool:
-    return len(choice.prompt) + choice.stream.max_tokens <= worker.context_tokens
+    num_tokens = len(choice.prompt) + choice.stream.max_tokens
+    return worker.version == _version(choice) and num_tokens <= worker.context_tokens
 
 
 def _rank(choice: Choice, worker: Worker, trouble: Mapping[str, int]) -> tuple[bool, int, bool]:

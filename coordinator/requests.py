@@ -6,7 +6,7 @@ HTTP and gRPC both build a `GenerateSpec` and hand it to `Intake.submit`; what h
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,8 @@ class GenerateSpec:
     """Requests of different salts share no KV."""
     chat: bool = False
     include_usage: bool = False
+    user: str = ""
+    """Whose requests all go to one version of the model, where several share the traffic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +91,13 @@ class Intake:
         self.metrics = metrics
         self.pins = Pins(registry, metrics)
         self.created_unix_s = int(time.time())
+        self.on_started: Callable[[Request], None] = lambda request: None
+        """Set by the shadows."""
 
     @property
     def ready(self) -> bool:
         """New requests can be served."""
-        return self.registry.ready and not self.dispatcher.draining
+        return self.dispatcher.versions.serves and not self.dispatcher.draining
 
     def check_model(self, name: str) -> None:
         """Empty means the only model served. Raises RequestFailed."""
@@ -135,13 +139,20 @@ class Intake:
         stop = tuple(spec.sampling.stop)
         form = AnswerForm(spec.chat, spec.include_usage, spec.keep_special_tokens, stop, n)
         request = Request(request_id, salt, form, resume_s)
+        request.version = self.dispatcher.choose_version(spec.user or request_id)
         for index, prompt in enumerate(spec.prompts):
             token_ids = await self.token_ids(prompt)
             param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
-            max_tokens = self._max_tokens(spec, len(token_ids), param)
+            max_tokens = self._max_tokens(spec, len(token_ids), param, request.version)
             self.add_choices(request, index, token_ids, resolve(spec.sampling, self.tokenizer.facts, max_tokens))
         self.dispatcher.start(request)
+        self.on_started(request)
         return request
+
+    def copy_choices(self, request: Request, copy: Request) -> None:
+        """Give `copy` the choices that `request` has."""
+        for first in request.choices[:: request.form.choices_per_prompt]:
+            self.add_choices(copy, first.prompt_index, first.prompt, first.sampling)
 
     async def token_ids(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
         """Tokens of any kind of prompt, checked against the vocabulary. Raises InvalidRequestError."""
@@ -191,8 +202,8 @@ class Intake:
             text = TextStream(detokenizer, form.stop, sampling.min_tokens)
             Choice(request, index, prompt, for_choice(sampling, number), text, form.keep_special_tokens)
 
-    def _max_tokens(self, spec: GenerateSpec, num_prompt_tokens: int, param: str) -> int:
-        context = self.registry.context_tokens
+    def _max_tokens(self, spec: GenerateSpec, num_prompt_tokens: int, param: str, version: str) -> int:
+        context = self.registry.context_tokens_of(version)
         if not context:
             raise unavailable("no worker that can decode is connected; try again later")
         room = context - num_prompt_tokens

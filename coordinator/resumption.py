@@ -255,7 +255,9 @@ class Resumption:
 
     def _adopt(self, id: str, found: dict[int, _Orphan], positions: Sequence[Position]) -> Request:
         """Raises RequestFailed if there is no room; the orphans then wait on."""
-        request = self._rebuild(_any(found), list(found.values()))
+        # The newest attempt's worker has the version that the request is at; one cut off may have an older one's.
+        newest = max(found.values(), key=lambda orphan: orphan.id.attempt)
+        request = self._rebuild(newest, list(found.values()))
         adoptions: dict[Choice, Adoption] = {}
         given_up: list[_Orphan] = []
         for choice in request.choices:
@@ -270,7 +272,8 @@ class Resumption:
             # Logprobs of tokens from other workers went with the coordinator; a client that has them needs none.
             had = positions[choice.number].num_tokens if choice.number < len(positions) else 0
             lacks_logprobs = choice.sampling.HasField("logprobs") and had < orphan.message.without_logprobs
-            if lacks_logprobs or assignment.sampling != choice.sampling:
+            other_version = orphan.worker.version != request.version
+            if other_version or lacks_logprobs or assignment.sampling != choice.sampling:
                 given_up.append(orphan)
             else:
                 adoptions[choice] = Adoption(orphan.worker, attempt, orphan.message.num_tokens)
@@ -288,6 +291,7 @@ class Resumption:
         """As it was, before its first token. `one` has the ticket that it is built from."""
         ticket, assignment = one.ticket, one.message.assignment
         request = Request(ticket.request_id, ticket.cache_salt, ticket.form, ticket.resume_s)
+        request.version = one.worker.version
         request.created_unix_s = ticket.created_unix_s
         remaining_s = max(orphan.message.remaining_s for orphan in all)
         request.started_s = time.monotonic() - max(0.0, self._options.request_timeout_s - remaining_s)

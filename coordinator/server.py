@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 from aiohttp import web
@@ -19,11 +20,12 @@ from baton.config import CoordinatorOptions, DiscoveryOptions, ModelOptions, Pub
 from baton.discovery import open_discovery
 from baton.errors import ConfigurationError
 from baton.grpc_tls import server_credentials
-from baton.model_folder import served_name
+from baton.model_folder import served_name, tokenizer_fingerprint
 from baton.processes import stop_signals, watch_parent
 from baton.tls import COORDINATOR_NAME, inside, outside
 from baton.v1 import worker_link_pb2_grpc as link_rpc
 from coordinator.dispatch import Dispatcher
+from coordinator.drains import Drains
 from coordinator.failures import unavailable
 from coordinator.grpc_api import GrpcApi
 from coordinator.http_api import HttpApi
@@ -31,7 +33,9 @@ from coordinator.link import LinkServicer
 from coordinator.metrics import Metrics
 from coordinator.requests import Intake
 from coordinator.resumption import Resumption
+from coordinator.rollout import Rollout, RolloutFile
 from coordinator.routing import LeastLoaded
+from coordinator.shadows import Shadows
 from coordinator.status import cluster_status
 from coordinator.tokenizer import ModelTokenizer
 from coordinator.workers import WorkerRegistry
@@ -68,13 +72,21 @@ class Coordinator:
         self.metrics = Metrics()
         self._discovery = open_discovery(discovery, on_lost=self.metrics.discovery_losses.inc)
         self.metrics.discovery_up.set_function(lambda: float(not self._discovery.trouble))
-        self.registry = WorkerRegistry(name)
+        self.registry = WorkerRegistry(name, tokenizer_fingerprint(model_folder))
         self.metrics.watch_workers(self.registry)
         policy = LeastLoaded(options.local_prefill_tokens)
         self.dispatcher = Dispatcher(options, self.registry, policy, self.metrics)
         self.intake = Intake(options, name, self._tokenizer, self.registry, self.dispatcher, self.metrics)
         self.dispatcher.model = name
         self.resumption = Resumption(options, self.intake, self.dispatcher, self.metrics)
+        self._drains = Drains(self.registry, self.dispatcher, self.metrics, options.drain_timeout_s)
+        self.shadows = Shadows(
+            self.dispatcher, self.metrics, options.max_shadows, options.max_requests, self.intake.copy_choices
+        )
+        self.intake.on_started = self.shadows.started
+        self._rollout = RolloutFile(Path(options.rollout)) if options.rollout else None
+        if self._rollout is not None:
+            self.dispatcher.versions.rollout = self._rollout.rollout
         self._link = LinkServicer(options, self.registry, self.dispatcher, self._tls)
         self.metrics.watch_tls({"inside": self._tls, "public": self._public_tls})
         self._tasks: set[asyncio.Task[None]] = set()
@@ -112,6 +124,9 @@ class Coordinator:
         await server.start()
         self._closing.push_async_callback(server.stop, None)
         self._spawn(self._link.watch())
+        self._spawn(self._drains.watch())
+        if self._rollout is not None:
+            self._spawn(self._rollout.watch(self._roll_out, self.metrics.rollout_errors.inc))
         return port
 
     async def _start_http(self) -> int:
@@ -120,7 +135,8 @@ class Coordinator:
             self.intake,
             self.resumption,
             options.max_body_bytes,
-            lambda: cluster_status(self.intake.model_name, self.registry, self.dispatcher),
+            self._status,
+            self._drains,
             options.heartbeat_interval_s,
         )
         runner = web.AppRunner(
@@ -135,6 +151,15 @@ class Coordinator:
         except OSError as error:
             raise _port_error("--port", options.host, options.port, error.strerror or str(error)) from error
         return int(runner.addresses[0][1])
+
+    def _status(self) -> dict[str, Any]:
+        trouble = self._rollout.trouble if self._rollout is not None else ""
+        return cluster_status(self.intake.model_name, self.registry, self.dispatcher, trouble)
+
+    def _roll_out(self, rollout: Rollout) -> None:
+        self.dispatcher.versions.rollout = rollout
+        self.shadows.rolled_out(rollout)
+        self._readiness_changed()
 
     def _announce(self, link_port: int) -> None:
         """So that workers dial this coordinator, too. Retracted before the ports are closed."""
@@ -164,6 +189,7 @@ class Coordinator:
     async def drain(self) -> None:
         """Refuse what is new, let what runs finish for up to drain_timeout_s. Idempotent."""
         self.dispatcher.draining = True
+        self.shadows.close()
         self._readiness_changed()
         await self._retract()
         events.info("draining: %d requests are running", len(self.dispatcher.requests))
@@ -184,6 +210,7 @@ class Coordinator:
     async def stop(self) -> None:
         """End what still runs, close the ports. Idempotent."""
         self.dispatcher.draining = True
+        self.shadows.close()
         for request in list(self.dispatcher.requests.values()):
             self.dispatcher.end(request, "failed", unavailable("this coordinator was shut down before the end"))
         self.resumption.close()

@@ -1,30 +1,33 @@
 """What operators see of the cluster: the document behind `baton status`."""
 
-import importlib.metadata
 import time
 from typing import Any
 
+import baton
 from coordinator.dispatch import Dispatcher
 from coordinator.workers import Worker, WorkerRegistry
 
-try:
-    VERSION = importlib.metadata.version("baton-serve")
-except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
-    VERSION = "0+unknown"
 
-
-def cluster_status(model: str, registry: WorkerRegistry, dispatcher: Dispatcher) -> dict[str, Any]:
+def cluster_status(
+    model: str, registry: WorkerRegistry, dispatcher: Dispatcher, rollout_trouble: str = ""
+) -> dict[str, Any]:
     """JSON-ready. Counts are of the workers' last heartbeats, ages in seconds."""
     ordered = sorted(registry.workers.values(), key=lambda worker: worker.id)
     workers = [_worker_status(worker) | {"breaker": dispatcher.breakers.state(worker.id)} for worker in ordered]
     return {
-        "version": VERSION,
+        "version": baton.__version__,
         "model": model,
-        "state": "draining" if dispatcher.draining else "ready" if registry.ready else "waiting for workers",
+        "state": "draining"
+        if dispatcher.draining
+        else "ready"
+        if dispatcher.versions.serves
+        else "waiting for workers",
         "max_model_tokens": registry.context_tokens,
         "requests": len(dispatcher.requests),
         "streams": dispatcher.num_streams,
         "quarantine": dispatcher.quarantine.status(),
+        "versions": dispatcher.versions.status(),
+        "rollout_trouble": rollout_trouble,
         "workers": workers,
     }
 
@@ -37,6 +40,8 @@ def _worker_status(worker: Worker) -> dict[str, Any]:
         "pid": registration.pid,
         "roles": [name for name, has in (("prefill", worker.prefills), ("decode", worker.decodes)) if has],
         "address": registration.host,
+        "model_version": worker.version,
+        "software": registration.software_version,
         "incarnation": f"{registration.incarnation:016x}",
         "state": "lost" if worker.lost.is_set() else "draining" if beat.draining else "ready",
         "page_size_tokens": registration.page_size_tokens,

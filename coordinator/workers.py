@@ -6,13 +6,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from baton.errors import PeerError
+import baton
+from baton.config import check_version_label
+from baton.errors import ConfigurationError, PeerError
+from baton.model_folder import VERSION_DIGITS
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import Choice
 from coordinator.routing import WorkerLoad
 
 AFTERMATH_S = 1.0
 """So long after an abort a worker may still be busy with what was aborted, and die of it."""
+PROTOCOLS = (wire.LINK_PROTOCOL_VERSION,)
+"""That a worker may speak: this software's, and from the first change of meaning on also the one before."""
 OUTBOX_MESSAGES = 4096
 """Messages that may wait for a worker. One that reads slower than this is not serving anyone."""
 
@@ -73,6 +78,8 @@ class Worker:
     def __init__(self, registration: wire.Registration, on_lost: Callable[["Worker"], None]) -> None:
         self.id = registration.worker_id
         self.registration = registration
+        self.version = version_of(registration)
+        self.draining_since_s: float | None = None
         self.prefills = wire.ROLE_PREFILL in registration.roles
         self.decodes = wire.ROLE_DECODE in registration.roles
         self.stands_in = wire.ROLE_DECODE in registration.standby_roles
@@ -160,7 +167,8 @@ class Worker:
         return self._legs_by_attempt.get((id.request_id, id.attempt))
 
     def beat(self, heartbeat: wire.WorkerHeartbeat) -> None:
-        if heartbeat.draining and not self.heartbeat.draining:
+        if heartbeat.draining and self.draining_since_s is None:
+            self.draining_since_s = time.monotonic()
             events.info("worker %s is draining", self.id)
         self.heartbeat = heartbeat
         self._blocks_assigned = 0
@@ -193,8 +201,14 @@ class Worker:
         )
 
 
+def version_of(registration: wire.Registration) -> str:
+    """The label of its model version; one of our making for software that sends none."""
+    fingerprint = registration.weights_fingerprint or registration.model_fingerprint
+    return registration.model_version or fingerprint[:VERSION_DIGITS] or "unnamed"
+
+
 def work_together(one: wire.Registration, other: wire.Registration) -> bool:
-    """Both compute the same KV, or whichever of them decodes takes KV of another dtype over."""
+    """Of one model version: both compute the same KV, or whichever of them decodes takes KV of another dtype over."""
     if one.model_fingerprint == other.model_fingerprint:
         return True
     same_weights = one.weights_fingerprint != "" and one.weights_fingerprint == other.weights_fingerprint
@@ -202,11 +216,15 @@ def work_together(one: wire.Registration, other: wire.Registration) -> bool:
 
 
 class WorkerRegistry:
-    """Workers by id. All of them work together; those with another page size or dtype convert what they take in."""
+    """Workers by id. All of one model version work together; those with another page size or dtype convert what they
+    take in. Versions stand side by side, as long as they share the coordinator's tokenizer."""
 
-    def __init__(self, served_model: str) -> None:
+    def __init__(self, served_model: str, tokenizer_fingerprint: str = "") -> None:
         self._served_model = served_model
+        self._tokenizer_fingerprint = tokenizer_fingerprint
         self.workers: dict[str, Worker] = {}
+        self.version_starts: dict[str, float] = {}
+        """When the first worker of each version was started that was ever here; Unix seconds."""
         self.on_lost: Callable[[Worker], None] = lambda worker: None
         """Set by the dispatcher: fail the worker's attempts over."""
         self.on_joined: Callable[[Worker], None] = lambda worker: None
@@ -225,6 +243,8 @@ class WorkerRegistry:
             old.lose("it dialled again" if same else "it was started anew", died=not same)
         worker = self.workers[registration.worker_id] = Worker(registration, self._lost)
         self.empty_since_s = None
+        started = registration.started_unix_s
+        self.version_starts[worker.version] = min(self.version_starts.get(worker.version, started), started)
         roles = "+".join(name for name, has in (("prefill", worker.prefills), ("decode", worker.decodes)) if has)
         events.info(
             "worker %s joined: %s, pid %d, %d blocks of %d tokens, incarnation %016x",
@@ -235,9 +255,12 @@ class WorkerRegistry:
         return worker
 
     def _check(self, new: wire.Registration) -> None:
-        if new.protocol_version != wire.LINK_PROTOCOL_VERSION:
+        if new.protocol_version not in PROTOCOLS:
+            older = new.protocol_version < PROTOCOLS[0]
             raise PeerError(
-                f"protocol_version is {new.protocol_version}, this coordinator speaks {wire.LINK_PROTOCOL_VERSION}"
+                f"protocol_version is {new.protocol_version} (baton {new.software_version or 'of unknown version'}), "
+                f"this coordinator (baton {baton.__version__}) speaks {' and '.join(map(str, PROTOCOLS))}; "
+                f"upgrade {'this worker' if older else 'coordinators first, then workers'}"
             )
         if not new.worker_id or not new.incarnation:
             raise PeerError("worker_id and incarnation must be set")
@@ -249,14 +272,25 @@ class WorkerRegistry:
             raise PeerError("handover_address must be set for the prefill role")
         if new.model != self._served_model:
             raise PeerError(f"model is '{new.model}', this coordinator serves '{self._served_model}'")
+        if new.model_version:
+            try:
+                check_version_label(new.model_version, "model_version")
+            except ConfigurationError as error:
+                raise PeerError(str(error)) from None
+        own = self._tokenizer_fingerprint
+        if own and new.tokenizer_fingerprint and new.tokenizer_fingerprint != own:
+            raise PeerError(
+                "its tokenizer differs from this coordinator's, which turns prompts into tokens; serve this model with "
+                "coordinators of its own, or give the worker the same tokenizer.json"
+            )
         others = (worker for worker in self.workers.values() if worker.id != new.worker_id)
         for other in others:
-            if not work_together(new, other.registration):
+            if other.version == version_of(new) and not work_together(new, other.registration):
                 raise PeerError(
-                    f"model_fingerprint is {new.model_fingerprint}, that of worker {other.id} is "
-                    f"{other.registration.model_fingerprint}; start all workers with the same model and dtype, with "
+                    f"version {other.version}: model_fingerprint is {new.model_fingerprint}, that of worker {other.id} "
+                    f"is {other.registration.model_fingerprint}; start all workers with the same model and dtype, with "
                     "--deterministic also with the same --page-size. Where only --dtype differs, decode workers with "
-                    "--convert-kv-dtype convert"
+                    "--convert-kv-dtype convert; other weights need another --model-version"
                 )
 
     def _lost(self, worker: Worker) -> None:
@@ -267,18 +301,24 @@ class WorkerRegistry:
         self.on_lost(worker)
         self.on_change()
 
-    def loads(self) -> list[WorkerLoad]:
-        """Of the workers that accept new work."""
-        return [worker.load() for worker in self.workers.values() if worker.accepts]
+    def loads(self, version: str) -> list[WorkerLoad]:
+        """Of the workers of one model version that accept new work."""
+        return [worker.load() for worker in self.workers.values() if worker.version == version and worker.accepts]
 
-    @property
-    def ready(self) -> bool:
-        """A worker that decodes, or stands in for those that do, accepts work."""
-        return any((worker.decodes or worker.stands_in) and worker.accepts for worker in self.workers.values())
+    def ready_versions(self) -> list[str]:
+        """Those of which a worker that decodes, or stands in for those that do, accepts work."""
+        ready = (worker for worker in self.workers.values() if worker.accepts and (worker.decodes or worker.stands_in))
+        return list(dict.fromkeys(worker.version for worker in ready))
 
     @property
     def context_tokens(self) -> int:
-        """Longest prompt plus output that every decode worker, or else every stand-in, can hold; 0 without any."""
-        decoding = [worker for worker in self.workers.values() if worker.decodes]
-        standing_in = [worker for worker in self.workers.values() if worker.stands_in]
+        """Longest prompt plus output that every version can hold; 0 without any worker."""
+        versions = {worker.version for worker in self.workers.values()}
+        return min(filter(None, map(self.context_tokens_of, versions)), default=0)
+
+    def context_tokens_of(self, version: str) -> int:
+        """Of one version: what every decode worker, or else every stand-in, can hold; 0 without any."""
+        workers = [worker for worker in self.workers.values() if worker.version == version]
+        decoding = [worker for worker in workers if worker.decodes]
+        standing_in = [worker for worker in workers if worker.stands_in]
         return min((worker.context_tokens for worker in decoding or standing_in), default=0)

@@ -39,6 +39,8 @@ class LoadedModel:
     """Equal for models that compute equal KV."""
     weights_fingerprint: str = ""
     """Equal for those that would in the same dtype; empty where KV of another dtype is never good enough."""
+    version: str = ""
+    """Equal for equal weights, whatever they are computed in, also where `weights_fingerprint` is empty."""
 
     @property
     def device(self) -> torch.device:
@@ -56,7 +58,7 @@ def load_model(
     config = ModelConfig.load(folder)
     resolved = resolve_dtype(dtype, config)
     weights_name = weights_fingerprint(folder, config)
-    fingerprint = model_fingerprint(weights_name, resolved)
+    fingerprint, version = model_fingerprint(weights_name, resolved), weights_name
     ops = choose_ops(config, resolved, page_size, device, deterministic)
     if deterministic:
         # The page size too: kernels may cut the long sums of attention where pages end.
@@ -65,7 +67,7 @@ def load_model(
     weights = load_weights(folder, config, resolved, ops, on_progress)
     if device.type != "cpu":
         weights = _moved(weights, device, config.tie_word_embeddings)
-    return LoadedModel(config, weights, ops, resolved, fingerprint, weights_name)
+    return LoadedModel(config, weights, ops, resolved, fingerprint, weights_name, version)
 
 
 def gpu_ops(config: ModelConfig, page_size: int, device: torch.device, deterministic: bool = False) -> Ops[Any]:

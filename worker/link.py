@@ -6,6 +6,7 @@ both sides send a heartbeat every `heartbeat_interval_s`, and one that hears not
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -90,7 +91,7 @@ class CoordinatorLink:
         self._handler = handler
         self._heartbeat = heartbeat
         self._tls = tls
-        self._outgoing: asyncio.Queue[wire.WorkerMessage] | None = None
+        self._outgoing: asyncio.Queue[wire.WorkerMessage | None] | None = None
         self._overflow = asyncio.Event()
         self._told = ""
         self._heard = 0.0
@@ -109,6 +110,13 @@ class CoordinatorLink:
         except asyncio.QueueFull:
             self._overflow.set()
 
+    def close(self) -> None:
+        """The last message has been sent: the coordinator hangs up when it has read it, and is not dialled again."""
+        self.wanted = False
+        if self._outgoing is not None:
+            with contextlib.suppress(asyncio.QueueFull):
+                self._outgoing.put_nowait(None)
+
     async def run(
         self, on_connected: Callable[[], None], is_reached_otherwise: Callable[[int], bool] = lambda coordinator: False
     ) -> None:
@@ -124,15 +132,18 @@ class CoordinatorLink:
                 if not held:
                     await self._session(on_connected)
             except (grpc.aio.AioRpcError, TimeoutError, ConnectionError) as error:
-                await self._explain(error)
+                if self.wanted:
+                    await self._explain(error)
             if self.connected.is_set():
                 self.connected.clear()
                 backoff_s = FIRST_BACKOFF_S
                 self._handler.on_lost(self)
             if not self.wanted:
-                log.info("the coordinator at %s is announced no more, and its link is gone", self._address)
+                log.info("the link to the coordinator at %s is gone, and not wanted any more", self._address)
                 return
             await asyncio.sleep(MAX_BACKOFF_S if held else backoff_s)
+            if not self.wanted:
+                return
             backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
 
     async def _explain(self, error: Exception) -> None:
@@ -175,9 +186,9 @@ class CoordinatorLink:
             self._outgoing = None
 
     @staticmethod
-    async def _messages(queue: "asyncio.Queue[wire.WorkerMessage]") -> AsyncIterator[wire.WorkerMessage]:
-        while True:
-            yield await queue.get()
+    async def _messages(queue: "asyncio.Queue[wire.WorkerMessage | None]") -> AsyncIterator[wire.WorkerMessage]:
+        while (message := await queue.get()) is not None:
+            yield message
 
     async def _serve(self, call: "grpc.aio.StreamStreamCall[wire.WorkerMessage, wire.CoordinatorMessage]",
                      welcome: wire.Welcome) -> None:  # fmt: skip

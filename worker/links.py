@@ -41,6 +41,14 @@ class CoordinatorLinks:
         for link in self._links.values():
             link.send(message)
 
+    async def close(self, timeout_s: float) -> None:
+        """Let coordinators read all that was sent, and hang up."""
+        self._wanted = frozenset()
+        for link in self._links.values():
+            link.close()
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=timeout_s)
+
     async def run(self, discovery: Discovery, connect_timeout_s: float) -> None:
         """Keep links up until cancelled. Raises ConfigurationError when none could be had for `connect_timeout_s` at
         the start, or every coordinator refused this worker."""

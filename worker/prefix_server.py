@@ -33,6 +33,8 @@ class PrefixServer:
         self._offers: OfferServer | None = None
         self._leases: dict[str, bool] = {}
         """By hand-over: whether the engine has taken the lease."""
+        self.lends = True
+        """False once this worker is about to end: nobody new is let in."""
 
     def serve_offers(self, offers: OfferServer) -> None:
         """The server that blocks are offered through; its callbacks are `on_ask` and `on_lease_*`."""
@@ -44,7 +46,8 @@ class PrefixServer:
         return self._offers
 
     def on_ask(self, key: str, peer: PeerIdentity, names: Sequence[bytes]) -> None:
-        num_blocks = self._num_held(names) if len(self._leases) < MAX_READERS and key not in self._leases else 0
+        lends = self.lends and len(self._leases) < MAX_READERS and key not in self._leases
+        num_blocks = self._num_held(names) if lends else 0
         self.offers.found(key, num_blocks)
         if num_blocks:
             self._leases[key] = False
@@ -73,6 +76,10 @@ class PrefixServer:
             self.offers.offer(key, first, leased.block_ids[part], leased.generations[part])
         self.offers.close(key, num_blocks, 0, 0, 0)
         self._counters["prefix_blocks_lent"] += num_blocks
+
+    def unfinished(self) -> int:
+        """Readers that still need this process."""
+        return len(self._leases)
 
     def on_lease_released(self, key: str, verified: bool) -> None:
         """The reader is done, or can read no more."""

@@ -32,11 +32,14 @@ from worker.arrivals import Arrivals, Arrived, Fetch
 from worker.link import LinkHandler
 from worker.orphans import Orphans
 from worker.pins import Pins
+from worker.prefix_server import PrefixServer
 from worker.reservation import Reservation
 from worker.roles import Attempt, Link, RoleHandler, step_logprob
 from worker.step_loop import Command, StepLoop
 
 log = logging.getLogger(__name__)
+LINGER_S = 0.5
+"""From the last attempt of a drained worker to its end."""
 LOOK_UP_S = 0.05
 """What a request waits for a shared store to say which of its blocks it has."""
 
@@ -87,6 +90,8 @@ class WorkerShell(LinkHandler):
         self.lanes_in_use: Callable[[], dict[str, str]] = dict
         self.prefixes: PrefixFetcher | None = None
         """Gets beginnings of prompts from other workers."""
+        self.lender: PrefixServer | None = None
+        """Gives them to other workers."""
         self._send_all = send_all
         self._names = engine.names
         self._page_size = page_size
@@ -162,6 +167,7 @@ class WorkerShell(LinkHandler):
         if not self.draining:
             log.info("draining: %d attempts run on", len(self._attempts))
             self.draining = True
+            self._changed.set()
             self._beat()  # whatever comes now is refused
 
     def on_adopt(self, link: Link, adopt: wire.Adopt) -> None:
@@ -260,14 +266,24 @@ class WorkerShell(LinkHandler):
                 attempt.link.send(wire.WorkerMessage(ending=ending))
             self.orphans.ended(attempt, ending)
 
+    async def finished(self) -> None:
+        """Wait until a coordinator had this worker drain, no attempt is left, and those to whom the last ones were
+        moved have had the time to ask for their blocks."""
+        while self._attempts or not self.draining:
+            self._changed.clear()
+            await self._changed.wait()
+        await asyncio.sleep(LINGER_S)
+
     async def drained(self, timeout_s: float) -> bool:
         """Wait until no attempt and no hand-over needs this process; False when the time ran out first."""
         self.on_drain()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
-        while self._attempts or len(self.arrivals) or any(role.unfinished() for role in self._roles.values()):
+        while busy := self._busy():
             if loop.time() >= deadline:
                 return False
+            if self.lender is not None and busy == self.lender.unfinished():
+                self.lender.lends = False  # the last readers may finish
             self._changed.clear()
             # Releases of hand-overs do not pass through the shell, so it looks again after a while.
             with contextlib.suppress(TimeoutError):
@@ -275,6 +291,12 @@ class WorkerShell(LinkHandler):
         return True
 
     # Inside
+
+    def _busy(self) -> int:
+        """Attempts, transfers and hand-overs that need this process."""
+        lent = self.lender.unfinished() if self.lender is not None else 0
+        handovers = sum(role.unfinished() for role in self._roles.values())
+        return len(self._attempts) + len(self.arrivals) + handovers + lent
 
     async def _fetch_prefix(self, attempt: Attempt, reserved: Reserved, first_block: int) -> Arrived:
         assert self.prefixes is not None

@@ -29,7 +29,10 @@ class _LinkProtocolEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LinkProt
     LINK_PROTOCOL_VERSION: _LinkProtocol.ValueType  # 1
 
 class LinkProtocol(_LinkProtocol, metaclass=_LinkProtocolEnumTypeWrapper):
-    """What both ends must speak; a coordinator refuses any other number."""
+    """What both ends must speak. Fields and kinds of messages are added under one number, and whoever does not know them
+    does without; the number is raised only when something comes to mean something else. A coordinator takes workers of
+    its own number and of the one before, so coordinators are upgraded first.
+    """
 
 LINK_PROTOCOL_UNSPECIFIED: LinkProtocol.ValueType  # 0
 LINK_PROTOCOL_VERSION: LinkProtocol.ValueType  # 1
@@ -242,6 +245,10 @@ class Registration(_message.Message):
     WEIGHTS_FINGERPRINT_FIELD_NUMBER: _builtins.int
     CONVERTS_KV_DTYPE_FIELD_NUMBER: _builtins.int
     PINNABLE_BLOCKS_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    TOKENIZER_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    SOFTWARE_VERSION_FIELD_NUMBER: _builtins.int
+    STARTED_UNIX_S_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     worker_id: _builtins.str
     """stable name, unique in the cluster"""
@@ -265,6 +272,14 @@ class Registration(_message.Message):
     """takes KV of workers with the same weights and another dtype"""
     pinnable_blocks: _builtins.int
     """what pins may keep in its tiers; 0 without tiers"""
+    model_version: _builtins.str
+    """label of the weights that it serves; empty: made from the fingerprints"""
+    tokenizer_fingerprint: _builtins.str
+    """equal fingerprints turn the same text into the same tokens; empty: not known"""
+    software_version: _builtins.str
+    """baton.__version__, for people"""
+    started_unix_s: _builtins.float
+    """of the process; the oldest version serves where nobody says which one should"""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[Global___Role.ValueType]: ...
     @_builtins.property
@@ -296,10 +311,14 @@ class Registration(_message.Message):
         weights_fingerprint: _builtins.str = ...,
         converts_kv_dtype: _builtins.bool = ...,
         pinnable_blocks: _builtins.int = ...,
+        model_version: _builtins.str = ...,
+        tokenizer_fingerprint: _builtins.str = ...,
+        software_version: _builtins.str = ...,
+        started_unix_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "converts_kv_dtype", b"converts_kv_dtype", "handover_address", b"handover_address", "host", b"host", "incarnation", b"incarnation", "lanes", b"lanes", "max_model_tokens", b"max_model_tokens", "model", b"model", "model_fingerprint", b"model_fingerprint", "page_size_tokens", b"page_size_tokens", "pid", b"pid", "pinnable_blocks", b"pinnable_blocks", "protocol_version", b"protocol_version", "roles", b"roles", "standby_roles", b"standby_roles", "total_blocks", b"total_blocks", "weights_fingerprint", b"weights_fingerprint", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "converts_kv_dtype", b"converts_kv_dtype", "handover_address", b"handover_address", "host", b"host", "incarnation", b"incarnation", "lanes", b"lanes", "max_model_tokens", b"max_model_tokens", "model", b"model", "model_fingerprint", b"model_fingerprint", "model_version", b"model_version", "page_size_tokens", b"page_size_tokens", "pid", b"pid", "pinnable_blocks", b"pinnable_blocks", "protocol_version", b"protocol_version", "roles", b"roles", "software_version", b"software_version", "standby_roles", b"standby_roles", "started_unix_s", b"started_unix_s", "tokenizer_fingerprint", b"tokenizer_fingerprint", "total_blocks", b"total_blocks", "weights_fingerprint", b"weights_fingerprint", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

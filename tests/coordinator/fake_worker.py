@@ -71,8 +71,8 @@ class FakeWorker:
             **{
                 "protocol_version": 1, "worker_id": worker_id, "incarnation": next(_incarnations), "roles": roles,
                 "pid": 4242, "host": "127.0.0.1", "handover_address": f"tcp://127.0.0.1:1/{worker_id}", "model": "demo",
-                "model_fingerprint": "f", "page_size_tokens": 16, "total_blocks": 4096, "max_model_tokens": 2048,
-                "block_bytes": 1024, "lanes": ["shm", "tcp"],
+                "model_fingerprint": "f", "model_version": "v", "page_size_tokens": 16, "total_blocks": 4096,
+                "max_model_tokens": 2048, "block_bytes": 1024, "lanes": ["shm", "tcp"],
             }
             | registration
         )  # fmt: skip
@@ -209,6 +209,9 @@ class FakeWorker:
                 self.pins[message.pin.id] = message.pin
             elif kind == "unpin":
                 del self.pins[message.unpin.id]
+            elif kind == "drain":
+                self.heartbeat.draining = True
+                await self.beat()
             elif kind == "abort":
                 self.aborts.append(message.abort.id)
                 run = self._runs.pop((message.abort.id.request_id, message.abort.id.attempt), None)

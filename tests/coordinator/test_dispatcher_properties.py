@@ -1,4 +1,5 @@
-"""Any order of tokens, deaths, refusals, failures, joins and aborts ends with right streams and nothing left over."""
+"""Any order of tokens, deaths, refusals, failures, joins, drains, aborts and changes of who gets traffic ends with
+right streams, each wholly of one model version, and nothing left over."""
 
 import asyncio
 from dataclasses import dataclass, field
@@ -14,10 +15,22 @@ from coordinator.detokenizer import IncrementalDetokenizer, TextStream
 from coordinator.dispatch import Dispatcher
 from coordinator.failures import RequestFailed
 from coordinator.metrics import Metrics
+from coordinator.rollout import Rollout
 from coordinator.routing import LeastLoaded
+from coordinator.shadows import Shadows
 from coordinator.workers import Worker, WorkerRegistry
 
 MAX_TOKENS = 6
+ROLLOUTS = [
+    Rollout(),
+    Rollout({"v1": 1.0, "v2": 1.0}),
+    Rollout({"v2": 1.0, "v1": 0.0}),
+    Rollout({"v1": 1.0}, {"v2": 1.0}),
+]
+
+
+def token_of(version: str, prompt: list[int], index: int) -> int:
+    return token_at(prompt, index) + (version == "v2")
 
 
 @dataclass
@@ -66,32 +79,43 @@ class World:
     def __init__(self) -> None:
         self.registry = WorkerRegistry("demo")
         options = CoordinatorOptions(max_attempts=4, worker_return_s=0)
-        self.dispatcher = Dispatcher(options, self.registry, LeastLoaded(2), Metrics())
+        metrics = Metrics()
+        self.dispatcher = Dispatcher(options, self.registry, LeastLoaded(2), metrics)
+        self.shadows = Shadows(self.dispatcher, metrics, 3, options.max_requests, self._copy)
         self.models: list[Model] = []
         self.requests: list[Request] = []
         self.num_joined = 0
 
-    def join(self, *roles: int) -> None:
+    def _copy(self, request: Request, copy: Request) -> None:
+        for choice in request.choices:
+            self._choice(copy, choice.prompt)
+
+    @staticmethod
+    def _choice(request: Request, prompt: list[int]) -> None:
+        text = TextStream(IncrementalDetokenizer(lambda ids: "".join(map(chr, ids))))
+        Choice(request, 0, prompt, wire.EngineSampling(max_tokens=MAX_TOKENS), text, False)
+
+    def join(self, *roles: int, version: str = "v1") -> None:
         self.num_joined += 1
         worker = self.registry.register(
             wire.Registration(
                 protocol_version=1, worker_id=f"w{self.num_joined % 4}", incarnation=self.num_joined, roles=roles,
                 page_size_tokens=16, total_blocks=64, max_model_tokens=512, model="demo", handover_address="x",
+                model_version=version, model_fingerprint=version,
             )
         )  # fmt: skip
         self.models.append(Model(worker))
 
     def ask(self, prompt_length: int, n: int) -> None:
         request = Request(f"r{len(self.requests)}")
-        sampling = wire.EngineSampling(max_tokens=MAX_TOKENS)
         for _ in range(n):
-            text = TextStream(IncrementalDetokenizer(lambda ids: "".join(map(chr, ids))))
-            Choice(request, 0, list(range(prompt_length)), sampling, text, False)
+            self._choice(request, list(range(prompt_length)))
         try:
             self.dispatcher.start(request)
         except RequestFailed:
             return
         self.requests.append(request)
+        self.shadows.started(request)
 
     def say(self, model: Model, **message: object) -> None:
         """As the link does: a lost worker is not heard."""
@@ -100,7 +124,8 @@ class World:
 
     def token(self, model: Model, run: Run, index: int, lie: int = 0) -> None:
         assignment = run.assignment
-        token_id = token_at(list(assignment.token_ids)[: assignment.num_prompt_tokens], index) + lie
+        prompt = list(assignment.token_ids)[: assignment.num_prompt_tokens]
+        token_id = token_of(model.worker.version, prompt, index) + lie
         step = wire.StepTokens(handles=[assignment.handle], indices=[index], token_ids=[token_id])
         self.say(model, tokens=step)
 
@@ -118,10 +143,20 @@ class World:
 
     def act(self, draw: st.DataObject) -> None:
         actions = ["token"] * 8 + ["ask", "join", "lose", "refuse", "fail", "repeat", "lie", "skip", "abort"]
+        actions += ["drain", "roll out"]
         action = draw.draw(st.sampled_from(actions))
         if action == "join":
             roles = draw.draw(st.sampled_from([(wire.ROLE_DECODE,), (wire.ROLE_PREFILL,), (1, 2)]))
-            return self.join(*roles)
+            return self.join(*roles, version=draw.draw(st.sampled_from(["v1", "v2"])))
+        if action == "roll out":
+            said = draw.draw(st.sampled_from(ROLLOUTS))
+            self.dispatcher.versions.rollout = said
+            return self.shadows.rolled_out(said)
+        if action == "drain" and self.models:
+            model = draw.draw(st.sampled_from(self.models))
+            self.say(model, heartbeat=wire.WorkerHeartbeat(draining=True))
+            self.dispatcher.move_from(model.worker)
+            return None
         if action == "ask":
             return self.ask(draw.draw(st.sampled_from([1, 40])), draw.draw(st.integers(1, 2)))
         if action == "abort" and self.requests:
@@ -149,11 +184,16 @@ class World:
 
 def check(world: World) -> None:
     dispatcher = world.dispatcher
-    assert dispatcher.num_streams == sum(len(request.choices) for request in dispatcher.requests.values())
+    clients = [request for request in dispatcher.requests.values() if not request.shadow]
+    assert dispatcher.num_streams == sum(len(request.choices) for request in clients)
+    for model in world.models:
+        for leg in model.worker.legs.values():
+            assert leg.choice.request.version == model.worker.version
+            assert leg.choice.request.shadow or leg.choice.request in world.requests
     for request in world.requests:
         assert request.ended == (request.id not in dispatcher.requests)
         for choice in request.choices:
-            right = [token_at(choice.prompt, index) for index in range(MAX_TOKENS)]
+            right = [token_of(request.version, choice.prompt, index) for index in range(MAX_TOKENS)]
             assert choice.stream.tokens == right[: len(choice.stream.tokens)]
             if choice.finish_reason == "length":
                 assert len(choice.stream.tokens) == MAX_TOKENS

@@ -97,6 +97,28 @@ def test_what_another_worker_has_is_fetched_and_only_the_rest_is_computed(
     serve(model, story)
 
 
+def test_a_worker_that_drains_lends_what_it_has_and_ends_when_its_readers_are_done(
+    model: tuple[LoadedModel, list[int]],
+) -> None:
+    async def story(case: Case) -> None:
+        shell = case.holder.shell.shell
+        finished = asyncio.create_task(shell.finished())
+        await asyncio.sleep(0)
+        assert not finished.done(), "nobody had it drain"
+        shell.on_drain()
+        await case.ask(holder=case.holder)
+        await case.ends(prompt_tokens_fetched=FETCHABLE, prefix_fetches=1, prefix_fetches_empty=0)
+        await asyncio.wait_for(finished, 10)
+        assert await shell.drained(10)
+        assert shell.lender is not None
+        shell.lender.lends = False
+        case.pair.decode.shell.shell.steps.submit(forget_everything)
+        await case.ask(holder=case.holder)
+        await case.ends(prefix_fetches_empty=1)
+
+    serve(model, story)
+
+
 def test_a_prefill_worker_fetches_a_conversation_from_the_worker_that_decoded_it(
     model: tuple[LoadedModel, list[int]], tmp_path: Path
 ) -> None:

@@ -208,3 +208,39 @@ def test_a_worker_without_any_coordinator_gives_up_with_a_hint(discovery: Discov
             await links.run(discovery, connect_timeout_s=0.2)
 
     asyncio.run(run())
+
+
+class HangsUp(Coordinator):
+    """When it has read everything, as the real one does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scripts = [lambda _, __: self._answer()]
+        self.has_read = asyncio.Event()
+
+    async def _answer(self) -> AsyncIterator[wire.CoordinatorMessage]:
+        async for message in beating():
+            yield message
+            if self.has_read.is_set():
+                return
+
+    async def _listen(self, messages: Any) -> None:
+        await super()._listen(messages)
+        self.has_read.set()
+
+
+def test_a_link_that_is_closed_ends_when_its_coordinator_has_read_everything() -> None:
+    async def run() -> None:
+        async with HangsUp().up() as one, HangsUp().up() as two, linked(Told(one.address, two.address)) as (links, to):
+            for each in (one, two):
+                await each.hears("heartbeat")
+            for _ in range(100):
+                links.send_all(wire.WorkerMessage(progress=wire.Progress()))
+            await links.close(10.0)
+            assert to.lost.is_set()
+            for each in (one, two):
+                for _ in range(100):
+                    await each.hears("progress")
+                assert each.connections == 1, "nobody dials again"
+
+    asyncio.run(run())
