@@ -44,6 +44,8 @@ _MAX_BACKOFF_S = 1.0
 _HUNG_UP = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError)
 _NO_TLS = -1
 """In place of a status of HTTP: trying again does not help."""
+_UNAVAILABLE = 503
+"""Shutting down, or without workers: it has taken nothing on."""
 _HINTS = ("; does it want https://?", "; does it want a certificate (--client-cert)?")
 _TRY_AGAIN = {0, 429, 502, 503, 504}  # nobody answers, or whoever does has no workers yet
 _READ_BUFFER_BYTES = 1 << 20  # an event with many logprobs is one long line
@@ -211,10 +213,13 @@ class AsyncClient:
         self._urls.append(self._urls.pop(0))
 
     async def _request(self, method: str, path: str, patience_s: float, **options: Any) -> aiohttp.ClientResponse:
-        """From the first address where somebody answers. Raises ClientError."""
+        """From the first address where somebody answers, and can serve. Raises ClientError."""
         for _ in self._urls[1:]:
-            with contextlib.suppress(_NobodyThere):
+            try:
                 return await self._request_here(method, path, patience_s, **options)
+            except ClientError as error:
+                if not (isinstance(error, _NobodyThere) or error.status == _UNAVAILABLE):
+                    raise
             self._next_url()
         return await self._request_here(method, path, patience_s, **options)
 

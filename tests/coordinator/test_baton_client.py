@@ -53,6 +53,23 @@ def test_nobody_there_says_how_to_start_one(run) -> None:
     run(main())
 
 
+def test_of_several_addresses_one_that_can_serve_is_asked(run) -> None:
+    async def main() -> None:
+        async with running() as drains, running() as serves:
+            await drains.worker()
+            drains.coordinator.dispatcher.draining = True
+            await serves.worker(token_at=serves.says("one two"))
+            addresses = f"http://127.0.0.1:9,{drains.url},{serves.url}"
+            async with AsyncClient(addresses) as client:
+                assert "".join([delta.text async for delta in client.complete("x", max_tokens=9)]) == "one two"
+            serves.coordinator.dispatcher.draining = True
+            async with AsyncClient(addresses) as client:
+                with pytest.raises(ClientError, match="shutting down"):
+                    await anext(aiter(client.complete("x")))
+
+    run(main())
+
+
 def test_the_synchronous_client_does_the_same(run) -> None:
     async def main() -> None:
         async with running() as system:
