@@ -135,6 +135,8 @@ class Resumption:
             late = loop.time() >= deadline
             if (found := self._orphans.get(id)) and (late or len(found) == num_choices(_any(found).ticket)):
                 return self._adopt(id, found, positions)
+            if late and not self._registry.workers:
+                raise cut_off()  # nobody could be asked
             if late:
                 self._metrics.resumed.labels("unknown").inc()
                 message = "no request with this id is kept here: it never was, or it waited too long; send it again"

@@ -36,7 +36,7 @@ RESUME_FOR_S = 40.0
 class Apart(Cluster):
     """A coordinator and workers that outlive each other."""
 
-    def __init__(self, *kinds: str, orphan_s: float = 10.0) -> None:
+    def __init__(self, *kinds: str, orphan_s: float = 30.0) -> None:
         self._log = tempfile.NamedTemporaryFile("w+", prefix="baton-apart-", suffix=".log")  # noqa: SIM115
         with contextlib.ExitStack() as stack:
             sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
