@@ -139,6 +139,23 @@ def test_streams_of_our_own_client_go_on_when_their_coordinator_is_killed(
     pools.wait_for(pools.is_whole, "every block is free or cached")
 
 
+def test_streams_of_our_own_client_go_on_when_their_coordinator_hangs_and_goes_on(
+    pools: Apart, undisturbed: list[str]
+) -> None:
+    pools.wait_for(pools.complete, "all workers are there")
+    streams = Streams(pools, PROMPTS, len(undisturbed[-1]) // 2)
+    assert streams.reached.wait(60)
+    os.kill(pools.coordinator.pid, signal.SIGSTOP)
+    try:
+        time.sleep(3.5)  # clients and workers have both given it up
+    finally:
+        os.kill(pools.coordinator.pid, signal.SIGCONT)
+    assert streams.texts() == undisturbed
+    assert pools.metric("baton_requests_resumed_total", how="here") > 0, "clients came back"
+    pools.wait_for(pools.complete, "all workers are there again")
+    pools.wait_for(pools.is_whole, "every block is free or cached")
+
+
 def test_prompts_that_were_being_computed_are_answered_too(pools: Apart, undisturbed: list[str]) -> None:
     pools.wait_for(pools.complete, "all workers are there")
     pids = [worker["pid"] for worker in pools.status()["workers"]]
