@@ -21,7 +21,7 @@ import grpc.aio
 
 from baton.v1 import handover_pb2 as handover
 from baton.v1 import worker_link_pb2 as wire
-from tests.faults.processes import Nursery, num_descriptors, send, state
+from tests.faults.processes import Nursery, num_descriptors, send
 from tests.faults.relay import (
     Addresses,
     Connection,
@@ -364,7 +364,9 @@ class Fleet:
             self.store.pid = self._etcd.process.pid
             return
         process = self.processes[name]
-        while process.pid and state(process.pid) != "X":  # it has been killed, and gives its ports back in a moment
+        while (
+            process.pid and Path(f"/proc/{process.pid}").exists()
+        ):  # killed; its threads give its ports back in a moment
             time.sleep(0.001)
         words = ["--parent-pid", str(os.getpid())]
         if self.store is not None:
