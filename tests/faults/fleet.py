@@ -364,9 +364,8 @@ class Fleet:
             self.store.pid = self._etcd.process.pid
             return
         process = self.processes[name]
-        while (
-            process.pid and Path(f"/proc/{process.pid}").exists()
-        ):  # killed; its threads give its ports back in a moment
+        # It has been killed; until its last thread is gone its ports are taken.
+        while process.pid and Path(f"/proc/{process.pid}").exists():
             time.sleep(0.001)
         words = ["--parent-pid", str(os.getpid())]
         if self.store is not None:
