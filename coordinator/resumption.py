@@ -142,6 +142,8 @@ class Resumption:
             late = loop.time() >= deadline
             if (found := self._orphans.get(id)) and (late or len(found) == num_choices(_any(found).ticket)):
                 return self._adopt(id, found, positions)
+            if late and not self._registry.workers:
+                raise cut_off()  # nobody could be asked
             if late:
                 self._metrics.resumed.labels("unknown").inc()
                 message = "no request with this id is kept here: it never was, or it waited too long; send it again"
@@ -206,9 +208,11 @@ class Resumption:
             return
         id = ticket.request_id
         if self._here(id) is not None:
-            # Somebody goes on with this choice already, from what was known before.
-            self._metrics.orphans.labels("late").inc()
-            _abort(worker, message.assignment.id)
+            # Somebody goes on with this choice already, from what was known before; or with this very attempt, which
+            # was reported once when its link broke and again because it was claimed.
+            if worker.leg(message.assignment.id) is None:
+                self._metrics.orphans.labels("late").inc()
+                _abort(worker, message.assignment.id)
             return
         if id not in self._orphans and len(self._orphans) >= MAX_ORPHANED:
             self._forget(next(iter(self._orphans)))

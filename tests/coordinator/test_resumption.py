@@ -283,8 +283,8 @@ def test_of_two_reports_the_newer_attempt_counts_and_the_other_is_aborted(run) -
             second.pause_at = third.pause_at = 3
             call = asyncio.create_task(post(new, path, body, **{"X-Request-Id": "another-request-of-this"}))
             await until(lambda: bool(second.assignments or third.assignments))
-            late = next(w for w in (second, third) if w.assignments).assignments[0]
-            await second.report(late)  # of a request that is here
+            other, has = sorted((second, third), key=lambda worker: len(worker.assignments))
+            await other.report(has.assignments[0])  # of a request that is here
             await until(lambda: new.metric("baton_orphans_total", event="late") == 1)
             for worker in (second, third):
                 worker.go.set()
@@ -770,5 +770,24 @@ def test_a_coordinator_without_any_worker_sends_clients_that_can_resume_elsewher
             again = await system.worker("decode-1")  # nobody else was there: it goes on here
             assert state_of([*had, *await go_on(system, had[-1].id)]).usages[0]["completion_tokens"] == 9
             assert again.assignments
+
+    run(main())
+
+
+def test_an_orphan_that_is_reported_twice_and_adopted_in_between_goes_on(run) -> None:
+    async def main() -> None:
+        async with two_coordinators() as (old, first, new, second):
+            path, body = body_of("completion")
+            events = await post(old, path, body)
+            (assignment,) = first.assignments
+            second.pause_at = 6
+            await second.report(assignment, num_tokens=3)
+            call = asyncio.create_task(go_on(new, events[2].id))
+            await second.wait_for(lambda: bool(second.adopted))
+            await second.report(assignment, num_tokens=3)  # the answer to the claim
+            second.go.set()
+            assert state_of([*events[:3], *await call]) == state_of(events)
+            assert second.aborts == []
+            assert second.assignments == []
 
     run(main())

@@ -285,7 +285,7 @@ class Fleet:
                 connector=aiohttp.TCPConnector(limit=0, force_close=True),
                 read_bufsize=1 << 20,
             )
-            self.channel = grpc.aio.insecure_channel(self.grpc_address, options=list(PINGS.items()))
+            self.channel = self.new_channel()
             for kind in ("prefill", "decode", "mixed"):
                 for place in range(self._kinds.get(kind, 0)):
                     name = f"{kind}-{place}"
@@ -346,6 +346,11 @@ class Fleet:
                 coordinator.ready = False
             await asyncio.sleep(PROBE_S)
 
+    def new_channel(self) -> grpc.aio.Channel:
+        """A connection of its own, which the balancer passes on to whoever is ready now."""
+        options = [*PINGS.items(), ("grpc.use_local_subchannel_pool", 1)]
+        return grpc.aio.insecure_channel(self.grpc_address, options=options)
+
     @property
     def processes(self) -> dict[str, Process]:
         """All but etcd."""
@@ -354,10 +359,14 @@ class Fleet:
     def start(self, name: str) -> None:
         """Start a process, under the name, with the words and at the ports that it had."""
         if self.store is not None and name == self.store.name:
+            self._etcd.kill()  # waits for its end, which gives its port and its folder back
             self._etcd.launch()
             self.store.pid = self._etcd.process.pid
             return
         process = self.processes[name]
+        # It has been killed; until its last thread is gone its ports are taken.
+        while process.pid and Path(f"/proc/{process.pid}").exists():
+            time.sleep(0.001)
         words = ["--parent-pid", str(os.getpid())]
         if self.store is not None:
             words += ["--discovery", f"etcd://127.0.0.1:{self._store_relay.port}"]

@@ -489,7 +489,7 @@ def batches(num_cases: int, seed: int, victims: str = "") -> list[Batch]:
     for fleet, (number, variant) in product(FLEETS, enumerate(VARIANTS)):
         its = [cell for cell in chosen if cell.victim.fleet == fleet][number :: len(VARIANTS)]
         if "--direct-wait-s" in variant.options:
-            its = [cell for cell in its if cell.moment.name != "offering"]  # nothing is offered there
+            its = [cell for cell in its if cell.moment.name not in ("offering", "pulling")]  # nothing is, there
         found += [Batch(fleet, variant, tuple(its[at : at + BATCH])) for at in range(0, len(its), BATCH)]
     chance.shuffle(found)
     return found

@@ -317,7 +317,12 @@ Parts = AsyncIterable[api.GenerateResponse]
 
 class _GrpcCall(_Call):
     async def go_on(self) -> bool:
-        stub = InferenceStub(self.fleet.channel)
+        if not self.answer.breaks_s:
+            return await self._read(InferenceStub(self.fleet.channel))
+        async with self.fleet.new_channel() as channel:  # the old one may lead to a coordinator without workers
+            return await self._read(InferenceStub(channel))
+
+    async def _read(self, stub: Any) -> bool:
         if self.known:
             choices = [self.answer.choices.get(number, Choice()) for number in range(self.shape.body.get("n", 1))]
             positions = [

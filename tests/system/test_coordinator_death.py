@@ -36,7 +36,7 @@ RESUME_FOR_S = 40.0
 class Apart(Cluster):
     """A coordinator and workers that outlive each other."""
 
-    def __init__(self, *kinds: str, orphan_s: float = 10.0, coordinator: tuple[str, ...] = ()) -> None:
+    def __init__(self, *kinds: str, orphan_s: float = 30.0, coordinator: tuple[str, ...] = ()) -> None:
         self._log = tempfile.NamedTemporaryFile("w+", prefix="baton-apart-", suffix=".log")  # noqa: SIM115
         with contextlib.ExitStack() as stack:
             sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
@@ -137,6 +137,23 @@ def test_streams_of_our_own_client_go_on_when_their_coordinator_is_killed(
     pools.kill_coordinator()
     assert streams.texts() == undisturbed
     assert pools.metric("baton_requests_resumed_total", how="adopted") > 0, "there was something to lose"
+    pools.wait_for(pools.is_whole, "every block is free or cached")
+
+
+def test_streams_of_our_own_client_go_on_when_their_coordinator_hangs_and_goes_on(
+    pools: Apart, undisturbed: list[str]
+) -> None:
+    pools.wait_for(pools.complete, "all workers are there")
+    streams = Streams(pools, PROMPTS, len(undisturbed[-1]) // 2)
+    assert streams.reached.wait(60)
+    os.kill(pools.coordinator.pid, signal.SIGSTOP)
+    try:
+        time.sleep(3.5)  # clients and workers have both given it up
+    finally:
+        os.kill(pools.coordinator.pid, signal.SIGCONT)
+    assert streams.texts() == undisturbed
+    assert pools.metric("baton_requests_resumed_total", how="here") > 0, "clients came back"
+    pools.wait_for(pools.complete, "all workers are there again")
     pools.wait_for(pools.is_whole, "every block is free or cached")
 
 
