@@ -264,7 +264,8 @@ def _tls_problem(error: BaseException) -> str:
     while cause is not None:
         if isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError):
             return ""
-        if isinstance(cause, ssl.SSLError) and not isinstance(cause, aiohttp.ClientError):
+        is_waiting = isinstance(cause, ssl.SSLWantReadError | ssl.SSLWantWriteError)
+        if isinstance(cause, ssl.SSLError) and not is_waiting and not isinstance(cause, aiohttp.ClientError):
             advice = "; name its authority with --ca or SSL_CERT_FILE"
             return reason_of(cause) + (advice if isinstance(cause, ssl.SSLCertVerificationError) else "")
         cause = cause.__cause__ or cause.__context__

@@ -242,8 +242,12 @@ class Dispatcher:
         self._assign(choice, attempt, choice.prompt + choice.stream.tokens, route)
 
     def _may_wait_for_worker(self, choice: Choice) -> bool:
-        """The last worker that could go on with a stream died: others, or itself, may be back soon."""
-        if not choice.stream.attempt or choice.request.shadow:
+        """The last worker that could go on with a stream died: others, or itself, may be back soon.
+
+        A stream that never began waits as well where nobody is left of those that were there when it was admitted.
+        """
+        fits_nobody = not choice.stream.attempt and choice.request.version in self._registry.ready_versions()
+        if fits_nobody or choice.request.shadow:
             return False
         now = time.monotonic()
         if choice.homeless_since_s is None:

@@ -298,6 +298,22 @@ def test_a_stream_whose_only_worker_died_goes_on_when_one_is_back(run) -> None:
     run(main())
 
 
+def test_a_stream_that_waits_to_begin_outlives_the_last_worker(run) -> None:
+    async def main() -> None:
+        async with running() as system:
+            worker = await system.worker()
+            await worker.reservation.reserve(worker, 7)  # another coordinator has it to itself
+            await until(lambda: bool(system.coordinator.dispatcher.quarantine.closed))
+            call = asyncio.create_task(collect(system, "hello", 9))
+            await until(lambda: system.metric("baton_quarantine_total", event="stranded_others") == 1)
+            await worker.stop()
+            await until(lambda: system.metric("baton_waits_for_worker_total") == 1)
+            await system.worker()
+            assert text_of(await call) == right(system, "hello", 9)
+
+    run(main())
+
+
 def test_when_no_decode_worker_comes_back_the_client_is_told_in_the_stream(run) -> None:
     async def main() -> None:
         async with running(worker_return_s=0.2) as system:

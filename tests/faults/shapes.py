@@ -57,6 +57,7 @@ class Choice:
     finish: str | None = None
     token_ids: list[int] = field(default_factory=list)
     """By gRPC alone."""
+    digest: str = ""
     logprobs: list[Logprob] = field(default_factory=list)
 
 
@@ -326,7 +327,9 @@ class _GrpcCall(_Call):
         if self.known:
             choices = [self.answer.choices.get(number, Choice()) for number in range(self.shape.body.get("n", 1))]
             positions = [
-                api.ChoicePosition(num_tokens=len(choice.token_ids), ended=choice.finish is not None)
+                api.ChoicePosition(
+                    num_tokens=len(choice.token_ids), ended=choice.finish is not None, digest=choice.digest
+                )
                 for choice in choices
             ]
             parts: Parts = stub.Resume(api.ResumeRequest(request_id=self.id, positions=positions))
@@ -356,6 +359,7 @@ def _add_grpc(answer: Answer, part: api.GenerateResponse) -> None:
         answer.trouble = f"tokens from {part.first_index} on after {len(choice.token_ids)}"
     choice.token_ids += part.token_ids
     choice.text += part.text
+    choice.digest = part.digest
     choice.logprobs += [
         Logprob(each.token_id, each.logprob, {other.token_id: other.logprob for other in each.alternatives})
         for each in part.logprobs

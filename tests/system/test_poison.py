@@ -38,10 +38,10 @@ class Assassin(threading.Thread):
 
 
 class Load:
-    """Poison at one coordinator, and innocents at all."""
+    """Poison at one coordinator, and innocents at all for as long as it kills."""
 
     def __init__(self, doors: list[Cluster], bodies: list[dict[str, Any]]) -> None:
-        self.answers: dict[tuple[str, int], str] = {}
+        self.answers: dict[tuple[str, int], list[str]] = {}
         self.refusal = (0, "")
         self.assassin = Assassin(doors[0])
         threads = [threading.Thread(target=self._ask, args=(door, number, body))
@@ -59,10 +59,13 @@ class Load:
                 thread.join(90)
 
     def _ask(self, door: Cluster, number: int, body: dict[str, Any]) -> None:
-        try:
-            self.answers[door.url, number] = door.post("/v1/completions", body)["choices"][0]["text"]
-        except urllib.error.HTTPError as error:
-            self.answers[door.url, number] = f"failed: {json.load(error)}"
+        answers = self.answers[door.url, number] = []
+        while not (answers and self.assassin.done.is_set()):
+            try:
+                answers.append(door.post("/v1/completions", body)["choices"][0]["text"])
+            except urllib.error.HTTPError as error:
+                answers.append(f"failed: {json.load(error)}")
+                return
 
 
 @pytest.mark.slow
@@ -81,7 +84,8 @@ def test_a_request_that_crashes_workers_is_stopped_and_others_end_right(coordina
         killed = load.assassin.killed
         assert 4 <= len(killed) <= 8
         for door in doors:
-            assert [load.answers[door.url, number] for number in range(len(bodies))] == expected
+            for number, text in enumerate(expected):
+                assert set(load.answers[door.url, number]) == {text}
             assert door.metric("baton_requests_total", outcome="poisoned") == (door is doors[0])
         assert sum(door.metric("baton_suspects_total") for door in doors) > len(killed), "others were there"
         assert doors[0].metric("baton_quarantine_total", event="convicted") == 1
