@@ -31,7 +31,7 @@ class CoordinatorLinks:
         self._tls = tls
         self._wanted: frozenset[str] = frozenset()
         self._links: dict[str, CoordinatorLink] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], CoordinatorLink] = {}
         self._refused: dict[str, Refused] = {}
         self._connected = asyncio.Event()
         """Set by the first link ever."""
@@ -42,12 +42,13 @@ class CoordinatorLinks:
             link.send(message)
 
     async def close(self, timeout_s: float) -> None:
-        """Let coordinators read all that was sent, and hang up."""
+        """Let the coordinators that are there read all that was sent, and hang up."""
         self._wanted = frozenset()
+        reading = [task for task, link in self._tasks.items() if link.connected.is_set()]
         for link in self._links.values():
             link.close()
-        if self._tasks:
-            await asyncio.wait(set(self._tasks), timeout=timeout_s)
+        if reading:
+            await asyncio.wait(reading, timeout=timeout_s)
 
     async def run(self, discovery: Discovery, connect_timeout_s: float) -> None:
         """Keep links up until cancelled. Raises ConfigurationError when none could be had for `connect_timeout_s` at
@@ -91,7 +92,7 @@ class CoordinatorLinks:
         link = CoordinatorLink(address, self._registration, self._handler, self._heartbeat, self._tls)
         self._links[address] = link
         task = asyncio.create_task(self._keep(address, link))
-        self._tasks.add(task)
+        self._tasks[task] = link
         task.add_done_callback(self._ended)
 
     async def _keep(self, address: str, link: CoordinatorLink) -> None:
@@ -118,6 +119,6 @@ class CoordinatorLinks:
         return any(link.connected.is_set() and link.coordinator == coordinator for link in self._links.values())
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
-        self._tasks.discard(task)
+        del self._tasks[task]
         if not task.cancelled() and (error := task.exception()) and not self._failed.done():
             self._failed.set_exception(error)

@@ -1,6 +1,7 @@
 """A worker's links to all coordinators: dialled as they are found, and never cut while they work."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -242,5 +243,17 @@ def test_a_link_that_is_closed_ends_when_its_coordinator_has_read_everything() -
                 for _ in range(100):
                     await each.hears("progress")
                 assert each.connections == 1, "nobody dials again"
+
+    asyncio.run(run())
+
+
+def test_closing_waits_for_no_coordinator_that_is_not_there() -> None:
+    async def run() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and never says a word
+            address = f"127.0.0.1:{silent.getsockname()[1]}"
+            async with HangsUp().up() as one, linked(Told(one.address, address)) as (links, _):
+                await one.hears("heartbeat")
+                async with asyncio.timeout(5):
+                    await links.close(60.0)
 
     asyncio.run(run())
