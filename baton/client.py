@@ -33,8 +33,8 @@ _TOKENISED_BYTES_S = 1 << 18
 """What a coordinator takes in before it answers, at the very least."""
 _SEARCH_S = 4.0
 """What a coordinator takes to find a request that it does not know, and a bit."""
-_KEPT_S = 10.0
-"""What workers keep for a coordinator that died."""
+_LOST_AFTER_S = 4.0
+"""From a break until an answer that nobody knows is taken to be lost."""
 _ABORT_TIMEOUT_S = 1.0
 _RESUME_FOR_S = 30.0
 """From a break to the last try."""
@@ -44,6 +44,7 @@ _MAX_BACKOFF_S = 1.0
 _HUNG_UP = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError)
 _NO_TLS = -1
 """In place of a status of HTTP: trying again does not help."""
+_ID_IN_USE = "request_id_in_use"
 _UNAVAILABLE = 503
 """Shutting down, or without workers: it has taken nothing on."""
 _HINTS = ("; does it want https://?", "; does it want a certificate (--client-cert)?")
@@ -52,11 +53,13 @@ _READ_BUFFER_BYTES = 1 << 20  # an event with many logprobs is one long line
 
 
 class ClientError(BatonError):
-    """The coordinator refused or failed, or nobody answers. `status` is that of HTTP, 0 without an answer."""
+    """The coordinator refused or failed, or nobody answers. `status` is that of HTTP, 0 without an answer; `code`: the
+    error's name."""
 
-    def __init__(self, message: str, status: int = 0) -> None:
+    def __init__(self, message: str, status: int = 0, code: str = "") -> None:
         super().__init__(message)
         self.status = status
+        self.code = code
 
 
 class TextDelta(NamedTuple):
@@ -145,7 +148,7 @@ class AsyncClient:
         patience_s = self._silence_s + len(data) / _TOKENISED_BYTES_S
 
         async def ask() -> aiohttp.ClientResponse:
-            return await self._request("POST", path, patience_s, data=data, headers=headers)
+            return await self._request("POST", path, patience_s, data=data, headers={**headers, **answer.had})
 
         try:
             response: aiohttp.ClientResponse | None = await ask()
@@ -184,16 +187,17 @@ class AsyncClient:
         loop = asyncio.get_running_loop()
         broke_at, backoff_s, lost = loop.time(), 0.05, False
         while True:
-            headers = {"Last-Event-ID": answer.last_event_id} if answer.last_event_id else {}
             try:
                 if lost:
                     return await ask()
-                return await self._request("GET", f"/v1/streams/{answer.id}", _SEARCH_S, headers=headers)
+                return await self._request("GET", f"/v1/streams/{answer.id}", _SEARCH_S, headers=answer.had)
             except ClientError as error:
-                # Nobody knows it, and nothing of it has come: it never got further than that coordinator.
-                unknown = error.status == 404 and not answer.last_event_id and not lost
-                known_after_all = lost and error.status == 409
-                not_yet = error.status == 404 and not lost and loop.time() < broke_at + _KEPT_S
+                # Nobody knows it. Where nothing of it has come it never got further than that coordinator. Otherwise a
+                # worker may still be on its way with it; or it died as well: then the answer is computed again, and
+                # compared with what is here.
+                not_yet = error.status == 404 and not lost and loop.time() < broke_at + _LOST_AFTER_S
+                unknown = error.status == 404 and not lost and not (answer.last_event_id and not_yet)
+                known_after_all = lost and error.status == 409 and error.code == _ID_IN_USE
                 if not (unknown or known_after_all or not_yet or error.status in _TRY_AGAIN):
                     raise
                 if loop.time() > broke_at + _RESUME_FOR_S:
@@ -237,12 +241,14 @@ class AsyncClient:
         self._has_answered = True
         if response.status == 200:
             return response
+        code = ""
         async with response:
             try:
-                message = (await response.json())["error"]["message"]
+                error_body = (await response.json())["error"]
+                message, code = error_body["message"], str(error_body.get("code") or "")
             except (aiohttp.ClientError, ValueError, LookupError, TypeError):
                 message = f"{self.url} answered {response.status} {response.reason}; is it a Baton coordinator?"
-        raise ClientError(message, response.status)
+        raise ClientError(message, response.status, code)
 
     def _explained(self, error: Exception, patience_s: float) -> ClientError:
         """Why there was no answer at all."""
@@ -288,6 +294,11 @@ class _Answer:
         self.last_event_id = ""
         self.complete = False
         self._next_event_id = ""
+
+    @property
+    def had(self) -> dict[str, str]:
+        """Headers that say what has come."""
+        return {"Last-Event-ID": self.last_event_id} if self.last_event_id else {}
 
     def deltas(self, line: bytes) -> list[TextDelta]:
         """What a line of the event stream adds. A line that was cut off adds nothing. Raises ClientError."""

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -74,10 +74,12 @@ class InferenceServicer(rpc.InferenceServicer):
                 raise InvalidRequestError("resume_s must be a number of seconds, such as 30", "resume_s")
             if request.request_id:
                 self._resumption.check_free(check_request_id(request.request_id))
+            _check_digests(request.positions)
             id = request.request_id or new_request_id("gen")
             return await self._intake.submit(_spec(request), id, request.resume_s)
 
-        async with contextlib.aclosing(self._answer("Generate", context, start())) as responses:
+        positions = [Position(each.num_tokens, each.ended, each.digest) for each in request.positions]
+        async with contextlib.aclosing(self._answer("Generate", context, start(), positions)) as responses:
             async for response in responses:
                 yield response
 
@@ -89,8 +91,7 @@ class InferenceServicer(rpc.InferenceServicer):
                 yield response
 
     async def _resume(self, request: api.ResumeRequest, positions: Sequence[Position]) -> Request:
-        if any(each.num_tokens and not each.digest for each in request.positions):
-            raise InvalidRequestError("a position needs the digest of the last response of its choice", "positions")
+        _check_digests(request.positions)
         return await self._resumption.resume(request.request_id, positions)
 
     async def _answer(
@@ -246,6 +247,11 @@ def _chat(chat: api.Chat, add_generation_prompt: bool = True) -> ChatPrompt:
 
 def _pin(pin: CachePin) -> api.CachePin:
     return api.CachePin(id=pin.id, tokens=len(pin.token_ids), blocks=pin.blocks, expires_at_unix_s=pin.expires_at)
+
+
+def _check_digests(positions: Iterable[api.ChoicePosition]) -> None:
+    if any(each.num_tokens and not each.digest for each in positions):
+        raise InvalidRequestError("a position needs the digest of the last response of its choice", "positions")
 
 
 def _response(request: Request, delta: Delta, last: bool) -> api.GenerateResponse:

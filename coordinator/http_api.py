@@ -123,8 +123,12 @@ class HttpApi:
         if chosen := http.headers.get("X-Request-Id"):
             self._resumption.check_free(check_request_id(chosen))
         call.id = chosen or new_request_id("chatcmpl" if spec.chat else "cmpl")
+        # A client that has some of the answer asks for all of it again where nobody knows the request any more.
+        positions = positions_of(http.headers.get("Last-Event-ID", "") if stream else "", call.id)
+        if positions is None:
+            return web.Response(body=SSE_DONE, content_type="text/event-stream")
         call.request = await self._intake.submit(spec, call.id, resume_s)
-        return await self._answer(http, call.request, stream)
+        return await self._answer(http, call.request, stream, positions)
 
     async def _answer(
         self, http: web.Request, request: Request, stream: bool, positions: Sequence[Position] = ()

@@ -12,6 +12,7 @@ import pytest
 from coordinator_harness import PREFILL, System, running, until
 from fake_worker import FakeWorker, token_at
 
+import baton.client as client_module
 from baton.client import AsyncClient, ClientError
 from baton.v1 import inference_pb2 as api
 from baton.v1 import worker_link_pb2 as wire
@@ -506,6 +507,10 @@ def test_grpc_resumes_by_offset(run) -> None:
                 assert state(had + rest) == state(whole)
                 if rest:
                     assert rest[-1].usage == whole[-1].usage
+                again = api.GenerateRequest()
+                again.CopyFrom(request)
+                again.positions.extend(positions)
+                assert state(had + [each async for each in old.inference.Generate(again)]) == state(whole)
             new.coordinator.resumption._wait_s = 0.05
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await anext(aiter(new.inference.Resume(api.ResumeRequest(request_id="x" * 20))))
@@ -581,20 +586,55 @@ def test_our_own_client_goes_on_by_itself_wherever_the_connection_breaks(run, fo
     run(main())
 
 
-def test_our_own_client_gives_up_when_nobody_knows_the_rest(run) -> None:
+@pytest.mark.parametrize("same", [True, False])
+def test_our_own_client_asks_again_for_what_nobody_knows_any_more(run, same: bool, monkeypatch) -> None:
+    """As when its worker and its coordinator died at the same time."""
+    monkeypatch.setattr(client_module, "_LOST_AFTER_S", 0.3)
+
     async def main() -> None:
         async with running(max_resume_s=0.0) as system:
             worker = await system.worker()
             system.coordinator.resumption._wait_s = 0.1
+            async with AsyncClient(system.url) as client:
+                whole = [delta.text async for delta in client.complete("hello", max_tokens=9)]
             worker.pause_at = 3
+            texts = []
+
+            async def read(client: AsyncClient) -> None:
+                async for delta in client.complete("hello", max_tokens=9):
+                    texts.append(delta.text)
+                    worker.token_at = token_at if same else otherwise(0)
+                    worker.go.set()
+
             async with Cut(system.ports.http, 900, 10**6) as url, AsyncClient(url) as client:
+                if same:
+                    await read(client)
+                    assert "".join(texts) == "".join(whole)
+                else:
+                    with pytest.raises(ClientError, match="came out otherwise"):
+                        await read(client)
+                    assert "".join(whole).startswith("".join(texts))
 
-                async def read() -> None:
-                    async for _ in client.complete("hello", max_tokens=9):
-                        worker.go.set()
+    run(main())
 
-                with pytest.raises(ClientError, match="no request with this id"):
-                    await read()
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_client_that_has_some_of_it_may_ask_for_all_of_it_again(run, form: str) -> None:
+    async def main() -> None:
+        async with running() as system:
+            worker = await system.worker()
+            path, body = body_of(form)
+            if form == "stop string":
+                speak(system, worker)
+            events = await post(system, path, body)
+            whole = state_of(events)
+            for at in range(1, len(events)):
+                again = await post(system, path, body, **{"Last-Event-ID": events[at - 1].id})
+                got = state_of([*events[:at], *again])
+                assert (got.text, got.ends, got.done) == (whole.text, whole.ends, whole.done)
+                assert {event.id for event in again} <= {event.id for event in events[at:]}
+            async with system.http.post(path, json=body, headers={"Last-Event-ID": events[0].id}) as response:
+                assert response.status == 400, "without its id"
 
     run(main())
 

@@ -24,7 +24,7 @@ ANSWER_TIMEOUT_S = 180.0
 SILENCE_S, SEARCH_S, RETRY_S = 2.0, 6.0, 0.1
 """What a stream is silent for at most, where coordinators give a sign of life every half second; what one takes to find
 a request; and the pause before the next try."""
-KEEP_S, FORGOTTEN_S = 10.0, 10.0
+KEEP_S, FORGOTTEN_S = 10.0, 4.0
 GO_ON = {
     grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED, grpc.StatusCode.ALREADY_EXISTS,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -217,11 +217,9 @@ class _Call(ABC):
         """Ask, or resume; whether the answer is whole now."""
 
     def forgotten(self) -> None:
-        """Nobody knows it. Where nothing has come of it, it is asked again."""
-        self.known = bool(self.answer.choices)
+        """Nobody knows it. It is asked again, where something has come of it a while later, and with what has come."""
         self.unknown_since_s = self.unknown_since_s or time.monotonic()
-        if self.known and time.monotonic() - self.unknown_since_s > FORGOTTEN_S:
-            self.answer.trouble = "nobody knows it any more"
+        self.known = bool(self.answer.choices) and time.monotonic() - self.unknown_since_s < FORGOTTEN_S
 
 
 class _HttpCall(_Call):
@@ -243,11 +241,11 @@ class _HttpCall(_Call):
         body = dict(self.shape.body) | ({"cache_salt": self.salt} if self.salt else {})
         if self.stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
+        headers = {"Last-Event-ID": self.last_event_id} if self.last_event_id else {}
         if not self.known:
             self.known = True
-            headers = {"X-Request-Id": self.id, "X-Baton-Resume-S": f"{KEEP_S:g}"}
+            headers |= {"X-Request-Id": self.id, "X-Baton-Resume-S": f"{KEEP_S:g}"}
             return self.fleet.http.post(self.shape.path, json=body, headers=headers)
-        headers = {"Last-Event-ID": self.last_event_id} if self.last_event_id else {}
         return self.fleet.http.get(f"/v1/{'streams' if self.stream else 'requests'}/{self.id}", headers=headers)
 
     def _accepted(self, status: int, text: str) -> bool:
@@ -324,7 +322,8 @@ class _GrpcCall(_Call):
             return await self._read(InferenceStub(channel))
 
     async def _read(self, stub: Any) -> bool:
-        if self.known:
+        positions = []
+        if self.answer.choices:
             choices = [self.answer.choices.get(number, Choice()) for number in range(self.shape.body.get("n", 1))]
             positions = [
                 api.ChoicePosition(
@@ -332,9 +331,11 @@ class _GrpcCall(_Call):
                 )
                 for choice in choices
             ]
+        if self.known:
             parts: Parts = stub.Resume(api.ResumeRequest(request_id=self.id, positions=positions))
         else:
-            request = ParseDict(self.shape.body, api.GenerateRequest(request_id=self.id, resume_s=KEEP_S))
+            asked = api.GenerateRequest(request_id=self.id, resume_s=KEEP_S, positions=positions)
+            request = ParseDict(self.shape.body, asked)
             if self.salt:
                 request.cache_salt = self.salt
             parts = stub.Generate(request)
