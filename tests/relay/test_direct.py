@@ -223,6 +223,8 @@ def test_a_request_goes_on_in_other_blocks_while_the_writer_does_not_stop(
             else:
                 (link,) = pair.decode.shell.shell._roles[wire.ROLE_DECODE]._intake._users
                 link._lose("test")
+                offers = pair.prefill.shell.shell._roles[wire.ROLE_PREFILL].offers
+                await until(lambda: not offers._connections)  # the writer knows before it goes on
             await pair.finished(stream)
             assert stream.output == expected(model[1], PROMPT)
             assert await quarantined(pair.decode) == -(-(len(PROMPT) + 1) // 16)

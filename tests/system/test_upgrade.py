@@ -316,10 +316,10 @@ def test_a_drain_is_known_to_every_coordinator_and_long_streams_are_moved() -> N
     words = ("--coordinators", "2", "--decode", "2", "--dtype", "float32", "--kv-memory", "64MiB", "--no-restart")
     with Cluster(*words, "--drain-timeout-s", "0.3") as cluster:
         doors = [cluster.at(url) for url in cluster.urls]
-        expected = stream(doors[0].url, 0, 900).text
+        expected = stream(doors[0].url, 0, 3000).text
         answers: list[str] = []
         threads = [
-            threading.Thread(target=lambda door=door: answers.append(stream(door.url, 0, 900).text))
+            threading.Thread(target=lambda door=door: answers.append(stream(door.url, 0, 3000).text))
             for door in doors for _ in range(3)
         ]  # fmt: skip
         for thread in threads:
