@@ -76,7 +76,10 @@ class InferenceServicer(rpc.InferenceServicer):
                 self._resumption.check_free(check_request_id(request.request_id))
             _check_digests(request.positions)
             id = request.request_id or new_request_id("gen")
-            return await self._intake.submit(_spec(request), id, request.resume_s)
+            running = await self._intake.submit(_spec(request), id, request.resume_s)
+            if request.positions:
+                self._intake.metrics.resumed.labels("asked_again").inc()
+            return running
 
         positions = [Position(each.num_tokens, each.ended, each.digest) for each in request.positions]
         async with contextlib.aclosing(self._answer("Generate", context, start(), positions)) as responses:

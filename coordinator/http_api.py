@@ -128,6 +128,8 @@ class HttpApi:
         if positions is None:
             return web.Response(body=SSE_DONE, content_type="text/event-stream")
         call.request = await self._intake.submit(spec, call.id, resume_s)
+        if positions:
+            self._intake.metrics.resumed.labels("asked_again").inc()
         return await self._answer(http, call.request, stream, positions)
 
     async def _answer(

@@ -633,6 +633,8 @@ def test_a_client_that_has_some_of_it_may_ask_for_all_of_it_again(run, form: str
                 got = state_of([*events[:at], *again])
                 assert (got.text, got.ends, got.done) == (whole.text, whole.ends, whole.done)
                 assert {event.id for event in again} <= {event.id for event in events[at:]}
+            had = sum(not event.id.endswith((":end", ":0e")) and event.id != "" for event in events[:-1])
+            assert system.metric("baton_requests_resumed_total", how="asked_again") == had
             async with system.http.post(path, json=body, headers={"Last-Event-ID": events[0].id}) as response:
                 assert response.status == 400, "without its id"
 
