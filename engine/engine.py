@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from baton.errors import ConfigurationError
+from baton.name_changes import Held
 from engine.blocks import BlockAllocator, Generations
 from engine.limits import SchedulerLimits
 from engine.pace import Pace
@@ -173,7 +174,19 @@ class Engine:
         else:
             self._flight = self._launch({}, on_output) if self._can_look_ahead(flight.plan) else None
             output = self._land(flight, on_output)
-        return self._checked_out(output)
+        output = self._checked_out(output)
+        changed = self._scheduler.tables.cache.changes.take()
+        return output if changed is None else replace(output, cached=changed)
+
+    def watch_cache(self) -> Held:
+        """What the prefix cache holds. From then on `StepOutput.cached` tells what changes, until `unwatch_cache`."""
+        cache = self._scheduler.tables.cache
+        cache.changes.watch()
+        return cache.held()
+
+    def unwatch_cache(self) -> None:
+        """Nobody wants to know any more."""
+        self._scheduler.tables.cache.changes.unwatch()
 
     def save_cached(self, names: Sequence[bytes], tenant: bytes) -> None:
         """Have the store keep those of these leading blocks that the pool holds."""

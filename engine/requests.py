@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from baton.name_changes import Changed
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -197,6 +199,8 @@ class StepOutput:
     computed: list[Computed] = field(default_factory=list)
     tokens: list[TokenOutput] = field(default_factory=list)
     ended: list[Ended] = field(default_factory=list)
+    cached: Changed | None = None
+    """Names that the prefix cache has come to hold, or lost, since the output before; only while they are watched."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -297,7 +297,7 @@ class Scheduler:
 
     def has_work(self) -> bool:
         """Whether a step would compute or report something. False while only others can make it go on."""
-        reportable = self._events.tokens or self._events.ended or self._events.named
+        reportable = self._events.tokens or self._events.ended or self._events.named or self.tables.cache.changes
         return bool(self._running or self._in_flight or reportable or (self._waiting and not self._stuck))
 
     # -- Watching ------------------------------------------------------------------------------------------------
