@@ -35,9 +35,9 @@ class NameChanges:
         self._since = 0.0
         self._on_first: Callable[[], None] | None = None
 
-    def __bool__(self) -> bool:
-        """Whether there is something to take."""
-        return bool(self._names)
+    def __len__(self) -> int:
+        """Names to take."""
+        return len(self._names or ())
 
     def watch(self, on_first: Callable[[], None] | None = None) -> None:
         """From now on, or go on. `on_first` is told, by whoever makes the change, when there comes to be something to
@@ -62,6 +62,13 @@ class NameChanges:
             del names[name]
         else:
             names[name] = is_held
+
+    def add(self, changed: Changed) -> None:
+        """Changes taken elsewhere, which come behind these."""
+        since = self._since if self._names else changed.since
+        for name, is_held in changed.names.items():
+            self.note(name, is_held)
+        self._since = since
 
     def take(self) -> Changed | None:
         """What has changed since this was last called; None: nothing."""

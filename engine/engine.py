@@ -11,7 +11,7 @@ from engine.blocks import BlockAllocator, Generations
 from engine.limits import SchedulerLimits
 from engine.pace import Pace
 from engine.plan import Drafter, Launched, LaunchingRunner, OnLayer, Runner, StepPlan, StepResult
-from engine.requests import EngineLoad, EngineRequest, LeasedBlocks, StepOutput, TokenLogprobs
+from engine.requests import EngineLoad, EngineRates, EngineRequest, LeasedBlocks, StepOutput, TokenLogprobs
 from engine.scheduler import Scheduler
 from engine.store import BlockStore
 
@@ -91,6 +91,8 @@ class Engine:
         self._layer_groups = tuple(layer_groups)
         self._flight: _Flight | None = None
         self._landed_at = 0.0
+        self._goes_on = False
+        """The step that landed last left running requests, which wait for the next one."""
         self._pace = Pace(step_stretch)
         allocator = BlockAllocator(num_blocks, generations)
         self._scheduler = Scheduler(allocator, limits, shareable_tokens, store, save_at_eviction)
@@ -199,6 +201,10 @@ class Engine:
     def load(self) -> EngineLoad:
         return self._scheduler.load()
 
+    def rates(self) -> EngineRates:
+        """May be called from any thread."""
+        return EngineRates(self._pace.prompts.per_s, self._pace.token_s or 0.0)
+
     def num_cached_tokens(self, token_ids: Sequence[int], cache_root: bytes, num_prompt_tokens: int) -> int:
         """Leading tokens that the prefix cache holds now. Changes nothing and promises nothing."""
         return self._scheduler.tables.num_cached_tokens(token_ids, cache_root, num_prompt_tokens)
@@ -287,11 +293,15 @@ class Engine:
         result = flight.launched.result()
         now = time.perf_counter()
         seconds = now - max(flight.start, self._landed_at)  # before that the device had the step before
+        since_last_s = now - self._landed_at if self._goes_on else seconds
         self._landed_at = now
         self._pace.observe(flight.plan, seconds)
+        self._pace.observe_streams(flight.plan, result, since_last_s)
         self._observe_prompts(flight.plan, seconds)
         if self._drafter is not None:
             self._drafter.observe(flight.plan, result, seconds)
         self.counters["engine_steps"] += 1
         self.counters["engine_step_seconds"] += seconds
-        return self._scheduler.apply(flight.plan, result)
+        output = self._scheduler.apply(flight.plan, result)
+        self._goes_on = self._scheduler.is_running()
+        return output

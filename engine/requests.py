@@ -216,6 +216,16 @@ class BlockCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineRates:
+    """As measured lately, under whatever load there was; 0: not yet."""
+
+    prompt_tokens_per_s: float
+    """In steps that compute prompts."""
+    token_s: float
+    """From one token of a running request to its next."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineLoad:
     blocks: BlockCounts
     running: int

@@ -311,6 +311,10 @@ class Scheduler:
             waiting_prefill_tokens=sum(s.num_uncomputed for s in to_compute if s.num_uncomputed > 1),
         )
 
+    def is_running(self) -> bool:
+        """Whether a request will be in the next step, if nothing happens before."""
+        return bool(self._running)
+
     def is_empty(self) -> bool:
         return not self._sequences
 

@@ -14,7 +14,7 @@ from baton.errors import ConfigurationError
 from baton.v1 import worker_link_pb2 as wire
 from baton.v1 import worker_link_pb2_grpc as rpc
 from worker.link import CoordinatorLink, LinkHandler, Refused
-from worker.roles import Link
+from worker.roles import KvLink, Link
 
 WELCOME = wire.CoordinatorMessage(welcome=wire.Welcome(heartbeat_interval_s=0.05, heartbeat_timeout_s=0.6))
 BEAT = wire.CoordinatorMessage(heartbeat=wire.CoordinatorHeartbeat())
@@ -32,6 +32,7 @@ class Recorder(LinkHandler):
         self.claimed: list[str] = []
         self.cached: dict[str, int] = {}
         self.linked: list[int] = []
+        self.kv_wanted = 0
         self.drains = 0
         self.lost = asyncio.Event()
 
@@ -67,6 +68,10 @@ class Recorder(LinkHandler):
 
     def on_linked(self, link: Link) -> None:
         self.linked.append(link.coordinator)
+
+    def on_kv_wanted(self, link: KvLink) -> None:
+        self.kv_wanted += 1
+        link.kv_sequence += 5
 
     def on_lost(self, link: Link) -> None:
         self.lost.set()
