@@ -17,7 +17,6 @@ hint, once in 2**64 pairs.
 import asyncio
 import math
 import time
-from collections.abc import Iterable
 from typing import Final, TypeAlias
 
 from baton.name_changes import Changed, Held, NameChanges
@@ -210,15 +209,12 @@ class KvReporter:
     def _spread(self, tier: KvTier, changed: Changed | None) -> None:
         if changed is None:
             return
-        for listener in self._following():
+        for listener in [each for each in self._listeners.values() if each.follows]:
             listener.hear(tier, changed)
             if listener.num_waiting > MAX_WAITING:
                 self._counters["kv_events_dropped"] += listener.num_untold
                 listener.forget()
                 listener.link.kv_sequence += 1
-
-    def _following(self) -> Iterable[_Listener]:
-        return [listener for listener in self._listeners.values() if listener.follows]
 
     def _tell(self, listener: _Listener) -> None:
         num_before = listener.num_untold
