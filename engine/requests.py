@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from baton.name_changes import Changed
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -197,6 +199,8 @@ class StepOutput:
     computed: list[Computed] = field(default_factory=list)
     tokens: list[TokenOutput] = field(default_factory=list)
     ended: list[Ended] = field(default_factory=list)
+    cached: Changed | None = None
+    """Names that the prefix cache has come to hold, or lost, since the output before; only while they are watched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +213,16 @@ class BlockCounts:
     held: int
     leased: int
     quarantined: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRates:
+    """As measured lately, under whatever load there was; 0: not yet."""
+
+    prompt_tokens_per_s: float
+    """In steps that compute prompts."""
+    token_s: float
+    """From one token of a running request to its next."""
 
 
 @dataclass(frozen=True, slots=True)

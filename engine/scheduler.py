@@ -297,7 +297,7 @@ class Scheduler:
 
     def has_work(self) -> bool:
         """Whether a step would compute or report something. False while only others can make it go on."""
-        reportable = self._events.tokens or self._events.ended or self._events.named
+        reportable = self._events.tokens or self._events.ended or self._events.named or self.tables.cache.changes
         return bool(self._running or self._in_flight or reportable or (self._waiting and not self._stuck))
 
     # -- Watching ------------------------------------------------------------------------------------------------
@@ -310,6 +310,10 @@ class Scheduler:
             waiting=len(self._waiting),
             waiting_prefill_tokens=sum(s.num_uncomputed for s in to_compute if s.num_uncomputed > 1),
         )
+
+    def is_running(self) -> bool:
+        """Whether a request will be in the next step, if nothing happens before."""
+        return bool(self._running)
 
     def is_empty(self) -> bool:
         return not self._sequences

@@ -26,6 +26,7 @@ import zmq.asyncio
 
 from baton.config import HandoverOptions
 from baton.errors import PeerError
+from baton.rates import Rate
 from baton.tls import Tls
 from baton.v1 import handover_pb2 as pb
 from kvtransfer.direct import Lending
@@ -83,7 +84,12 @@ class Intake:
         self._closing: set[asyncio.Task[None]] = set()
         self._lane_names: dict[str, str] = {}
         self._lent: set[Lending] = set()
+        self._pulled = Rate()
         self._stopped = False
+
+    def bytes_per_s(self) -> float:
+        """Of verified bytes, while blocks are pulled, as measured lately; 0: not yet."""
+        return self._pulled.per_s
 
     def lanes_in_use(self) -> dict[str, str]:
         """Worker id of each peer -> name of the lane that its blocks come by."""
@@ -271,6 +277,8 @@ class Intake:
         if converter is not None:
             self._count("handover_blocks_converted", num_blocks)
         self._count("handover_seconds", outcome.seconds)
+        if outcome.failure is None:
+            self._pulled.add(num_bytes, outcome.seconds)
         self._count("handover_blocks_retried", outcome.num_retried)
         self._count("handover_checksum_failures", outcome.num_mismatched)
         if outcome.failure is not None and taking.failure is None:

@@ -20,7 +20,7 @@ from baton.pulse import Pulse
 from baton.tls import Tls
 from baton.v1 import worker_link_pb2 as wire
 from baton.v1.worker_link_pb2_grpc import WorkerLinkStub
-from worker.roles import Link
+from worker.roles import KvLink, Link
 
 log = logging.getLogger(__name__)
 MAX_OUTGOING = 8192
@@ -70,6 +70,10 @@ class LinkHandler(ABC):
         """Its coordinator has welcomed this worker."""
 
     @abstractmethod
+    def on_kv_wanted(self, link: KvLink) -> None:
+        """Its coordinator wants to know what the caches hold, from now on: at its welcome, or once more."""
+
+    @abstractmethod
     def on_lost(self, link: Link) -> None: ...
 
 
@@ -100,11 +104,21 @@ class CoordinatorLink:
         """Dialled again when it breaks. A link that works is kept whether it is wanted or not."""
         self.coordinator = 0
         """Incarnation of who answered last; 0: nobody yet."""
+        self.kv_sequence = 0
+
+    @property
+    def backlog(self) -> int:
+        """Messages that wait to be written."""
+        return self._outgoing.qsize() if self._outgoing is not None else 0
 
     def send(self, message: wire.WorkerMessage) -> None:
         """Queue a message; without a link it is dropped, as its stream has failed over already."""
         if self._outgoing is None:
             return
+        if message.HasField("heartbeat"):  # which several links may send, each with a number of its own
+            heartbeat = wire.WorkerHeartbeat(kv_sequence=self.kv_sequence)
+            heartbeat.MergeFrom(message.heartbeat)
+            message = wire.WorkerMessage(heartbeat=heartbeat)
         try:
             self._outgoing.put_nowait(message)
         except asyncio.QueueFull:
@@ -166,6 +180,7 @@ class CoordinatorLink:
         """One connection from dialling to its end."""
         self._outgoing = asyncio.Queue(MAX_OUTGOING)
         self._overflow.clear()
+        self.kv_sequence = 0
         options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
         try:
             async with channel(self._address, self._tls, options) as opened:
@@ -179,6 +194,8 @@ class CoordinatorLink:
                 self.connected.set()
                 self._told = ""
                 self._handler.on_linked(self)
+                if welcome.welcome.kv_events:
+                    self._handler.on_kv_wanted(self)
                 on_connected()
                 log.info("registered with the coordinator at %s", self._address)
                 await self._serve(call, welcome.welcome)
@@ -235,6 +252,8 @@ class CoordinatorLink:
                 self._handler.on_reserve(self, message.reserve.token)
             case "unreserve":
                 self._handler.on_unreserve(self, message.unreserve.token)
+            case "send_kv_snapshot":
+                self._handler.on_kv_wanted(self)
             case "drain":
                 self._handler.on_drain()
             case _:

@@ -35,6 +35,17 @@ class Link(Protocol):
     def send(self, message: wire.WorkerMessage) -> None: ...
 
 
+class KvLink(Link, Protocol):
+    """One on which caches can be told of."""
+
+    kv_sequence: int
+    """Number of the last KvEvents on it, sent or left out."""
+
+    @property
+    def backlog(self) -> int:
+        """Messages that wait to be written."""
+
+
 @dataclass(slots=True)
 class Attempt:
     """One assignment while this worker has it."""

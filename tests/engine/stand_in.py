@@ -28,6 +28,7 @@ from engine.requests import (
 )
 from engine.scheduler import Scheduler
 from engine.sequence import Phase, Sequence
+from tests.told import Told
 
 PAGE = 4
 LAYERS, GROUPS = 5, (2, 4, 5)
@@ -388,6 +389,8 @@ class World:
         self.fenced: dict[str, list[int]] = {}
         """Blocks of requests that went on without them: a giver may write there until `lower_fence`."""
         self.num_placed = 0
+        self.told: Told | None = None
+        """What somebody knows of the prefix cache."""
 
     def add(self, request: EngineRequest) -> Stream:
         stream = self.runner.expect(request)
@@ -401,7 +404,16 @@ class World:
         output = self.engine.step(self._note if self.early else None)
         self._note(output)
         self.check()
+        assert self.told is None or self.told.names == self.engine._scheduler.tables.cache._block_of.keys()
         return output
+
+    def watch_cache(self) -> None:
+        """From now on somebody wants to know what the prefix cache holds; once more, if somebody did."""
+        held = self.engine.watch_cache()
+        if self.told is not None:
+            self.told.hear(held.before)
+            assert self.told.names == set(held.names)
+        self.told = Told(held)
 
     def _note(self, output: StepOutput) -> None:
         self.started += [started.request_id for started in output.started]
@@ -440,6 +452,9 @@ class World:
             assert token.index == len(seen)
             assert token.token_id == stream.outputs[token.index]
             seen.append(token.token_id)
+        if self.told is not None:
+            self.told.hear(output.cached)
+        assert self.told is not None or output.cached is None
         for ended in output.ended:
             self._note_end(ended.request_id, ended.reason, ended.num_output_tokens)
             assert ended.request_id not in self.drafter.known, "the drafter was told"
@@ -620,8 +635,9 @@ class World:
         self.assert_idle()
 
     def assert_idle(self) -> None:
-        """The pool is whole, the scheduler is empty."""
+        """The pool is whole, the scheduler is empty, and everybody knows what is cached."""
         assert not self.engine.has_work()
+        assert self.told is None or self.told.names == self.engine._scheduler.tables.cache._block_of.keys()
         assert self.outputs.keys() == self.ended.keys()
         assert not self.drafter.known
         assert not self.runner._flights

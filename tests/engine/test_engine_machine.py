@@ -120,6 +120,14 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(count):
             self.world.step()
 
+    @rule(ends=st.booleans())
+    def watch_cache(self, ends: bool) -> None:
+        """Whoever is told of a moment and of all changes since knows what is cached; the world compares."""
+        self.world.watch_cache()
+        if ends:
+            self.world.engine.unwatch_cache()
+            self.world.told = None
+
     @precondition(lambda self: self.world.reserved)
     @rule(data=st.data(), with_first_token=st.booleans(), part=st.sampled_from([0.0, 0.3, 0.7, 1.0]))
     def receive(self, data: st.DataObject, with_first_token: bool, part: float) -> None:

@@ -14,7 +14,7 @@ from baton.errors import ConfigurationError
 from baton.v1 import worker_link_pb2 as wire
 from baton.v1 import worker_link_pb2_grpc as rpc
 from worker.link import CoordinatorLink, LinkHandler, Refused
-from worker.roles import Link
+from worker.roles import KvLink, Link
 
 WELCOME = wire.CoordinatorMessage(welcome=wire.Welcome(heartbeat_interval_s=0.05, heartbeat_timeout_s=0.6))
 BEAT = wire.CoordinatorMessage(heartbeat=wire.CoordinatorHeartbeat())
@@ -32,6 +32,7 @@ class Recorder(LinkHandler):
         self.claimed: list[str] = []
         self.cached: dict[str, int] = {}
         self.linked: list[int] = []
+        self.kv_wanted = 0
         self.drains = 0
         self.lost = asyncio.Event()
 
@@ -68,6 +69,10 @@ class Recorder(LinkHandler):
     def on_linked(self, link: Link) -> None:
         self.linked.append(link.coordinator)
 
+    def on_kv_wanted(self, link: KvLink) -> None:
+        self.kv_wanted += 1
+        link.kv_sequence += 5
+
     def on_lost(self, link: Link) -> None:
         self.lost.set()
 
@@ -78,6 +83,7 @@ class FakeCoordinator(rpc.WorkerLinkServicer):
     def __init__(self, *scripts: Script) -> None:
         self.scripts = list(scripts)
         self.heard: asyncio.Queue[str | None] = asyncio.Queue()
+        self.kv_sequences: list[int] = []
         self.connections = 0
 
     async def Connect(self, request_iterator: Any, context: Any) -> Any:
@@ -92,6 +98,8 @@ class FakeCoordinator(rpc.WorkerLinkServicer):
 
     async def _listen(self, messages: Any) -> None:
         async for message in messages:
+            if message.HasField("heartbeat"):
+                self.kv_sequences.append(message.heartbeat.kv_sequence)
             self.heard.put_nowait(message.WhichOneof("message"))
 
 
@@ -147,6 +155,31 @@ def test_assignments_aborts_and_drains_arrive_and_heartbeats_go_up() -> None:
             assert recorder.pins == ["kept"]
             assert recorder.reserved == [6]
             assert not recorder.lost.is_set()
+
+    asyncio.run(run())
+
+
+def test_a_coordinator_that_wants_to_know_of_caches_is_told_how_far_its_link_is() -> None:
+    welcome = wire.Welcome(heartbeat_interval_s=0.05, heartbeat_timeout_s=0.6, kv_events=True)
+    ask = wire.CoordinatorMessage(send_kv_snapshot=wire.SendKvSnapshot())
+
+    async def asking_twice(_: Any, __: Any) -> AsyncIterator[wire.CoordinatorMessage]:
+        yield wire.CoordinatorMessage(welcome=welcome)
+        yield ask
+        await asyncio.sleep(0.2)
+
+    async def run() -> None:
+        coordinator = FakeCoordinator(asking_twice, lambda _, __: beating())
+        async with linked(coordinator) as (recorder, link, _):
+            await recorder.lost.wait()
+            assert recorder.kv_wanted == 2
+            assert coordinator.kv_sequences[-1] == 10
+            assert set(coordinator.kv_sequences) <= {5, 10}
+            await link.connected.wait()
+            link.send(wire.WorkerMessage(heartbeat=wire.WorkerHeartbeat(running_requests=3)))
+            while coordinator.kv_sequences[-1]:
+                await coordinator.heard.get()
+            assert recorder.kv_wanted == 2, "this one did not want to know"
 
     asyncio.run(run())
 
