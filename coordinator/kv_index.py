@@ -9,9 +9,10 @@ The names of blocks are chained hashes (`baton.block_names`), which makes this t
 without the tree. A key is the first eight bytes of a name: two blocks may share one by chance, which costs a
 wrong guess and never a wrong answer, because whoever is sent to looks with the whole name.
 
-1. A message out of sequence is a gap: a snapshot is asked for. What was known stays, and what comes meanwhile is applied:
-   each change is true by itself, while forgetting would send a worker's prompts elsewhere just when it is too busy to tell.
-2. A snapshot, a loss or a new life voids a slot at once. Its bits go a few at a time (`tidy`), so that nobody waits for it.
+1. A message out of sequence is a gap: a snapshot is asked for. What was known stays, and what comes meanwhile is
+   applied: each change is true by itself, while forgetting would send a worker's prompts elsewhere just when it is too
+   busy to tell.
+2. A snapshot, a loss or a new life voids a slot at once. Its bits go a few at a time (`tidy`): nobody waits for that.
 3. At `max_entries` nothing more is stored; it is counted. Caches churn, so what is removed makes room for what comes.
 """
 

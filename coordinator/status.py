@@ -25,6 +25,7 @@ def cluster_status(
         "max_model_tokens": registry.context_tokens,
         "requests": len(dispatcher.requests),
         "streams": dispatcher.num_streams,
+        "routing": {"policy": dispatcher.policy, "kv": dispatcher.knowledge.status()},
         "quarantine": dispatcher.quarantine.status(),
         "versions": dispatcher.versions.status(),
         "rollout_trouble": rollout_trouble,
