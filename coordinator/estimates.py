@@ -31,12 +31,14 @@ def filled(rates: Vector, others: Vector | None = None) -> Vector:
 
 
 def compute_s(
-    uncached: Number, from_host: Number, from_disk: Number, bytes_per_token: Number, per_token_s: Number
+    uncached: Number, host: Number, disk: Number, peers: Number, token_bytes: Number, token_s: Number, peer_s: Number
 ) -> Number:
-    """To have the KV of a prompt of which so many tokens are in no cache of the worker, and so many in slower tiers."""
-    host = np.minimum(HOST_S_PER_BYTE * bytes_per_token, per_token_s)
-    disk = np.minimum(DISK_S_PER_BYTE * bytes_per_token, per_token_s)
-    return uncached * per_token_s + from_host * host + from_disk * disk
+    """To have the KV of a prompt: so many tokens in no cache of the worker, `peers` of them in that of another one, and
+    so many in its slower tiers. `token_s`: to compute one. `peer_s`: to get a byte from a peer, 0 if not known."""
+    from_host = np.minimum(HOST_S_PER_BYTE * token_bytes, token_s)
+    from_disk = np.minimum(DISK_S_PER_BYTE * token_bytes, token_s)
+    saved = np.maximum(token_s - peer_s * token_bytes, 0.0) * (peer_s > 0)
+    return uncached * token_s - peers * saved + host * from_host + disk * from_disk
 
 
 def handover_s(num_bytes: Number, per_byte_s: Number, compute_s: Number) -> Number:
@@ -44,13 +46,17 @@ def handover_s(num_bytes: Number, per_byte_s: Number, compute_s: Number) -> Numb
     return np.maximum(num_bytes * per_byte_s - compute_s, 0.0)
 
 
-def itl_s(step_s: Number, measured_requests: Number, requests: Number) -> Number:
-    """From token to token among so many requests, where a step took `step_s` among `measured_requests`."""
-    return step_s * (requests + HALF_BATCH) / (np.maximum(measured_requests, 1.0) + HALF_BATCH)
+def stream_s(step_s: float, requests: float) -> float:
+    """What each stream adds to a step that took `step_s` among so many."""
+    return step_s / (max(requests, 1.0) + HALF_BATCH)
 
 
-def decode_s(step_s: Number, measured_requests: Number, requests: Number, answer_tokens: float) -> Number:
-    """Seconds that all clients of a decode worker wait more when it gets one stream more: the new one for its tokens,
-    the others for their steps, which grow."""
-    before, after = itl_s(step_s, measured_requests, requests), itl_s(step_s, measured_requests, requests + 1)
-    return answer_tokens * (after + requests * (after - before))
+def itl_s(stream_s: Number, requests: Number) -> Number:
+    """From token to token among so many requests."""
+    return stream_s * (requests + HALF_BATCH)
+
+
+def decode_s(stream_s: Number, requests: Number, answer_tokens: float) -> Number:
+    """Seconds that clients of a decode worker wait in all when it gets one stream more: the new one for its tokens, the
+    others for what it adds to their steps."""
+    return answer_tokens * (itl_s(stream_s, requests + 1) + requests * stream_s)

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from baton.block_names import root_name
 from baton.v1 import worker_link_pb2 as wire
-from coordinator.kv_index import BlockKeys, KvIndex, WorkerCaches
+from coordinator.block_keys import BlockKeys, KeyMemo
+from coordinator.kv_index import KvIndex, WorkerCaches
 from coordinator.prefixes import Life, PrefixMemory, strides
 from coordinator.worker_table import WorkerTable
 from coordinator.workers import Worker
@@ -47,7 +48,7 @@ class CacheKnowledge(ABC):
     @abstractmethod
     def match(self, prompt: Prompt) -> npt.NDArray[np.int64]:
         """[3, rows]: leading tokens that each worker of the prompt's version holds in its pool, in pool or host tier,
-        in any tier."""
+        in any tier; without the last token, which is computed in any case."""
 
     @abstractmethod
     def forget(self, worker: Worker) -> None:
@@ -78,6 +79,7 @@ class Told(CacheKnowledge):
     def __init__(self, table: WorkerTable, max_entries: int) -> None:
         super().__init__(table)
         self.index = KvIndex(max_entries)
+        self._memo = KeyMemo()
         self._caches: dict[int, WorkerCaches] = {}
         """By row, of workers that sent a heartbeat."""
         self._silent: set[int] = set()
@@ -92,7 +94,7 @@ class Told(CacheKnowledge):
             root = root_name(group.model_fingerprint, cache_salt=prompt.cache_salt)
             keys = BlockKeys(root, group.page_size_tokens, prompt.tokens)
             np.maximum(tokens, self.index.match(keys, num_rows) * group.page_size_tokens, out=tokens)
-        return tokens
+        return np.minimum(tokens, len(prompt.tokens) - 1, out=tokens)
 
     def computed(self, worker: Worker, prompt: Prompt) -> None:
         """It tells by itself."""
@@ -172,7 +174,7 @@ class Guessed(CacheKnowledge):
             for held in self._memory.holders(names):
                 if (row := self._rows.get(held.life)) is not None:
                     tokens[:, row] = np.maximum(tokens[:, row], held.num_tokens)
-        return tokens
+        return np.minimum(tokens, len(prompt.tokens) - 1, out=tokens)
 
     def computed(self, worker: Worker, prompt: Prompt) -> None:
         if not worker.lost.is_set():

@@ -18,15 +18,14 @@ wrong guess and never a wrong answer, because whoever is sent to looks with the 
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from baton.block_names import block_name
 from baton.errors import PeerError
 from baton.v1 import worker_link_pb2 as wire
+from coordinator.block_keys import KEY_BYTES
 
-KEY_BYTES = 8
 TIERS = (wire.KV_TIER_POOL, wire.KV_TIER_HOST, wire.KV_TIER_DISK)
 """From the fastest to the slowest."""
 ENTRY_BYTES = 140
@@ -35,28 +34,6 @@ TIDY_KEYS = 1024
 ASK_AGAIN_S = 5.0
 """After so long without the snapshot that was asked for, or without the messages that a heartbeat says were sent."""
 _FEW = 8
-
-
-class BlockKeys:
-    """Keys of a prompt's full blocks below `root`, computed as far as somebody reads them."""
-
-    def __init__(self, root: bytes, page_size: int, tokens: Sequence[int]) -> None:
-        self._page_size = page_size
-        self._tokens = tokens
-        self._name = root
-        self._keys: list[int] = []
-
-    @property
-    def num_computed(self) -> int:
-        return len(self._keys)
-
-    def __iter__(self) -> Iterator[int]:
-        yield from self._keys
-        page_size, tokens, keys = self._page_size, self._tokens, self._keys
-        for end in range((len(keys) + 1) * page_size, len(tokens) + 1, page_size):
-            self._name = block_name(self._name, tokens[end - page_size : end])
-            keys.append(int.from_bytes(self._name[:KEY_BYTES], "little"))
-            yield keys[-1]
 
 
 class WorkerCaches:

@@ -7,8 +7,6 @@ not one that fails everybody lately; not where suspects crowd; for decode, one w
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from coordinator.estimates import compute_s, itl_s
 from coordinator.policies import POLICIES
 from coordinator.policies.base import Placement, PrefillChoice, Work
@@ -41,7 +39,7 @@ class Router:
         """Of these workers, which accept new work; None if none of them can decode this."""
         table = self._table
         decoders = rows[table.decodes[rows] > 0]
-        if all(table.ids[row] in work.avoid for row in decoders.tolist()):
+        if not len(decoders) or (work.avoid and all(table.ids[row] in work.avoid for row in decoders.tolist())):
             able = rows[(table.stands_in[rows] > 0) & (table.context_tokens[rows] >= work.total_tokens)]
             able = able[[table.ids[row] not in work.avoid for row in able.tolist()]] if work.avoid else able
             if len(able):
@@ -75,13 +73,14 @@ class Router:
     def _route(self, work: Work, placement: Placement) -> Route:
         table, decode = self._table, placement.decode
         computes = decode if placement.prefill is None else placement.prefill
-        pool, host, disk = work.cached_in(np.array([computes]))[:, 0].tolist()
+        pool, host, disk = work.cached[:, computes].tolist() if work.cached.shape[1] else (0, 0, 0)
         # A rate that this worker has not measured is that of any other worker, if one has.
         per_token = _known(table.prefill_s, computes)
-        uncached = work.num_tokens - disk + table.waiting_prefill_tokens[computes]
-        ttft_s = compute_s(uncached, host - pool, disk - host, table.kv_bytes_per_token[computes], per_token)
-        requests = table.requests[decode] + 1
-        each_s = itl_s(_known(table.step_s, decode), table.measured_requests[decode], requests)
+        uncached, peers = work.num_tokens - disk, max(0, work.most_cached - disk)
+        token_bytes, peer_s = table.kv_bytes_per_token[computes], table.handover_s[computes]
+        ttft_s = table.waiting_prefill_tokens[computes] * per_token
+        ttft_s += compute_s(uncached, host - pool, disk - host, peers, token_bytes, per_token, peer_s)
+        each_s = itl_s(_known(table.stream_s, decode), table.requests[decode] + 1)
         prefill = None if placement.prefill is None else table.ids[placement.prefill]
         return Route(table.ids[decode], prefill, placement.choice, disk, float(ttft_s), float(each_s))
 

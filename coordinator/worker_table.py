@@ -45,17 +45,15 @@ class Load(NamedTuple):
     waiting_prefill_tokens: float
     free_blocks: float
     """Free, or cached and evictable, less those that assignments since the last heartbeat will take."""
-    measured_requests: float
-    """Running when `step_s` was measured."""
-    step_s: float
-    """From one token of a stream to the next."""
+    stream_s: float
+    """What each stream adds to a step; see `coordinator.estimates`."""
     prefill_s: float
     """For each token of a prompt."""
     handover_s: float
     """For each byte of blocks that it takes from others."""
 
 
-IDLE = Load(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+IDLE = Load(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class WorkerTable:
@@ -71,8 +69,7 @@ class WorkerTable:
     requests: Vector
     waiting_prefill_tokens: Vector
     free_blocks: Vector
-    measured_requests: Vector
-    step_s: Vector
+    stream_s: Vector
     prefill_s: Vector
     handover_s: Vector
 

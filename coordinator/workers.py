@@ -13,6 +13,7 @@ from baton.errors import ConfigurationError, PeerError
 from baton.model_folder import VERSION_DIGITS
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import Choice
+from coordinator.estimates import stream_s
 from coordinator.worker_table import Fixed, Group, Load, Rows, WorkerTable
 
 AFTERMATH_S = 1.0
@@ -204,8 +205,7 @@ class Worker:
             requests=max(len(self.legs) + self._others_requests, beat.running_requests + beat.waiting_requests),
             waiting_prefill_tokens=max(self._own_tokens + self._others_tokens, beat.waiting_prefill_tokens),
             free_blocks=beat.blocks.free + beat.blocks.cached - self._blocks_assigned,
-            measured_requests=beat.running_requests,
-            step_s=_seconds(beat.step_s),
+            stream_s=stream_s(_seconds(beat.step_s), beat.running_requests),
             prefill_s=_seconds(1 / (beat.prefill_tokens_per_s or math.inf)),
             handover_s=_seconds(1 / (beat.handover_bytes_per_s or math.inf)),
         )

@@ -24,8 +24,8 @@ class Work:
     total_tokens: int
     """The prompt and the longest answer."""
     cached: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((3, 0), np.int64), compare=False)
-    """[3, rows]: leading tokens in each worker's pool, in pool or host tier, in any tier. No columns: nothing is
-    known."""
+    """[3, rows]: leading tokens in each worker's pool, in pool or host tier, in any tier; never the last one, which is
+    computed in any case. No columns: nothing is known."""
     session: int = 0
     """64 bits, the same for requests that belong together."""
     avoid: Set[str] = frozenset()
@@ -36,14 +36,17 @@ class Work:
     """What this work should keep away from: how much of it each worker has."""
 
     def cached_in(self, rows: Rows) -> npt.NDArray[np.int64]:
-        """[3, len(rows)]. The last token is computed in any case."""
-        if not self.cached.shape[1]:
-            return np.zeros((3, len(rows)), np.int64)
-        return np.minimum(self.cached[:, rows], self.num_tokens - 1)
+        """[3, len(rows)]"""
+        return self.cached.take(rows, axis=1) if self.cached.shape[1] else np.zeros((3, len(rows)), np.int64)
+
+    @property
+    def most_cached(self) -> int:
+        """Leading tokens that some worker has in its pool, where others can fetch them."""
+        return int(self.cached[0].max(initial=0))
 
     def uncached_at(self, row: int) -> int:
         """Tokens that no cache of this worker holds."""
-        return self.num_tokens - int(self.cached_in(np.array([row]))[2, 0])
+        return self.num_tokens - (int(self.cached[2, row]) if self.cached.shape[1] else 0)
 
 
 class PrefillChoice(Enum):

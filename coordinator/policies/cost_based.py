@@ -26,46 +26,47 @@ class CostBased(LeastLoaded):
 
     def place(self, work: Work, decoders: Rows, prefillers: Rows) -> Placement:
         table = self._table
-        prefill_rates = table.prefill_s[prefillers]
-        decode_rates = filled(table.prefill_s[decoders], prefill_rates)
-        prefill_rates = filled(prefill_rates, decode_rates)
-        if not decode_rates.any():
+        rates = table.prefill_s[prefillers]
+        local_rates = filled(table.prefill_s[decoders], rates)
+        if not local_rates.any():
             return super().place(work, decoders, prefillers)
         self._turn += 1
-        uncached, local = self._compute_s(work, decoders, decode_rates)
         requests = table.requests[decoders]
         answer_tokens = min(ANSWER_TOKENS, work.total_tokens - work.num_tokens)
-        stay = decode_s(filled(table.step_s[decoders]), table.measured_requests[decoders], requests, answer_tokens)
-        here = stay + table.waiting_prefill_tokens[decoders] * decode_rates + (1 + requests) * local
-        mixed = table.prefills[decoders] > 0
-        best_here = self._least(here, requests)
-        choice = PrefillChoice.LOCAL_MIXED if mixed[best_here] else PrefillChoice.LOCAL_SOONER
-        if not len(prefillers) and not mixed[best_here]:
-            choice = PrefillChoice.LOCAL_NO_WORKER
-        nearest = Placement(int(decoders[best_here]), None, choice)
-        if not len(prefillers) or mixed.all():
-            return nearest
-        _, far = self._compute_s(work, prefillers, prefill_rates)
-        there = far + table.waiting_prefill_tokens[prefillers] * prefill_rates
-        stay = np.where(mixed, np.inf, stay)  # a mixed worker prefills for itself
+        stay = np.asarray(decode_s(filled(table.stream_s[decoders]), requests, answer_tokens))
+        computing = (1 + requests) * self._compute_s(work, decoders, local_rates)
+        here = stay + table.waiting_prefill_tokens[decoders] * local_rates + computing
+        near = self._least(here, requests)
+        is_mixed = table.prefills[decoders] > 0
+        if is_mixed[near]:
+            choice = PrefillChoice.LOCAL_MIXED
+        else:
+            choice = PrefillChoice.LOCAL_SOONER if len(prefillers) else PrefillChoice.LOCAL_NO_WORKER
+        local = Placement(int(decoders[near]), None, choice)
+        if not len(prefillers) or is_mixed.all():
+            return local
+        rates = filled(rates, local_rates)
+        computing = self._compute_s(work, prefillers, rates)
+        there = table.waiting_prefill_tokens[prefillers] * rates + computing
+        stay[is_mixed] = np.inf  # a mixed worker prefills for itself
         some, others = _shortest(stay), _shortest(there)
-        num_bytes = uncached[some] * table.kv_bytes_per_token[decoders[some]]
-        left = handover_s(num_bytes[:, None], filled(table.handover_s[decoders])[some, None], far[None, others])
-        pairs = stay[some, None] + there[None, others] + left
-        best = self._least(pairs.ravel(), np.broadcast_to(requests[some, None], pairs.shape).ravel())
-        at, by = divmod(best, len(others))
-        if here[best_here] <= pairs[at, by]:
-            return nearest
-        return Placement(int(decoders[some[at]]), int(prefillers[others[by]]), PrefillChoice.REMOTE)
+        rows = decoders[some]
+        num_bytes = (work.num_tokens - work.cached_in(rows)[2]) * table.kv_bytes_per_token[rows]
+        left = handover_s(num_bytes[:, None], filled(table.handover_s[rows])[:, None], computing[others])
+        pairs = stay[some, None] + there[others] + left
+        at, by = divmod(self._least(pairs.ravel(), requests[some].repeat(len(others))), len(others))
+        if here[near] <= pairs[at, by]:
+            return local
+        return Placement(int(rows[at]), int(prefillers[others[by]]), PrefillChoice.REMOTE)
 
-    def _compute_s(self, work: Work, rows: Rows, rates: Vector) -> tuple[Vector, Vector]:
-        """Tokens that are in no cache of each worker, and seconds until it has the KV of the whole prompt."""
-        pool, host, disk = work.cached_in(rows)
-        uncached = (work.num_tokens - disk).astype(np.float64)
-        if not disk.any():
-            return uncached, uncached * rates
-        per_token = self._table.kv_bytes_per_token[rows]
-        return uncached, np.asarray(compute_s(uncached, host - pool, disk - host, per_token, rates))
+    def _compute_s(self, work: Work, rows: Rows, rates: Vector) -> Vector:
+        """Seconds until each of these workers has the KV of the whole prompt, once it begins."""
+        table, (pool, host, disk) = self._table, work.cached_in(rows)
+        uncached, peers = work.num_tokens - disk, np.maximum(work.most_cached - disk, 0)
+        if not (peers.any() or (pool != disk).any()):
+            return np.asarray(uncached * rates)
+        token_bytes, peer_s = table.kv_bytes_per_token[rows], table.handover_s[rows]
+        return np.asarray(compute_s(uncached, host - pool, disk - host, peers, token_bytes, rates, peer_s))
 
     def _least(self, cost: Vector, requests: Vector) -> int:
         """Where the least cost is; of equals that with the fewest requests, and then they take turns."""

@@ -8,10 +8,9 @@ from coordinator.policies.base import Work
 from coordinator.policies.least_loaded import LeastLoaded
 from coordinator.worker_table import Rows, Vector
 
-UNEVEN_REQUESTS, UNEVEN_RATIO = 32, 1.5
-"""Uneven: the most loaded worker has so many requests more than the least loaded one, and so many times as many."""
-UNEVEN_PREFILL_TOKENS = 16384
-"""The same of the tokens that wait to be computed."""
+UNEVEN_STREAMS, UNEVEN_PROMPTS, UNEVEN_RATIO = 32, 4, 1.5
+"""Uneven: the most loaded decode, or prefill, worker has so many requests more than the least loaded one, and so many
+times as many."""
 MIN_SHARE = 0.1
 """Less of a prompt than this is no reason to go anywhere: system prompts that all share would be."""
 
@@ -21,12 +20,11 @@ class PrefixAware(LeastLoaded):
 
     def decode_costs(self, work: Work, rows: Rows) -> Sequence[Vector]:
         least = super().decode_costs(work, rows)
-        return least if _is_uneven(self._table.requests[rows], UNEVEN_REQUESTS) else (_missing(work, rows), *least)
+        return least if _is_uneven(self._table.requests[rows], UNEVEN_STREAMS) else (_missing(work, rows), *least)
 
     def prefill_costs(self, work: Work, rows: Rows) -> Sequence[Vector]:
         least = super().prefill_costs(work, rows)
-        waiting = self._table.waiting_prefill_tokens[rows]
-        return least if _is_uneven(waiting, UNEVEN_PREFILL_TOKENS) else (_missing(work, rows), *least)
+        return least if _is_uneven(self._table.requests[rows], UNEVEN_PROMPTS) else (_missing(work, rows), *least)
 
 
 def _is_uneven(loads: Vector, difference: float) -> bool:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from baton.block_names import block_name, root_name
 from baton.errors import PeerError
 from baton.v1 import worker_link_pb2 as wire
-from coordinator.kv_index import ASK_AGAIN_S, KEY_BYTES, TIDY_KEYS, TIERS, BlockKeys, KvIndex, WorkerCaches
+from coordinator.block_keys import KEY_BYTES, RUN, BlockKeys, KeyMemo
+from coordinator.kv_index import ASK_AGAIN_S, TIDY_KEYS, TIERS, KvIndex, WorkerCaches
 
 POOL, HOST, DISK = TIERS
 NUM_ROWS, NUM_KEYS = 12, 12
@@ -127,6 +128,22 @@ def test_keys_of_a_prompt_are_computed_only_as_far_as_somebody_can_match() -> No
     assert list(keys)[:2] == expected
     other_tenant = BlockKeys(root_name("model", cache_salt="tenant"), 16, tokens)
     assert not set(other_tenant) & set(keys)
+
+
+def test_what_prompts_have_in_common_is_hashed_once_and_has_the_same_keys() -> None:
+    root, tokens, memo = root_name("model"), list(range(1000)), KeyMemo()
+    expected = list(BlockKeys(root, 4, tokens))
+    assert len(expected) == 250
+    for prompt in (tokens, tokens[:700], [*tokens[:500], 7, *tokens[501:]]):
+        keys = BlockKeys(root, 4, prompt, memo)
+        assert list(keys) == list(BlockKeys(root, 4, prompt)) == list(keys)
+    assert list(BlockKeys(root, 4, tokens[:998], memo)) == expected[:249]
+    again = BlockKeys(root, 4, tokens, memo)
+    assert next(iter(again)) == expected[0]
+    assert again.num_computed == RUN, "a whole run comes out of the memory"
+    other = BlockKeys(root_name("model", cache_salt="tenant"), 4, tokens, memo)
+    assert next(iter(other)) != expected[0]
+    assert other.num_computed == 1
 
 
 def test_a_gap_is_asked_for_once_and_what_was_known_stays_until_the_snapshot() -> None:
