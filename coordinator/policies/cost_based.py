@@ -1,12 +1,14 @@
 """The route that makes clients wait least, by prediction: the new one until its stream runs, and all whom it delays.
 
     remote   queue of the prefill worker + computing what it has not + what of the hand-over is left then
-    local    queue of the decode worker + computing what it has not, which its running streams wait for as well
+    local    queue of the decode worker + computing what it has not
     both     what the stream, and the longer steps of its neighbours, cost while it is decoded
 
-Mooncake's Conductor predicts TTFT in these terms; that the others' delay is weighed like the new one's own is ours. It
-is what decides between local and remote: a busy decode worker prefills only what costs its streams little.
-Where nobody has measured a rate of prefill yet, the least loaded are taken, and the rule of short prompts holds.
+Computing counts once more for each request of that worker: the streams of a decode worker wait meanwhile, and as many
+prompts will queue behind this one as queue now. Mooncake's Conductor predicts TTFT in these terms; that the others'
+delay is weighed like the new one's own is ours. It is what decides between local and remote, and what keeps a busy
+worker for prompts that it has. Where nobody has measured a rate of prefill yet, the least loaded are taken, and the
+rule of short prompts holds.
 """
 
 import numpy as np
@@ -34,8 +36,8 @@ class CostBased(LeastLoaded):
         requests = table.requests[decoders]
         answer_tokens = min(ANSWER_TOKENS, work.total_tokens - work.num_tokens)
         stay = np.asarray(decode_s(filled(table.stream_s[decoders]), requests, answer_tokens))
-        computing = (1 + requests) * self._compute_s(work, decoders, local_rates)
-        here = stay + table.waiting_prefill_tokens[decoders] * local_rates + computing
+        computing = self._compute_s(work, decoders, local_rates)
+        here = stay + table.waiting_prefill_tokens[decoders] * local_rates + (1 + requests) * computing
         near = self._least(here, requests)
         is_mixed = table.prefills[decoders] > 0
         if is_mixed[near]:
@@ -47,7 +49,7 @@ class CostBased(LeastLoaded):
             return local
         rates = filled(rates, local_rates)
         computing = self._compute_s(work, prefillers, rates)
-        there = table.waiting_prefill_tokens[prefillers] * rates + computing
+        there = table.waiting_prefill_tokens[prefillers] * rates + (1 + table.requests[prefillers]) * computing
         stay[is_mixed] = np.inf  # a mixed worker prefills for itself
         some, others = _shortest(stay), _shortest(there)
         rows = decoders[some]
