@@ -211,7 +211,9 @@ class Dispatcher:
         tokens = choice.prompt + choice.stream.tokens
         total = len(choice.prompt) + choice.stream.max_tokens
         request = choice.request
+        begun_s = time.perf_counter()
         cached = self.knowledge.match(Prompt(tokens, request.cache_salt, request.version))
+        self._metrics.match_s(time.perf_counter() - begun_s)
         session = session_of(request.user, request.cache_salt, choice.prompt)
         crowd: dict[str, int] = {}
         if self._suspects.suspected(choice.request):
@@ -223,7 +225,9 @@ class Dispatcher:
 
     def _attempt(self, choice: Choice, work: Work, rows: Rows) -> None:
         """Start the next attempt on some of these workers. If none can take it, wait for one, or end the request."""
+        begun_s = time.perf_counter()
         route = self._router.choose(work, rows)
+        self._metrics.choose_s(time.perf_counter() - begun_s)
         if route is None and self._may_wait_for_worker(choice):
             self._delayed[choice] = asyncio.get_running_loop().call_later(RETURN_POLL_S, self._retry, choice)
             return
@@ -337,6 +341,7 @@ class Dispatcher:
             leg.first_index, leg.paired = len(choice.stream.tokens), prefill is not None
             self._legs.setdefault(choice, []).append(leg)
             computes = worker is prefill or prefill is None
+            leg.expected_tokens = route.cached_tokens if computes else None
             worker.open(leg, len(tokens), len(tokens) - route.cached_tokens if computes else 0)
             message = wire.CoordinatorMessage()
             assignment = message.assignment
@@ -509,9 +514,10 @@ class Dispatcher:
                     if other.decode and other is not leg and choice.cached_tokens:
                         cached = wire.CachedTokens(id=other.id, num_tokens=choice.cached_tokens)
                         other.worker.send(wire.CoordinatorMessage(cached_tokens=cached))
-            if leg.waiting_tokens and not leg.admitted:
+            if leg.expected_tokens is not None and not leg.admitted:
                 num_tokens = len(choice.prompt) + len(choice.stream.tokens)
                 worker.waits(leg, max(0, num_tokens - admission.cached_tokens))
+                self._metrics.cached(num_tokens, leg.expected_tokens, admission.cached_tokens)
             leg.admitted = True
             return
         if choice.stream.refused(leg.attempt) is Outcome.FAILED:

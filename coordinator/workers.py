@@ -34,6 +34,7 @@ class Leg:
         "attempt",
         "choice",
         "decode",
+        "expected_tokens",
         "first_index",
         "handle",
         "paired",
@@ -62,6 +63,8 @@ class Leg:
         """Another worker has the other part of the attempt; false once it is gone."""
         self.remembered = False
         """Whether its prompt has been computed, and was said to be."""
+        self.expected_tokens: int | None = None
+        """That this worker should find in its caches; None if another one computes the prompt."""
         self.waiting_tokens = 0
         """Prompt tokens this worker still has to compute, as far as it told."""
 

@@ -43,6 +43,11 @@ def test_a_prompt_goes_to_the_worker_that_holds_it_and_others_are_told_of_that_o
             for _ in range(5):
                 await ask(system)
             assert [len(worker.assignments) for worker in workers] == [0, 0, 5, 0]
+            num_tokens = len(system.encode(TEXT))
+            expected = min(num_tokens // 16 * 16, num_tokens - 1)
+            assert system.metric("baton_routed_tokens_total") == 5 * num_tokens
+            assert system.metric("baton_routed_cached_tokens_total", who="coordinator") == 5 * expected
+            assert system.metric("baton_routed_cached_tokens_total", who="worker") == 5 * 3  # says every fake worker
             await measured(system, workers[2], waiting_prefill_tokens=50_000)
             await until(lambda: system.coordinator.registry.table.waiting_prefill_tokens.max() > 1000)
             await ask(system)
