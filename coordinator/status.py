@@ -57,6 +57,11 @@ def _worker_status(worker: Worker) -> dict[str, Any]:
         "running": beat.running_requests,
         "waiting": beat.waiting_requests,
         "waiting_prefill_tokens": beat.waiting_prefill_tokens,
+        "measured": {
+            "prefill_tokens_per_s": beat.prefill_tokens_per_s,
+            "step_s": beat.step_s,
+            "handover_bytes_per_s": beat.handover_bytes_per_s,
+        },
         "lanes": list(registration.lanes),
         "lanes_in_use": dict(beat.lanes_in_use),
         "heartbeat_age_s": round(time.monotonic() - worker.last_seen_s, 3),
