@@ -21,7 +21,6 @@ from typing import NamedTuple
 import numpy as np
 
 from baton.config import CoordinatorOptions
-from baton.errors import PeerError
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.breakers import Breakers
 from coordinator.delivery import ABORTED, LENGTH, STOP, Choice, Request
@@ -29,11 +28,10 @@ from coordinator.failures import FailureKind, RequestFailed, handed_on, moved, p
 from coordinator.holders import holders, peer
 from coordinator.knowledge import Prompt, open_knowledge
 from coordinator.metrics import Metrics
-from coordinator.policies.base import Work
+from coordinator.placing import Placer
 from coordinator.quarantine import Quarantine
 from coordinator.retries import RetryBudget
 from coordinator.routing import Route, Router
-from coordinator.sessions import session_of
 from coordinator.stream import ABANDON, COMPLETE, Outcome
 from coordinator.suspects import Suspects
 from coordinator.tickets import issue
@@ -58,7 +56,6 @@ class Dispatcher:
     def __init__(self, options: CoordinatorOptions, registry: WorkerRegistry, metrics: Metrics) -> None:
         self._options = options
         self._registry = registry
-        self._router = Router(registry.table, options.routing, options.local_prefill_tokens)
         self.policy = options.routing
         self._metrics = metrics
         self.knowledge = open_knowledge(options.kv_routing, registry.table, options.kv_index_blocks)
@@ -70,6 +67,8 @@ class Dispatcher:
         self.quarantine = Quarantine(self._suspects)
         self.breakers = Breakers(metrics.breaker)
         self.versions = Versions(registry, metrics)
+        router = Router(registry.table, options.routing, options.local_prefill_tokens)
+        self._route = Placer(router, self.knowledge, registry, self._suspects, self.breakers, metrics).route
         self._handles = itertools.count(1)
         self._legs: dict[Choice, list[Leg]] = {}
         """Of the current attempt at each choice."""
@@ -198,36 +197,19 @@ class Dispatcher:
             self._pump_soon()
             return
         rows, closed = self._registry.candidates(version), self.quarantine.closed
-        work = self.work(choice)
-        open = rows[[self._registry.table.ids[row] not in closed for row in rows.tolist()]] if closed else rows
-        if closed and self._router.choose(work, open) is None and self._router.choose(work, rows) is not None:
+        if not closed:
+            self._attempt(choice, rows)
+            return
+        open = rows[[self._registry.table.ids[row] not in closed for row in rows.tolist()]]
+        if self._route(choice, open) is None and self._route(choice, rows) is not None:
             self._metrics.quarantine.labels("stranded_others").inc()
             self.quarantine.strand(choice)
         else:
-            self._attempt(choice, work, open)
+            self._attempt(choice, open)
 
-    def work(self, choice: Choice) -> Work:
-        """What is to be routed of a choice now, and who holds some of it."""
-        tokens = choice.prompt + choice.stream.tokens
-        total = len(choice.prompt) + choice.stream.max_tokens
-        request = choice.request
-        begun_s = time.perf_counter()
-        cached = self.knowledge.match(Prompt(tokens, request.cache_salt, request.version))
-        self._metrics.match_s(time.perf_counter() - begun_s)
-        session = session_of(request.user, request.cache_salt, choice.prompt)
-        crowd: dict[str, int] = {}
-        if self._suspects.suspected(choice.request):
-            crowd = {
-                worker.id: sum(self._suspects.suspected(leg.choice.request) for leg in worker.legs.values())
-                for worker in self._registry.workers.values()
-            }
-        return Work(len(tokens), total, cached, session, choice.avoid, self.breakers.trouble(), crowd)
-
-    def _attempt(self, choice: Choice, work: Work, rows: Rows) -> None:
+    def _attempt(self, choice: Choice, rows: Rows) -> None:
         """Start the next attempt on some of these workers. If none can take it, wait for one, or end the request."""
-        begun_s = time.perf_counter()
-        route = self._router.choose(work, rows)
-        self._metrics.choose_s(time.perf_counter() - begun_s)
+        route = self._route(choice, rows)
         if route is None and self._may_wait_for_worker(choice):
             self._delayed[choice] = asyncio.get_running_loop().call_later(RETURN_POLL_S, self._retry, choice)
             return
@@ -248,7 +230,7 @@ class Dispatcher:
             self.breakers.chosen(worker_id)
             if worker_id in choice.avoid:
                 self._metrics.avoided_used.inc()
-        self._assign(choice, attempt, work, route)
+        self._assign(choice, attempt, route)
 
     def _may_wait_for_worker(self, choice: Choice) -> bool:
         """The last worker that could go on with a stream died: others, or itself, may be back soon.
@@ -295,7 +277,7 @@ class Dispatcher:
                 continue
             if choice.request.shadow:
                 self.abort(choice.request)
-            elif self._router.choose(self.work(choice), self._registry.candidates(choice.request.version)) is None:
+            elif self._route(choice, self._registry.candidates(choice.request.version)) is None:
                 stay += 1
             else:
                 moved += 1
@@ -323,12 +305,12 @@ class Dispatcher:
         for choice, worker in turn.start:
             if not choice.request.ended:
                 self._metrics.quarantine.labels("ran_alone").inc()
-                self._attempt(choice, self.work(choice), np.array([worker.row]))
+                self._attempt(choice, np.array([worker.row]))
         for choice in turn.resume:
             if not choice.request.ended:
                 self._begin_attempt(choice)
 
-    def _assign(self, choice: Choice, attempt: int, work: Work, route: Route) -> None:
+    def _assign(self, choice: Choice, attempt: int, route: Route) -> None:
         workers = self._registry.workers
         decode = workers[route.decode]
         prefill = workers[route.prefill] if route.prefill is not None else None
@@ -358,7 +340,7 @@ class Dispatcher:
                     peer(decode if worker is prefill else prefill)
                 )
             if computes:
-                assignment.holders.extend(holders(work, worker, self._registry, choice.avoid))
+                assignment.holders.extend(holders(route.work, worker, self._registry, choice.avoid))
             if role == wire.ROLE_DECODE and not choice.request.shadow:
                 assignment.ticket = issue(choice, self.model)
             worker.send(message)
@@ -455,10 +437,7 @@ class Dispatcher:
         elif kind == "ending":
             self._on_ending(worker, message.ending)
         elif kind == "kv_events":
-            try:
-                self.knowledge.on_events(worker, message.kv_events)
-            except PeerError as error:
-                worker.lose(str(error))
+            self.knowledge.on_events(worker, message.kv_events)
         elif kind == "orphan":
             self.on_orphan(worker, message.orphan)
         else:

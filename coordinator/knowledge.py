@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from baton.block_names import root_name
+from baton.errors import PeerError
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.block_keys import BlockKeys, KeyMemo
 from coordinator.kv_index import KvIndex, WorkerCaches
@@ -60,7 +61,7 @@ class CacheKnowledge(ABC):
 
     @abstractmethod
     def on_events(self, worker: Worker, message: wire.KvEvents) -> None:
-        """A worker told. Raises PeerError for what nobody can mean."""
+        """A worker told. It is lost where nobody can mean what it said."""
 
     @abstractmethod
     def computed(self, worker: Worker, prompt: Prompt) -> None:
@@ -102,7 +103,12 @@ class Told(CacheKnowledge):
     def on_events(self, worker: Worker, message: wire.KvEvents) -> None:
         if worker.lost.is_set():
             return
-        if self.index.apply(self._of(worker), message):
+        try:
+            is_wanted = self.index.apply(self._of(worker), message)
+        except PeerError as error:
+            worker.lose(str(error))
+            return
+        if is_wanted:
             _ask(worker)
         self._silent.discard(worker.row)
         if self.index.refused and not self._is_full:

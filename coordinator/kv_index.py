@@ -32,7 +32,7 @@ ENTRY_BYTES = 140
 """About what one entry takes: its part of a dict and a set, and the key."""
 TIDY_KEYS = 1024
 ASK_AGAIN_S = 5.0
-"""After so long without the snapshot that was asked for, or without the messages that a heartbeat says were sent."""
+"""After so long without the snapshot that was asked for."""
 _FEW = 8
 
 
@@ -128,15 +128,15 @@ class KvIndex:
         return self._asks(caches, not in_order)
 
     def beat(self, caches: WorkerCaches, announced: int) -> bool:
-        """A heartbeat came. Whether the worker is to be asked for a snapshot, as what it announced does not come."""
+        """A heartbeat came. Whether the worker is to be asked for a snapshot: what the one before announced has not
+        come, and a link keeps the order."""
         self.tidy()
-        now_s = self._clock()
+        is_stuck = caches.lag > 0
         caches.announced = announced
         if not caches.lag:
             caches.behind_since_s = None
         elif caches.behind_since_s is None:
-            caches.behind_since_s = now_s
-        is_stuck = caches.behind_since_s is not None and now_s - caches.behind_since_s > ASK_AGAIN_S
+            caches.behind_since_s = self._clock()
         return self._asks(caches, is_stuck)
 
     def _asks(self, caches: WorkerCaches, is_needed: bool) -> bool:

@@ -19,12 +19,16 @@ class Route:
     prefill: str | None
     """None: the decode worker prefills by itself."""
     choice: PrefillChoice
+    work: Work
+    """What was to be routed."""
     cached_tokens: int = 0
     """That whoever computes the prompt should find in its caches."""
     ttft_s: float = 0.0
-    """Predicted time to the first token; 0: nothing is known."""
+    """Predicted for this request there, from now to its first token; 0 where nothing is known."""
     itl_s: float = 0.0
-    """Predicted time from token to token; 0: nothing is known."""
+    """Predicted from one of its tokens to the next; 0 where nothing is known."""
+    own_s: float = 0.0
+    """Of `ttft_s`, what it would also take with nothing else there; 0 where nothing is known."""
 
 
 class Router:
@@ -78,11 +82,11 @@ class Router:
         per_token = _known(table.prefill_s, computes)
         uncached, peers = work.num_tokens - disk, max(0, work.most_cached - disk)
         token_bytes, peer_s = table.kv_bytes_per_token[computes], table.handover_s[computes]
-        ttft_s = table.waiting_prefill_tokens[computes] * per_token
-        ttft_s += compute_s(uncached, host - pool, disk - host, peers, token_bytes, per_token, peer_s)
+        own_s = float(compute_s(uncached, host - pool, disk - host, peers, token_bytes, per_token, peer_s))
+        ttft_s = float(table.waiting_prefill_tokens[computes]) * per_token + own_s
         each_s = itl_s(_known(table.stream_s, decode), table.requests[decode] + 1)
         prefill = None if placement.prefill is None else table.ids[placement.prefill]
-        return Route(table.ids[decode], prefill, placement.choice, disk, float(ttft_s), float(each_s))
+        return Route(table.ids[decode], prefill, placement.choice, work, disk, ttft_s, float(each_s), own_s)
 
 
 def _known(rates: Vector, row: int) -> float:
