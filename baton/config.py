@@ -248,7 +248,19 @@ class CoordinatorOptions:
     advertise_host: str = setting("", "address announced to --discovery for workers to dial; empty: --link-host")
     heartbeat_interval_s: float = setting(0.5, "seconds between signs of life of coordinator and worker")
     heartbeat_timeout_s: float = setting(2.0, "silence after which a worker counts as dead")
-    local_prefill_tokens: int = setting(64, "decode prefills by itself when at most this many tokens are uncached")
+    routing: str = setting(
+        "cost_based", "how workers are chosen among those that may serve a request, see docs/routing.md",
+        choices=("cost_based", "prefix_aware", "session_affinity", "least_loaded", "power_of_two", "round_robin"),
+    )  # fmt: skip
+    kv_routing: str = setting(
+        "exact", "what workers' caches hold: exact, as they tell it; approximate, guessed from what was sent to them",
+        choices=("exact", "approximate"),
+    )  # fmt: skip
+    kv_index_blocks: int = setting(4_000_000, "blocks of all workers that are known at most, about 140 bytes each")
+    local_prefill_tokens: int = setting(
+        64, "decode prefills by itself when at most this many tokens are uncached; cost_based goes by it until workers "
+        "have measured how fast they are",
+    )  # fmt: skip
     max_requests: int = setting(1024, "streams in the system; more are refused with 429")
     max_body_bytes: int = setting(1 << 20, "largest HTTP body or gRPC message accepted")
     request_timeout_s: float = setting(600.0, "longest that one request may take")
@@ -281,7 +293,7 @@ _POSITIVE = {
     "page_size", "gpu_share", "max_batch_tokens", "max_running", "lease_s", "heartbeat_interval_s",
     "heartbeat_timeout_s", "pull_timeout_s", "connect_timeout_s", "drain_timeout_s", "max_requests",
     "max_body_bytes", "request_timeout_s", "max_attempts", "speculate_tokens", "speculate_running", "seconds",
-    "discovery_ttl_s",
+    "discovery_ttl_s", "kv_index_blocks",
 }  # fmt: skip
 _NOT_NEGATIVE = {
     "max_model_tokens", "threads", "local_prefill_tokens", "parent_pid", "worker_return_s", "orphan_s", "max_resume_s",

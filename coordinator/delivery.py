@@ -240,6 +240,8 @@ class Request:
         self.form = form
         self.resume_s = resume_s
         """How long it is kept for a client that hung up."""
+        self.user = ""
+        """Whom the client names: requests of one belong together."""
         self.version = ""
         """Of the model, chosen when it is admitted: all attempts at all choices are its."""
         self.moved = False

@@ -82,6 +82,7 @@ class LinkServicer(rpc.WorkerLinkServicer):
             coordinator_incarnation=self._incarnation,
             heartbeat_interval_s=self._options.heartbeat_interval_s,
             heartbeat_timeout_s=self._options.heartbeat_timeout_s,
+            kv_events=self._dispatcher.knowledge.wants_events,
         )
         worker.send(wire.CoordinatorMessage(welcome=welcome))
         self._registry.on_joined(worker)

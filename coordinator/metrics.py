@@ -12,6 +12,7 @@ from coordinator.delivery import Choice, Request
 from coordinator.version_metrics import SECONDS, Buckets, VersionMetrics
 from coordinator.workers import Worker, WorkerRegistry
 
+DECISION_SECONDS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 _BLOCK_STATES = ("free", "cached", "held", "leased", "quarantined")
 
 
@@ -70,6 +71,13 @@ class Metrics:
         self.drains = Counter("baton_drains", "Draining workers and their streams", ["event"], registry=registry)
         self.versions = VersionMetrics()
         registry.register(self.versions)
+        self._routed_tokens = Counter("baton_routed_tokens", "Of prompts sent to workers", registry=registry)
+        self._cached_tokens = Counter(
+            "baton_routed_cached_tokens", "Of these, in caches of whoever computes them", ["who"], registry=registry
+        )
+        match, choose = "Looking for who holds a prompt", "Choosing workers for it"
+        self.match_s = _Histogram("baton_routing_match_seconds", match, DECISION_SECONDS, registry).observe
+        self.choose_s = _Histogram("baton_routing_choose_seconds", choose, DECISION_SECONDS, registry).observe
         self._ttft = _Histogram("baton_ttft_seconds", "Arrival to first token", SECONDS, registry)
         self._itl = _Histogram("baton_itl_seconds", "Token to next token of a stream", SECONDS, registry)
         self._e2e = _Histogram("baton_request_seconds", "Arrival to end of completed requests", SECONDS, registry)
@@ -96,6 +104,12 @@ class Metrics:
             if not request.shadow:
                 self._ttft.observe(now_s - request.started_s)
         choice.last_token_s = now_s
+
+    def cached(self, num_tokens: int, expected: int, found: int) -> None:
+        """A worker has said what it found of a prompt that it computes."""
+        self._routed_tokens.inc(num_tokens)
+        self._cached_tokens.labels("coordinator").inc(expected)
+        self._cached_tokens.labels("worker").inc(min(found, num_tokens))
 
     def attempt_started(self, prefill_choice: str, again: bool) -> None:
         (self._other_attempts if again else self._first_attempts).inc()

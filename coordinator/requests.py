@@ -139,6 +139,7 @@ class Intake:
         stop = tuple(spec.sampling.stop)
         form = AnswerForm(spec.chat, spec.include_usage, spec.keep_special_tokens, stop, n)
         request = Request(request_id, salt, form, resume_s)
+        request.user = spec.user
         request.version = self.dispatcher.choose_version(spec.user or request_id)
         for index, prompt in enumerate(spec.prompts):
             token_ids = await self.token_ids(prompt)

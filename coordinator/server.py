@@ -34,7 +34,7 @@ from coordinator.metrics import Metrics
 from coordinator.requests import Intake
 from coordinator.resumption import Resumption
 from coordinator.rollout import Rollout, RolloutFile
-from coordinator.routing import LeastLoaded
+from coordinator.routing_metrics import RoutingMetrics
 from coordinator.shadows import Shadows
 from coordinator.status import cluster_status
 from coordinator.tokenizer import ModelTokenizer
@@ -74,8 +74,8 @@ class Coordinator:
         self.metrics.discovery_up.set_function(lambda: float(not self._discovery.trouble))
         self.registry = WorkerRegistry(name, tokenizer_fingerprint(model_folder))
         self.metrics.watch_workers(self.registry)
-        policy = LeastLoaded(options.local_prefill_tokens)
-        self.dispatcher = Dispatcher(options, self.registry, policy, self.metrics)
+        self.dispatcher = Dispatcher(options, self.registry, self.metrics)
+        self.metrics.registry.register(RoutingMetrics(options.routing, self.dispatcher.knowledge))
         self.intake = Intake(options, name, self._tokenizer, self.registry, self.dispatcher, self.metrics)
         self.dispatcher.model = name
         self.resumption = Resumption(options, self.intake, self.dispatcher, self.metrics)
