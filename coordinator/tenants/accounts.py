@@ -82,7 +82,7 @@ class Account:
         if limit is not None and num_streams > limit:
             raise InvalidRequestError(f"the request asks for {num_streams} choices, and {limit} may run at once", "n")
         if limit is not None and self.num_streams + num_streams > limit:
-            message = f"{limit} answers of this tenant may be on their way at once; wait for one to end"
+            message = f"this tenant may have {limit} answers on their way at once; wait for one to end"
             raise RequestFailed(FailureKind.RATE_LIMITED, message, STREAMS_RETRY_S)
         now = self.now_s()
         self.settle(now)
@@ -166,8 +166,8 @@ class KeyHolder(Caller):
         if self.account.tenant.models and name not in self.account.tenant.models:
             raise RequestFailed(FailureKind.FORBIDDEN, "this API key may not use the model that is served here")
 
-    def check_limits(self) -> None:
-        self.account.check(1, 1, 1)
+    def check_limits(self, num_streams: int) -> None:
+        self.account.check(1, 1, num_streams)
 
     def count_call(self) -> None:
         """A call that computes something, but is no request. Raises RequestFailed beyond the limit of requests."""

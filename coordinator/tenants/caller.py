@@ -30,8 +30,8 @@ class Caller:
     def check_model(self, name: str) -> None:
         """Raise RequestFailed for a model that it may not use."""
 
-    def check_limits(self) -> None:
-        """Raise RequestFailed where a request, however small, would be refused now."""
+    def check_limits(self, num_streams: int) -> None:
+        """Raise RequestFailed where a request of so many, however small, would be refused now."""
 
     def salt(self, client_salt: str) -> str:
         """Of its requests in the KV cache."""
