@@ -15,7 +15,6 @@ wait is dropped, counted, and a line says how many there were. Requests are serv
 """
 
 import contextlib
-import json
 import logging
 import os
 import queue
@@ -50,6 +49,17 @@ _CHAIN = re.compile(rb'^(.*),"chain":"([0-9a-f]{32})"\}$', re.DOTALL)
 _encode = msgspec.json.Encoder().encode
 
 
+class _Head(msgspec.Struct):
+    """What of a line says where it belongs."""
+
+    log: str
+    n: int
+    after: str = ""
+
+
+_decode = msgspec.json.Decoder(_Head).decode
+
+
 class _Line(NamedTuple):
     """A request that waits to be written."""
 
@@ -70,6 +80,8 @@ class AuditLog:
         """`dropped` belongs to the caller's thread, the others to the writer's."""
         self._queue: queue.Queue[_Line | Secret] = queue.Queue(MAX_WAITING_LINES)
         self._tokens_in = self._tokens_out = 0
+        self._told = 0
+        """Of those that were dropped."""
         self._closing = threading.Event()
         self._writer = _Writer(path, secret)
         self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
@@ -106,7 +118,6 @@ class AuditLog:
     # The writer's thread
 
     def _run(self) -> None:
-        told = 0
         self._write({"time": _now(), "event": "opened", "after": self._writer.after})
         while not (self._closing.is_set() and self._queue.empty()):
             try:
@@ -121,10 +132,14 @@ class AuditLog:
                 continue
             digests = [self._writer.secret.digest(b"prompt", _packed(prompt)).hex() for prompt in item.prompts]
             self._tokens_out += item.num_tokens
-            if dropped := self.counts["dropped"] - told:
-                told += dropped
-                self._write({"time": _now(), "event": "dropped", "lines": dropped})
+            self._tell_dropped()
             self._write(item.fields | {"prompts": digests})
+        self._tell_dropped()
+
+    def _tell_dropped(self) -> None:
+        if dropped := self.counts["dropped"] - self._told:
+            self._told += dropped
+            self._write({"time": _now(), "event": "dropped", "lines": dropped})
 
     def _write(self, fields: dict[str, Any]) -> None:
         """Until it is written, or nobody can wait any longer."""
@@ -226,9 +241,8 @@ def verify(paths: Iterable[Path], secret: Secret) -> tuple[int, list[str]]:
                 last = line
                 try:
                     found = _CHAIN.match(line)
-                    fields = json.loads(line) if found else {}
-                    log, n, after = fields["log"], fields["n"], fields.get("after", "")
-                except (ValueError, KeyError, TypeError):
+                    log, n, after = msgspec.structs.astuple(_decode(line if found else b""))
+                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                     problems.append(
                         f"{where}: no whole line: a crash or a full disk cut it off, or somebody changed it"
                     )

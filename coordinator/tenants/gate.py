@@ -69,7 +69,7 @@ class HttpGate:
             return _NOBODY
         holder = self._tenants.caller(authorization)
         if path in OPERATE:
-            holder.check_scope("operate")
+            holder.check_scope("" if self._is_local(http) else "operate")
         elif path == PINS or path.startswith(PINS + "/"):
             holder.check_scope("pins")
         elif path not in ANY_SCOPE:
