@@ -14,14 +14,16 @@ from baton.errors import ConfigurationError
 
 T = TypeVar("T")
 events = logging.getLogger("baton.events")
+POLL_S = 1.0
 
 
 class WatchedFile(Generic[T]):
     def __init__(
         self, flag: str, path: Path, parse: Callable[[str], T],
-        poll_s: float = 1.0, max_bytes: int = 1 << 16, secret: bool = False,
+        poll_s: float | None = None, max_bytes: int = 1 << 16, secret: bool = False,
     ) -> None:  # fmt: skip
-        """`parse` raises ConfigurationError; `secret`: a file that every user of this machine may read is broken.
+        """`parse` raises ConfigurationError; `poll_s` None: POLL_S; `secret`: a file that every user of this machine
+        may read is broken.
 
         Raises ConfigurationError for a file that is broken at the start.
         """
@@ -75,7 +77,7 @@ class WatchedFile(Generic[T]):
     async def watch(self, on_change: Callable[[T], None], on_error: Callable[[], None]) -> None:
         """Until cancelled. The disk may be slow: it is looked at in a thread."""
         while True:
-            await asyncio.sleep(self._poll_s)
+            await asyncio.sleep(POLL_S if self._poll_s is None else self._poll_s)
             try:
                 content = await asyncio.to_thread(self._changed)
             except (OSError, ConfigurationError) as error:

@@ -14,8 +14,8 @@ from typing import Final
 
 from baton.errors import InvalidRequestError
 from baton.v1 import worker_link_pb2 as wire
-from coordinator.delivery import Request
-from coordinator.failures import FailureKind, RequestFailed
+from coordinator.delivery import Request, UsageCounts
+from coordinator.failures import FailureKind, RequestFailed, revoked
 from coordinator.tenants.buckets import Bucket
 from coordinator.tenants.caller import Caller
 from coordinator.tenants.keys import Key, Secret, Tenant
@@ -47,6 +47,8 @@ class Ended:
     """For the audit log."""
 
     request: Request
+    used: UsageCounts
+    """None of what another coordinator counts."""
     key_id: str
     outcome: str
     tenant: str
@@ -62,6 +64,8 @@ class Account:
         self.running: dict[Request, int] = {}
         """Tokens of each that are charged."""
         self.num_streams = 0
+        self.removed = False
+        """The file does not have the tenant any more."""
         self.requests = Bucket(tenant.requests_per_minute, clock())
         self.tokens = Bucket(tenant.tokens_per_minute, clock())
         self.on_ended = on_ended
@@ -78,6 +82,8 @@ class Account:
 
     def check(self, num_requests: int, num_tokens: int, num_streams: int) -> None:
         """Raise RequestFailed where so much would go beyond a limit now, InvalidRequestError where it always would."""
+        if self.removed:
+            raise revoked()
         limit = self.tenant.max_streams
         if limit is not None and num_streams > limit:
             raise InvalidRequestError(f"the request asks for {num_streams} choices, and {limit} may run at once", "n")
@@ -124,20 +130,24 @@ class Account:
             return  # it was never started
         used = request.usage()
         self.tokens.take(max(0, used.completion - charged), self.now_s())
+        if outcome in ELSEWHERE:
+            used = UsageCounts(0, 0, 0)
+        self._count(used, outcome)
+        self.on_ended(Ended(request, used, key_id, outcome, self.name))
+
+    def _count(self, used: UsageCounts, outcome: str) -> None:
         usage, tenant = self.usage, self.tenant
         usage.requests[outcome] += 1
-        if outcome not in ELSEWHERE:
-            usage.input_tokens += used.prompt
-            usage.cached_tokens += used.cached_prompt
-            usage.output_tokens += used.completion
-            cached_price = tenant.price_input if tenant.price_cached is None else tenant.price_cached
-            parts = (
-                (used.prompt - used.cached_prompt, tenant.price_input),
-                (used.cached_prompt, cached_price),
-                (used.completion, tenant.price_output),
-            )
-            usage.cost += sum((tokens * Decimal(str(price)) for tokens, price in parts), Decimal(0)) / 1_000_000
-        self.on_ended(Ended(request, key_id, outcome, self.name))
+        usage.input_tokens += used.prompt
+        usage.cached_tokens += used.cached_prompt
+        usage.output_tokens += used.completion
+        cached_price = tenant.price_input if tenant.price_cached is None else tenant.price_cached
+        parts = (
+            (used.prompt - used.cached_prompt, tenant.price_input),
+            (used.cached_prompt, cached_price),
+            (used.completion, tenant.price_output),
+        )
+        usage.cost += sum((tokens * Decimal(str(price)) for tokens, price in parts), Decimal(0)) / 1_000_000
 
 
 class KeyHolder(Caller):

@@ -89,7 +89,7 @@ class AuditLog:
 
     def write(self, ended: Ended) -> None:
         """Never waits."""
-        request, used = ended.request, ended.request.usage()
+        request, used = ended.request, ended.used
         fields = {
             "time": _now(), "event": "request", "request": request.id, "tenant": ended.tenant, "key": ended.key_id,
             "model": self._model, "version": request.version, "input": used.prompt, "cached": used.cached_prompt,

@@ -54,7 +54,9 @@ class HttpGate:
 
         @web.middleware
         async def gate(request: web.Request, handler: Handler) -> web.StreamResponse:
-            calling.set(ANYBODY if request.path in OPEN else self._caller(request))
+            calling.set(ANYBODY)  # not who asked before on this connection, whatever becomes of this request
+            if request.path not in OPEN:
+                calling.set(self._caller(request))
             return await handler(request)
 
         app.middlewares.append(gate)

@@ -56,7 +56,7 @@ class Tenants(Collector):
         key = text.strip()
         if not authorization:
             raise self._deny("missing", "an API key is needed here: send it as Authorization: Bearer KEY")
-        if scheme.lower() != "bearer" or not key or len(key) > MAX_KEY_CHARACTERS:
+        if scheme.lower() != "bearer" or not key or not key.isascii() or len(key) > MAX_KEY_CHARACTERS:
             raise self._deny("malformed", "Authorization must be: Bearer, a space, and an API key")
         holder = self._holders.get(digest_of(key))
         if holder is None:
@@ -86,8 +86,9 @@ class Tenants(Collector):
                 self.accounts[name] = Account(name, tenant, keys.secret, self._ended, self._clock)
         # An account whose tenant is gone stays, for what it used.
         self._holders = {digest: KeyHolder(self.accounts[key.tenant], key) for digest, key in keys.by_digest.items()}
-        for name in self.accounts.keys() - keys.tenants.keys():
-            for request in list(self.accounts[name].running):
+        for name, account in self.accounts.items():
+            account.removed = name not in keys.tenants
+            for request in list(account.running) if account.removed else ():
                 self.revoke(request)
 
     def _ended(self, ended: Ended) -> None:

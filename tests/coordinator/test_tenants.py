@@ -14,6 +14,7 @@ import pytest
 from coordinator_harness import System, running, until
 from tenant_files import KeyFile, entry
 
+from baton.client import AsyncClient, ClientError
 from baton.v1 import inference_pb2 as api
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.tenants.audit import verify
@@ -35,6 +36,15 @@ async def get(system: System, path: str, headers: dict[str, str], method: str = 
     async with system.http.request(method, path, headers=headers) as answer:
         text = await answer.text()
         return answer.status, json.loads(text) if text.startswith("{") else {}
+
+
+async def raw(system: System, authorization: bytes) -> int:
+    """The status of an answer to a header that no client's library would send."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", system.ports.http)
+    writer.write(b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: " + authorization + b"\r\n\r\n")
+    line = await reader.readline()
+    writer.close()
+    return int(line.split()[1])
 
 
 async def refused(call: Any) -> tuple[grpc.StatusCode, dict[str, str]]:
@@ -70,6 +80,7 @@ def test_without_a_good_key_nothing_but_health_answers(run, tmp_path: Path) -> N
                 assert says in error["message"]
                 assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_api_key")
                 assert error["headers"]["WWW-Authenticate"] == "Bearer"
+            assert await raw(system, b"Bearer \xe9\xff") == 401
             for path in ("/v1/models", "/version", "/v1/nothing", "/v1/cache/pins/pin-1"):
                 assert (await get(system, path, {}))[0] == 401
             for path in ("/health", "/ready"):
@@ -186,6 +197,58 @@ def test_limits_refuse_with_what_to_wait_and_are_paid_back(run, tmp_path: Path) 
                 assert not [
                     name for name in (await ask(system, keys.headers("free")))["headers"] if "ratelimit" in name
                 ]
+
+    run(main())
+
+
+def test_on_one_connection_nobody_passes_for_who_asked_before(run, tmp_path: Path) -> None:
+    async def main() -> None:
+        limit = "requests_per_minute = 50"
+        keys = KeyFile(tmp_path / "keys.toml", a=limit, b=limit)
+        async with running(keys=str(keys.path)) as system:
+            worker = await system.worker()
+            connector = aiohttp.TCPConnector(limit=1)
+            async with aiohttp.ClientSession(system.url, connector=connector) as proxy:
+
+                async def status(headers: dict[str, str]) -> int:
+                    async with proxy.post("/v1/completions", json=BODY, headers=headers) as answer:
+                        await answer.read()
+                        told = answer.headers.get("x-ratelimit-remaining-requests", "none")
+                        assert told == {200: "49"}.get(answer.status, "none")
+                        return answer.status
+
+                assert [await status(headers) for headers in (keys.headers("a"), {}, keys.headers("b"))] == [
+                    200,
+                    401,
+                    200,
+                ]
+            one, other = worker.assignments
+            assert one.tenant != other.tenant
+
+    run(main())
+
+
+def test_the_client_of_this_package_sends_its_key(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        keys = KeyFile(tmp_path / "keys.toml", a="")
+        async with running(keys=str(keys.path)) as system:
+            worker = await system.worker()
+            async with AsyncClient(system.url, api_key="sk-baton-nobody") as client:
+                with pytest.raises(ClientError, match="--api-key-file, or BATON_API_KEY") as raised:
+                    await client.models()
+                assert "nobody" not in str(raised.value)
+            monkeypatch.setenv("BATON_API_KEY", keys.keys["a"])
+            async with AsyncClient(system.url) as client:
+                assert await client.models() == ["demo"]
+                assert (await client.status())["workers"], "on this machine itself any good key will do"
+                assert [delta async for delta in client.complete("hello", max_tokens=6)]
+                given_up = client.complete("hello", max_tokens=6)
+                worker.pause_at = 3
+                await anext(given_up)
+                await given_up.aclose()  # it says so to the coordinator, with the key
+            told = await usage(system, keys.headers("a"))
+            assert told["requests"] == {"completed": 1, "aborted": 1}
+            assert 6 < told["output_tokens"] <= 9
 
     run(main())
 

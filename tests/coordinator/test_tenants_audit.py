@@ -28,7 +28,7 @@ def ended(number: int, prompt: tuple[int, ...] = (1, 2, 3)) -> Ended:
     request = Request(f"cmpl-{number}")
     text = TextStream(IncrementalDetokenizer(lambda ids: "".join(map(chr, ids))))
     Choice(request, 0, list(prompt), wire.EngineSampling(max_tokens=9), text, False)
-    return Ended(request, "0a1b2c3d4e5f", "completed", "acme")
+    return Ended(request, request.usage(), "0a1b2c3d4e5f", "completed", "acme")
 
 
 def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
