@@ -20,7 +20,7 @@ from coordinator.failures import FailureKind, RequestFailed, unavailable
 from coordinator.metrics import Metrics
 from coordinator.pins import CachePin, Pins
 from coordinator.sampling import SamplingRequest, check, for_choice, resolve
-from coordinator.tenants.caller import calling
+from coordinator.tenants.caller import ANYBODY, calling
 from coordinator.tokenizer import ModelTokenizer
 from coordinator.workers import WorkerRegistry
 
@@ -91,6 +91,8 @@ class Intake:
         self.dispatcher = dispatcher
         self.metrics = metrics
         self.pins = Pins(registry, metrics)
+        self.needs_key = False
+        """A call that came by no gate is refused, whatever door somebody may build."""
         self.created_unix_s = int(time.time())
         self.on_started: Callable[[Request], None] = lambda request: None
         """Set by the shadows."""
@@ -106,6 +108,8 @@ class Intake:
             raise RequestFailed(
                 FailureKind.UNKNOWN_MODEL, f"the model does not exist here; '{self.model_name}' is served"
             )
+        if self.needs_key and calling.get() is ANYBODY:
+            raise RequestFailed(FailureKind.UNAUTHENTICATED, "an API key is needed here")  # who forgot the gate?
         calling.get().check_model(self.model_name)
 
     async def submit(self, spec: GenerateSpec, request_id: str, resume_s: float = 0.0) -> Request:

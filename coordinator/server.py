@@ -88,6 +88,7 @@ class Coordinator:
         self.intake.on_started = self.shadows.started
         self.tenants = _tenants(options, name)
         if self.tenants is not None:
+            self.intake.needs_key = True
             self.tenants.revoke = lambda request: self.dispatcher.end(request, "revoked", revoked())
             self.metrics.registry.register(self.tenants)
         self._rollout = WatchedFile("--rollout", Path(options.rollout), parse_rollout) if options.rollout else None

@@ -22,7 +22,7 @@ ANY_SCOPE: Final = frozenset({"/v1/usage", "/version"})
 PINS: Final = "/v1/cache/pins"
 COUNTED: Final = frozenset({"/tokenize", "/detokenize", PINS})
 """No requests, but work: each counts as one in the tenant's limit."""
-_SERVICE: Final = "/baton.v1.Inference/"
+_OPEN_SERVICES: Final = frozenset({"/grpc.health.v1.Health", "/grpc.reflection.v1alpha.ServerReflection"})
 _GRPC_PINS: Final = frozenset({"CreatePin", "GetPin", "DeletePin"})
 _GRPC_COUNTED: Final = frozenset({"Tokenize", "Detokenize", "CreatePin"})
 _CODES: Final = {
@@ -97,14 +97,14 @@ class HttpGate:
 
 
 class GrpcGate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """The health and reflection services need no key."""
+    """Before every service of a server."""
 
     def __init__(self, tenants: Tenants) -> None:
         self._tenants = tenants
 
     async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
         service, _, method = handler_call_details.method.rpartition("/")
-        if service + "/" != _SERVICE:
+        if service in _OPEN_SERVICES:
             return await continuation(handler_call_details)
         try:
             calling.set(self._caller(method, handler_call_details.invocation_metadata))

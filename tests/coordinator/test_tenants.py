@@ -12,11 +12,14 @@ import grpc
 import openai
 import pytest
 from coordinator_harness import System, running, until
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tenant_files import KeyFile, entry
 
 from baton.client import AsyncClient, ClientError
 from baton.v1 import inference_pb2 as api
 from baton.v1 import worker_link_pb2 as wire
+from coordinator.failures import RequestFailed
 from coordinator.tenants.audit import verify
 from coordinator.tenants.keys import new_key, parse_keys
 
@@ -93,14 +96,24 @@ def test_without_a_good_key_nothing_but_health_answers(run, tmp_path: Path) -> N
                     system.inference.Abort(api.AbortRequest(request_id=ID), metadata=metadata),
                 ):
                     assert (await refused(call))[0] is grpc.StatusCode.UNAUTHENTICATED
+            health = health_pb2_grpc.HealthStub(system.channel)
+            assert (await health.Check(health_pb2.HealthCheckRequest())).status
+            reflection = reflection_pb2_grpc.ServerReflectionStub(system.channel).ServerReflectionInfo()
+            await reflection.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+            assert (await reflection.read()).list_services_response.service
+            await reflection.done_writing()
+            unknown = system.channel.unary_unary("/baton.v1.Other/Method")(b"")
+            assert (await refused(unknown))[0] is grpc.StatusCode.UNAUTHENTICATED, "closed until it is opened"
             assert not system.workers[0].assignments
-            assert system.metric("baton_keys_denied_total", reason="missing") == 9
+            assert system.metric("baton_keys_denied_total", reason="missing") == 10
             with pytest.raises(openai.AuthenticationError):
                 await system.openai.completions.create(**BODY)
 
             assert (await ask(system, keys.headers("acme")))["usage"]["completion_tokens"] == 5
             responses = [each async for each in system.inference.Generate(request, metadata=keys.metadata("acme"))]
             assert sum(len(each.token_ids) for each in responses) == 2
+            with pytest.raises(RequestFailed, match="needed here"):
+                system.coordinator.intake.check_model("")
             client = system.openai.with_options(api_key=keys.keys["acme"])
             assert (await client.models.list()).data[0].id == "demo"
 
