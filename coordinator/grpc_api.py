@@ -33,7 +33,7 @@ from coordinator.requests import (
 )
 from coordinator.resumption import Resumption
 from coordinator.sampling import SamplingRequest
-from coordinator.tenants.gate import GrpcGate, retry_metadata
+from coordinator.tenants.gate import GrpcGate
 from coordinator.tenants.tenants import Tenants
 
 access = logging.getLogger("baton.access")
@@ -120,7 +120,7 @@ class InferenceServicer(rpc.InferenceServicer):
             code = "OK"
         except (InvalidRequestError, RequestFailed) as error:
             code = _code(error).name
-            await context.abort(_code(error), str(error), retry_metadata(error))
+            await context.abort(_code(error), str(error), _pushback(error))
         except Exception as error:  # noqa: BLE001 - logged, without its message
             code = "INTERNAL"
             await _internal(context, error)
@@ -298,7 +298,7 @@ async def _unary(context: _Context, answer: Callable[[], Awaitable[_Answer]]) ->
     try:
         return await answer()
     except (InvalidRequestError, RequestFailed) as error:
-        await context.abort(_code(error), str(error), retry_metadata(error))
+        await context.abort(_code(error), str(error), _pushback(error))
     except Exception as error:  # noqa: BLE001 - logged, without its message
         await _internal(context, error)
     raise AssertionError("abort always raises")
@@ -306,6 +306,12 @@ async def _unary(context: _Context, answer: Callable[[], Awaitable[_Answer]]) ->
 
 def _code(error: InvalidRequestError | RequestFailed) -> grpc.StatusCode:
     return _CODES[error.kind] if isinstance(error, RequestFailed) else grpc.StatusCode.INVALID_ARGUMENT
+
+
+def _pushback(error: InvalidRequestError | RequestFailed) -> tuple[tuple[str, str], ...]:
+    """When to try again, as gRPC's own clients understand it."""
+    retry_after_s = getattr(error, "retry_after_s", None)
+    return () if retry_after_s is None else (("grpc-retry-pushback-ms", str(math.ceil(retry_after_s * 1e3))),)
 
 
 async def _internal(context: _Context, error: Exception) -> NoReturn:

@@ -122,16 +122,13 @@ class GrpcGate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
 
 def _refusal(failure: RequestFailed) -> Callable[..., Awaitable[None]]:
+    wait_s = failure.retry_after_s
+    pushback = () if wait_s is None else (("grpc-retry-pushback-ms", str(math.ceil(wait_s * 1e3))),)
+
     async def refuse(request: object, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
-        await context.abort(_CODES[failure.kind], str(failure), retry_metadata(failure))
+        await context.abort(_CODES[failure.kind], str(failure), pushback)
 
     return refuse
-
-
-def retry_metadata(failure: Exception) -> tuple[tuple[str, str], ...]:
-    """Trailing metadata of a call that may be tried again."""
-    retry_after_s = getattr(failure, "retry_after_s", None)
-    return () if retry_after_s is None else (("retry-after", str(math.ceil(retry_after_s) or 1)),)
 
 
 def limit_headers(account: Account) -> dict[str, str]:
