@@ -407,7 +407,7 @@ def _resume_s(http: web.Request) -> float:
 def _operators_only(http: web.Request) -> None:
     """Only this machine sees workers, and whoever has a key that says so."""
     if not (calling.get().operates or _is_local(http)):
-        raise web.HTTPForbidden(reason="this path answers only on the machine itself")
+        raise web.HTTPForbidden(reason="this path answers only on the machine itself, or to an operator's key")
 
 
 def _is_local(http: web.Request) -> bool:

@@ -18,6 +18,7 @@ from coordinator.tenants.tenants import Tenants
 
 OPEN: Final = frozenset({"/health", "/ready"})
 OPERATE: Final = frozenset({"/metrics", "/status", "/drain"})
+"""These ask for the scope themselves, because from this machine they need none."""
 ANY_SCOPE: Final = frozenset({"/v1/usage", "/version"})
 PINS: Final = "/v1/cache/pins"
 COUNTED: Final = frozenset({"/tokenize", "/detokenize", PINS})
@@ -70,11 +71,9 @@ class HttpGate:
         if authorization is None and local_too and self._is_local(http):
             return _NOBODY
         holder = self._tenants.caller(authorization)
-        if path in OPERATE:
-            holder.check_scope("" if self._is_local(http) else "operate")
-        elif path == PINS or path.startswith(PINS + "/"):
+        if path == PINS or path.startswith(PINS + "/"):
             holder.check_scope("pins")
-        elif path not in ANY_SCOPE:
+        elif path not in OPERATE and path not in ANY_SCOPE:
             holder.check_scope("infer")
         if path in COUNTED and http.method == "POST":
             holder.count_call()
