@@ -136,6 +136,7 @@ def test_a_stranger_with_the_id_neither_gets_nor_disturbs_a_stream_at_another_co
     reader = threading.Thread(target=read)
     reader.start()
     assert started.wait(30)
+    assert reader.is_alive(), "there is a stream to disturb"
     for door in (1, 0):
         assert tenancy.ask(tenancy.other, f"/v1/requests/{ID}", door=door)[0] == 404
         assert tenancy.ask(tenancy.other, f"/v1/requests/{ID}", door=door, method="DELETE")[0] == 200
