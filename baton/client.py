@@ -13,20 +13,23 @@ took its place at this address, or at another one of several addresses: no piece
 import asyncio
 import contextlib
 import json
+import os
 import ssl
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
 import aiohttp
 
 from baton.errors import BatonError, ConfigurationError
-from baton.tls import reason_of
+from baton.tls import check_secret, reason_of
 
 T = TypeVar("T")
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+API_KEY_VARIABLE = "BATON_API_KEY"
 SILENCE_S = 2.0
 """A coordinator that has nothing to say gives a sign of life every half second."""
 _TOKENISED_BYTES_S = 1 << 18
@@ -45,6 +48,7 @@ _HUNG_UP = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionEr
 _NO_TLS = -1
 """In place of a status of HTTP: trying again does not help."""
 _ID_IN_USE = "request_id_in_use"
+_NO_KEY = 401
 _UNAVAILABLE = 503
 """Shutting down, or without workers: it has taken nothing on."""
 _HINTS = ("; does it want https://?", "; does it want a certificate (--client-cert)?")
@@ -83,12 +87,38 @@ def trusting(ca: str = "", cert: str = "", key: str = "") -> ssl.SSLContext:
     return context
 
 
+def read_api_key(path: str) -> str:
+    """From a file. Raises ConfigurationError for one that every user of this machine may read, without its contents."""
+    if path.startswith("sk-"):  # not repeated here
+        raise ConfigurationError("--api-key-file takes a file with the key: on the command line everybody sees it")
+    check_secret("--api-key-file", path)
+    try:
+        return _checked(Path(path).read_text(encoding="utf-8").strip(), f"'{path}'")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"'{path}' cannot be read: {reason_of(error)}") from None
+
+
+def _checked(key: str, where: str) -> str:
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigurationError(f"{where} holds no API key: that is one word, such as sk-baton-…")
+    return key
+
+
 class AsyncClient:
     """`url`: of a coordinator, or of several with commas between them, such as "http://a:8000,http://b:8000": asked is
     the one that answered last, or the next. `silence_s`: a coordinator that gives no sign of life for so long hangs, or
-    is cut off, and the answer goes on at whatever answers now. `tls`: see `trusting`."""
+    is cut off, and the answer goes on at whatever answers now. `tls`: see `trusting`. `api_key`: for coordinators that
+    want one; None: that of the environment."""
 
-    def __init__(self, url: str = DEFAULT_URL, silence_s: float = SILENCE_S, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        silence_s: float = SILENCE_S,
+        tls: ssl.SSLContext | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        key = os.environ.get(API_KEY_VARIABLE, "") if api_key is None else api_key
+        self._headers = {"Authorization": f"Bearer {_checked(key, API_KEY_VARIABLE)}"} if key else {}
         self._urls = [each.strip().rstrip("/") for each in url.split(",")]
         self._silence_s = silence_s
         self._tls = tls
@@ -232,7 +262,9 @@ class AsyncClient:
             timeout = aiohttp.ClientTimeout(sock_connect=self._silence_s)
             is_https = any(url.startswith("https://") for url in self._urls)
             connector = aiohttp.TCPConnector(ssl=self._tls or (trusting() if is_https else True))
-            self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=_READ_BUFFER_BYTES)
+            self._session = aiohttp.ClientSession(
+                connector=connector, timeout=timeout, read_bufsize=_READ_BUFFER_BYTES, headers=self._headers
+            )
         try:
             async with asyncio.timeout(patience_s):
                 response = await self._session.request(method, self.url + path, **options)
@@ -248,6 +280,8 @@ class AsyncClient:
                 message, code = error_body["message"], str(error_body.get("code") or "")
             except (aiohttp.ClientError, ValueError, LookupError, TypeError):
                 message = f"{self.url} answered {response.status} {response.reason}; is it a Baton coordinator?"
+        if response.status == _NO_KEY:
+            message += f" (for baton: --api-key-file, or {API_KEY_VARIABLE} in the environment)"
         raise ClientError(message, response.status, code)
 
     def _explained(self, error: Exception, patience_s: float) -> ClientError:
@@ -328,8 +362,14 @@ class _Answer:
 class Client:
     """The same without asyncio, in an event loop of its own."""
 
-    def __init__(self, url: str = DEFAULT_URL, silence_s: float = SILENCE_S, tls: ssl.SSLContext | None = None) -> None:
-        self._client = AsyncClient(url, silence_s, tls)
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        silence_s: float = SILENCE_S,
+        tls: ssl.SSLContext | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        self._client = AsyncClient(url, silence_s, tls, api_key)
         self._runner = asyncio.Runner()
 
     def __enter__(self) -> Self:

@@ -279,6 +279,11 @@ class CoordinatorOptions:
         "", "TOML file with the weights and shadow shares of model versions, read again when it changes; "
         "empty: the oldest version serves",
     )  # fmt: skip
+    keys: str = setting(
+        "", "TOML file with tenants, their limits and the hashes of their API keys, read again when it changes; "
+        "clients then need a key, see docs/tenants.md; empty: whoever reaches the port may ask",
+    )  # fmt: skip
+    audit_log: str = setting("", "file that a line is appended to for every request of a tenant; only with --keys")
     max_shadows: int = setting(8, "streams of copies that run at shadow versions side by side; more are dropped")
     parent_pid: int = setting(0, "exit when this process is gone; 0 watches nobody")
 
@@ -345,6 +350,8 @@ def validate(options: object) -> None:
         _all_or_none(options, ("public_tls_cert", "public_tls_key"))
         if options.public_tls_client_ca and not options.public_tls_cert:
             raise ConfigurationError("--public-tls-client-ca needs --public-tls-cert and --public-tls-key")
+    if isinstance(options, CoordinatorOptions) and options.audit_log and not options.keys:
+        raise ConfigurationError("--audit-log says what tenants did: it needs --keys")
     if isinstance(options, ModelOptions) and options.model_version:
         check_version_label(options.model_version, "--model-version")
     if isinstance(options, WorkerOptions) and options.coordinator:

@@ -17,6 +17,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("cli.chat", "talk to the model, streaming"),
     "status": ("cli.status", "show workers, roles, blocks and load"),
     "drain": ("cli.drain", "have workers finish what they run and end"),
+    "key": ("cli.key", "make API keys of tenants"),
+    "audit": ("cli.audit", "check the audit log of tenants' requests"),
     "profile": ("cli.profile", "measure a model on this machine: cost table, trace, and where each millisecond goes"),
     "doctor": ("cli.doctor", "show what this host offers for moving KV blocks, and measure every lane"),
 }

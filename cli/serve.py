@@ -282,7 +282,7 @@ class Cluster:
             await self._ready_at(door, stop, deadline)
 
     async def _ready_at(self, door: Door, stop: asyncio.Event, deadline: float) -> None:
-        async with AsyncClient(door.base_url, tls=self._trusted) as client:
+        async with AsyncClient(door.base_url, tls=self._trusted, api_key="") as client:
             while not stop.is_set():
                 status = await client.status()
                 if len(status["workers"]) >= len(self.workers):

@@ -19,6 +19,7 @@ from baton.v1 import worker_link_pb2 as wire
 from coordinator.detokenizer import TextStream
 from coordinator.failures import FailureKind, RequestFailed, moved
 from coordinator.stream import TokenStream
+from coordinator.tenants.caller import ANYBODY, Caller
 from coordinator.version_metrics import Figures
 
 STOP, LENGTH, ABORTED = "stop", "length", "abort"
@@ -242,6 +243,8 @@ class Request:
         """How long it is kept for a client that hung up."""
         self.user = ""
         """Whom the client names: requests of one belong together."""
+        self.caller: Caller = ANYBODY
+        """Whose it is."""
         self.version = ""
         """Of the model, chosen when it is admitted: all attempts at all choices are its."""
         self.moved = False
@@ -333,5 +336,8 @@ class Request:
         cached: dict[int, int] = {}
         for choice in self.choices:
             cached[choice.prompt_index] = max(cached.get(choice.prompt_index, 0), choice.cached_tokens)
-        completion = sum(len(choice.stream.tokens) for choice in self.choices)
-        return UsageCounts(self.prompt_tokens, completion, sum(cached.values()))
+        return UsageCounts(self.prompt_tokens, self.output_tokens, sum(cached.values()))
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(len(choice.stream.tokens) for choice in self.choices)

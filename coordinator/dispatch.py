@@ -172,6 +172,7 @@ class Dispatcher:
             self.idle.set()
         self._metrics.request_ended(outcome, request, time.monotonic())
         request.wake()
+        request.caller.ended(request, outcome)
         self.on_end(request, outcome)
 
     def let_go(self) -> None:
@@ -334,6 +335,7 @@ class Dispatcher:
             assignment.num_prompt_tokens = len(choice.prompt)
             assignment.sampling.CopyFrom(choice.sampling)
             assignment.cache_salt = choice.request.cache_salt
+            choice.request.caller.assign(assignment)
             assignment.deadline_s = max(0.001, self._remaining_s(choice.request))
             if prefill is not None:
                 (assignment.decode if worker is prefill else assignment.prefill).CopyFrom(

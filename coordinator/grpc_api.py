@@ -33,12 +33,17 @@ from coordinator.requests import (
 )
 from coordinator.resumption import Resumption
 from coordinator.sampling import SamplingRequest
+from coordinator.tenants.gate import GrpcGate
+from coordinator.tenants.tenants import Tenants
 
 access = logging.getLogger("baton.access")
 
 _SERVICE = api.DESCRIPTOR.services_by_name["Inference"].full_name
 _CODES = {
     FailureKind.UNKNOWN_MODEL: grpc.StatusCode.NOT_FOUND,
+    FailureKind.UNAUTHENTICATED: grpc.StatusCode.UNAUTHENTICATED,
+    FailureKind.FORBIDDEN: grpc.StatusCode.PERMISSION_DENIED,
+    FailureKind.RATE_LIMITED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     FailureKind.UNKNOWN_PIN: grpc.StatusCode.NOT_FOUND,
     FailureKind.UNKNOWN_REQUEST: grpc.StatusCode.NOT_FOUND,
     FailureKind.ID_IN_USE: grpc.StatusCode.ALREADY_EXISTS,
@@ -115,7 +120,7 @@ class InferenceServicer(rpc.InferenceServicer):
             code = "OK"
         except (InvalidRequestError, RequestFailed) as error:
             code = _code(error).name
-            await context.abort(_code(error), str(error))
+            await context.abort(_code(error), str(error), _pushback(error))
         except Exception as error:  # noqa: BLE001 - logged, without its message
             code = "INTERNAL"
             await _internal(context, error)
@@ -181,7 +186,10 @@ class InferenceServicer(rpc.InferenceServicer):
 class GrpcApi:
     """The server and its health. `host:port` is opened by `start`."""
 
-    def __init__(self, intake: Intake, resumption: Resumption, max_message_bytes: int, alive_interval_s: float) -> None:
+    def __init__(
+        self, intake: Intake, resumption: Resumption, max_message_bytes: int, alive_interval_s: float,
+        tenants: Tenants | None = None,
+    ) -> None:  # fmt: skip
         """`alive_interval_s`: how often a call without news looks whether another coordinator could do better."""
         # Without so_reuseport=0 a second coordinator would share the port, and clients would meet either.
         # Clients find out by pings that their coordinator hangs, as often as they like.
@@ -189,7 +197,7 @@ class GrpcApi:
             ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.http2.max_ping_strikes", 0),
         ]  # fmt: skip
-        self.server = grpc.aio.server(options=options)
+        self.server = grpc.aio.server(options=options, interceptors=[GrpcGate(tenants)] if tenants else None)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         rpc.add_InferenceServicer_to_server(InferenceServicer(intake, resumption, alive_interval_s), self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
@@ -290,7 +298,7 @@ async def _unary(context: _Context, answer: Callable[[], Awaitable[_Answer]]) ->
     try:
         return await answer()
     except (InvalidRequestError, RequestFailed) as error:
-        await context.abort(_code(error), str(error))
+        await context.abort(_code(error), str(error), _pushback(error))
     except Exception as error:  # noqa: BLE001 - logged, without its message
         await _internal(context, error)
     raise AssertionError("abort always raises")
@@ -298,6 +306,12 @@ async def _unary(context: _Context, answer: Callable[[], Awaitable[_Answer]]) ->
 
 def _code(error: InvalidRequestError | RequestFailed) -> grpc.StatusCode:
     return _CODES[error.kind] if isinstance(error, RequestFailed) else grpc.StatusCode.INVALID_ARGUMENT
+
+
+def _pushback(error: InvalidRequestError | RequestFailed) -> tuple[tuple[str, str], ...]:
+    """When to try again, as gRPC's own clients understand it."""
+    retry_after_s = getattr(error, "retry_after_s", None)
+    return () if retry_after_s is None else (("grpc-retry-pushback-ms", str(math.ceil(retry_after_s * 1e3))),)
 
 
 async def _internal(context: _Context, error: Exception) -> NoReturn:

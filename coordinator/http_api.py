@@ -28,11 +28,18 @@ from coordinator.openai_answers import SSE_DONE, AnswerWriter, ErrorBody, ErrorD
 from coordinator.pins import CachePin
 from coordinator.requests import GenerateSpec, Intake, check_request_id, new_request_id
 from coordinator.resumption import Resumption
+from coordinator.tenants.accounts import KeyHolder
+from coordinator.tenants.caller import calling
+from coordinator.tenants.gate import HttpGate
+from coordinator.tenants.tenants import Tenants
 
 access = logging.getLogger("baton.access")
 
 _HTTP_STATUS = {
     FailureKind.UNKNOWN_MODEL: (404, "invalid_request_error", "model_not_found"),
+    FailureKind.UNAUTHENTICATED: (401, "invalid_request_error", "invalid_api_key"),
+    FailureKind.FORBIDDEN: (403, "invalid_request_error", "insufficient_permissions"),
+    FailureKind.RATE_LIMITED: (429, "rate_limit_error", "rate_limit_exceeded"),
     FailureKind.UNKNOWN_PIN: (404, "invalid_request_error", "pin_not_found"),
     FailureKind.UNKNOWN_REQUEST: (404, "invalid_request_error", "request_not_found"),
     FailureKind.ID_IN_USE: (409, "invalid_request_error", "request_id_in_use"),
@@ -50,7 +57,7 @@ _BODY_TIMEOUT_S = 30.0
 ALIVE = b":\n"
 """A comment, which clients skip. Not a blank line more: some take that for an event without data."""
 _PROBES = {"/health", "/ready", "/metrics", "/status"}  # asked every few seconds by somebody's monitor
-_RETRY_AFTER_S = {FailureKind.OVERLOADED: "1", FailureKind.UNAVAILABLE: "5"}
+_RETRY_AFTER_S = {FailureKind.OVERLOADED: 1.0, FailureKind.UNAVAILABLE: 5.0}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -75,8 +82,10 @@ class HttpApi:
         worker_status: Callable[[], Mapping[str, Any]],
         drains: Drains,
         alive_interval_s: float,
+        tenants: Tenants | None = None,
     ) -> None:
         """`alive_interval_s`: of signs of life, while a stream has nothing else to say."""
+        self._tenants = tenants
         self._intake = intake
         self._resumption = resumption
         self._max_body_bytes = max_body_bytes
@@ -105,6 +114,8 @@ class HttpApi:
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/status", self._status)
         app.router.add_post("/drain", self._drain)
+        if self._tenants is not None:
+            HttpGate(self._tenants, _is_local).install(app)
         return app
 
     # Generation
@@ -241,8 +252,12 @@ class HttpApi:
         return _json(json_body(_pin_card(await self._intake.pin(body.spec()))))
 
     async def _pins(self, http: web.Request) -> web.Response:
-        _operators_only(http)  # whoever knows the id of a pin may delete it
-        return _json(json_body({"object": "list", "data": [_pin_card(pin) for pin in self._intake.pins.all()]}))
+        caller, pins = calling.get(), self._intake.pins.all()
+        if isinstance(caller, KeyHolder) and not caller.operates:
+            pins = [pin for pin in pins if caller.owns(pin.tenant)]
+        else:
+            _operators_only(http)  # whoever knows the id of a pin may delete it
+        return _json(json_body({"object": "list", "data": [_pin_card(pin) for pin in pins]}))
 
     async def _pin(self, http: web.Request) -> web.Response:
         return _json(json_body(_pin_card(self._intake.pins.get(http.match_info["id"]))))
@@ -311,8 +326,10 @@ async def _answered(http: web.Request, handler: Handler, call: _Call) -> web.Str
             http.transport.close()  # as when this process dies: a client knows that its answer is not complete
         code = _HTTP_STATUS[failure.kind][0]
         response = _json(json_body(_failure_body(failure)), code)
-        if failure.kind in _RETRY_AFTER_S:
-            response.headers["Retry-After"] = _RETRY_AFTER_S[failure.kind]
+        retry_after_s = failure.retry_after_s or _RETRY_AFTER_S.get(failure.kind)
+        if retry_after_s is not None:
+            response.headers["Retry-After"] = str(math.ceil(retry_after_s))
+            response.headers["Retry-After-Ms"] = str(math.ceil(retry_after_s * 1e3))  # which OpenAI's clients prefer
     except web.HTTPException as error:
         response = _http_error(http, error)
     except Exception as error:  # noqa: BLE001 - logged, without its message
@@ -388,11 +405,16 @@ def _resume_s(http: web.Request) -> float:
 
 
 def _operators_only(http: web.Request) -> None:
-    """Only this machine sees workers, and not through a proxy that speaks for somebody else."""
+    """Only this machine sees workers, and whoever has a key that says so."""
+    if not (calling.get().operates or _is_local(http)):
+        raise web.HTTPForbidden(reason="this path answers only on the machine itself, or to an operator's key")
+
+
+def _is_local(http: web.Request) -> bool:
+    """From this machine, and not through a proxy that speaks for somebody else."""
     peer = http.transport.get_extra_info("peername") if http.transport is not None else None
     forwarded = "X-Forwarded-For" in http.headers or "Forwarded" in http.headers
-    if peer is None or forwarded or not _is_loopback(peer[0]):
-        raise web.HTTPForbidden(reason="this path answers only on the machine itself")
+    return peer is not None and not forwarded and _is_loopback(peer[0])
 
 
 def _is_loopback(host: str) -> bool:

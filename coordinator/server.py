@@ -26,18 +26,20 @@ from baton.tls import COORDINATOR_NAME, inside, outside
 from baton.v1 import worker_link_pb2_grpc as link_rpc
 from coordinator.dispatch import Dispatcher
 from coordinator.drains import Drains
-from coordinator.failures import unavailable
+from coordinator.failures import revoked, unavailable
 from coordinator.grpc_api import GrpcApi
 from coordinator.http_api import HttpApi
 from coordinator.link import LinkServicer
 from coordinator.metrics import Metrics
 from coordinator.requests import Intake
 from coordinator.resumption import Resumption
-from coordinator.rollout import Rollout, RolloutFile
+from coordinator.rollout import Rollout, parse_rollout
 from coordinator.routing_metrics import RoutingMetrics
 from coordinator.shadows import Shadows
 from coordinator.status import cluster_status
+from coordinator.tenants.tenants import Tenants
 from coordinator.tokenizer import ModelTokenizer
+from coordinator.watched_file import WatchedFile
 from coordinator.workers import WorkerRegistry
 
 events = logging.getLogger("baton.events")
@@ -84,9 +86,14 @@ class Coordinator:
             self.dispatcher, self.metrics, options.max_shadows, options.max_requests, self.intake.copy_choices
         )
         self.intake.on_started = self.shadows.started
-        self._rollout = RolloutFile(Path(options.rollout)) if options.rollout else None
+        self.tenants = _tenants(options, name)
+        if self.tenants is not None:
+            self.intake.needs_key = True
+            self.tenants.revoke = lambda request: self.dispatcher.end(request, "revoked", revoked())
+            self.metrics.registry.register(self.tenants)
+        self._rollout = WatchedFile("--rollout", Path(options.rollout), parse_rollout) if options.rollout else None
         if self._rollout is not None:
-            self.dispatcher.versions.rollout = self._rollout.rollout
+            self.dispatcher.versions.rollout = self._rollout.content
         self._link = LinkServicer(options, self.registry, self.dispatcher, self._tls)
         self.metrics.watch_tls({"inside": self._tls, "public": self._public_tls})
         self._tasks: set[asyncio.Task[None]] = set()
@@ -98,7 +105,9 @@ class Coordinator:
         options = self._options
         try:
             link = await self._start_link()
-            self._grpc = GrpcApi(self.intake, self.resumption, options.max_body_bytes, options.heartbeat_interval_s)
+            self._grpc = GrpcApi(
+                self.intake, self.resumption, options.max_body_bytes, options.heartbeat_interval_s, self.tenants
+            )
             credentials = server_credentials(self._public_tls) if self._public_tls else None
             grpc_port = _bind(self._grpc.server, options.host, options.grpc_port, "--grpc-port", credentials)
             await self._grpc.server.start()
@@ -127,6 +136,8 @@ class Coordinator:
         self._spawn(self._drains.watch())
         if self._rollout is not None:
             self._spawn(self._rollout.watch(self._roll_out, self.metrics.rollout_errors.inc))
+        if self.tenants is not None:
+            self._spawn(self.tenants.watch())
         return port
 
     async def _start_http(self) -> int:
@@ -138,6 +149,7 @@ class Coordinator:
             self._status,
             self._drains,
             options.heartbeat_interval_s,
+            self.tenants,
         )
         runner = web.AppRunner(
             api.application(), access_log=None, handler_cancellation=True, shutdown_timeout=_STOP_GRACE_S
@@ -157,6 +169,7 @@ class Coordinator:
         return cluster_status(self.intake.model_name, self.registry, self.dispatcher, trouble)
 
     def _roll_out(self, rollout: Rollout) -> None:
+        events.info("rollout: weights %s, shadow %s", dict(rollout.weights), dict(rollout.shadow))
         self.dispatcher.versions.rollout = rollout
         self.shadows.rolled_out(rollout)
         self._readiness_changed()
@@ -218,6 +231,8 @@ class Coordinator:
             task.cancel()
         await self._closing.aclose()
         self._tokenizer.close()
+        if self.tenants is not None:
+            await asyncio.to_thread(self.tenants.close)
 
 
 async def serve(
@@ -245,6 +260,15 @@ async def serve(
             await coordinator.hand_on()
     finally:
         await coordinator.stop()
+
+
+def _tenants(options: CoordinatorOptions, model: str) -> Tenants | None:
+    """Raises ConfigurationError."""
+    if not options.keys:
+        return None
+    if options.host not in ("127.0.0.1", "::1", "localhost"):
+        events.info("--keys: clients send their keys as they are; where others can listen, use --public-tls-cert")
+    return Tenants(Path(options.keys), Path(options.audit_log) if options.audit_log else None, model)
 
 
 def _address(host: str, port: int) -> str:

@@ -180,7 +180,7 @@ class WorkerShell(LinkHandler):
         self.orphans.adopt(adopt.id, key, adopt.handle, link.coordinator)
 
     def on_claim(self, link: Link, claim: wire.Claim) -> None:
-        self.orphans.claim(claim.request_id, link, list(self._attempts.values()))
+        self.orphans.claim(claim.request_id, link, list(self._attempts.values()), claim.tenant)
 
     def on_cached_tokens(self, cached: wire.CachedTokens) -> None:
         if attempt := self._attempts.get(attempt_key(cached.id)):

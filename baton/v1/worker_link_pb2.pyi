@@ -779,21 +779,26 @@ Global___Orphan: _TypeAlias = Orphan  # noqa: Y015
 class Claim(_message.Message):
     """A client of another coordinator has come with this request, because that one hangs or is cut off from it. Attempts at it
     become orphans, reported to whoever claims them; to their coordinator, which may live, they end as END_REASON_TAKEN.
+    Attempts of another tenant are not touched.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """of the client's request: attempts have that of a choice"""
+    tenant: _builtins.str
+    """as in its assignments"""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
