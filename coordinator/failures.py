@@ -26,9 +26,11 @@ class FailureKind(Enum):
 class RequestFailed(BatonError):
     """The message is shown to the client: no text of the prompt, no worker's name or address."""
 
-    def __init__(self, kind: FailureKind, message: str) -> None:
+    def __init__(self, kind: FailureKind, message: str, retry_after_s: float | None = None) -> None:
+        """`retry_after_s`: when it would be worth trying again; None where the kind alone says that."""
         super().__init__(message)
         self.kind = kind
+        self.retry_after_s = retry_after_s
 
 
 def poison() -> RequestFailed:

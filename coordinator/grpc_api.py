@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from baton.errors import InvalidRequestError
 from baton.v1 import inference_pb2 as api
 from baton.v1 import inference_pb2_grpc as rpc
-from coordinator.delivery import ABORTED, LENGTH, STOP, Delta, Position, Request
+from coordinator.delivery import ABORTED, LENGTH, STOP, Delta, Position, Request, Urgency
 from coordinator.failures import FailureKind, RequestFailed, cut_off
 from coordinator.pins import CachePin
 from coordinator.requests import (
@@ -76,7 +76,8 @@ class InferenceServicer(rpc.InferenceServicer):
                 self._resumption.check_free(check_request_id(request.request_id))
             _check_digests(request.positions)
             id = request.request_id or new_request_id("gen")
-            running = await self._intake.submit(_spec(request), id, request.resume_s)
+            spec = _spec(request, None if request.resume_s else context.time_remaining())
+            running = await self._intake.submit(spec, id, request.resume_s, asked_again=bool(request.positions))
             if request.positions:
                 self._intake.metrics.resumed.labels("asked_again").inc()
             return running
@@ -115,7 +116,7 @@ class InferenceServicer(rpc.InferenceServicer):
             code = "OK"
         except (InvalidRequestError, RequestFailed) as error:
             code = _code(error).name
-            await context.abort(_code(error), str(error))
+            await context.abort(_code(error), str(error), _pushback(error))
         except Exception as error:  # noqa: BLE001 - logged, without its message
             code = "INTERNAL"
             await _internal(context, error)
@@ -213,7 +214,8 @@ def _prompt(request: api.GenerateRequest | api.CreatePinRequest, add_generation_
     return request.token_ids.ids if kind == "token_ids" else _chat(request.chat, add_generation_prompt)
 
 
-def _spec(request: api.GenerateRequest) -> GenerateSpec:
+def _spec(request: api.GenerateRequest, call_s: float | None) -> GenerateSpec:
+    """`call_s`: what is left of the call's own deadline, if it ends the request as well."""
     prompt = _prompt(request)
     sampling = request.sampling
 
@@ -240,7 +242,12 @@ def _spec(request: api.GenerateRequest) -> GenerateSpec:
     )
     salt = request.cache_salt if request.HasField("cache_salt") else None
     keep_special_tokens = request.keep_special_tokens
-    return GenerateSpec(request.model, [prompt], asked, keep_special_tokens=keep_special_tokens, cache_salt=salt)
+    max_ttft_s = request.max_ttft_s if request.HasField("max_ttft_s") else None
+    deadline_s = request.deadline_s if request.HasField("deadline_s") else call_s
+    return GenerateSpec(
+        request.model, [prompt], asked, keep_special_tokens=keep_special_tokens, cache_salt=salt,
+        urgency=Urgency(request.service_class, max_ttft_s, deadline_s),
+    )  # fmt: skip
 
 
 def _chat(chat: api.Chat, add_generation_prompt: bool = True) -> ChatPrompt:
@@ -298,6 +305,12 @@ async def _unary(context: _Context, answer: Callable[[], Awaitable[_Answer]]) ->
 
 def _code(error: InvalidRequestError | RequestFailed) -> grpc.StatusCode:
     return _CODES[error.kind] if isinstance(error, RequestFailed) else grpc.StatusCode.INVALID_ARGUMENT
+
+
+def _pushback(error: InvalidRequestError | RequestFailed) -> tuple[tuple[str, str], ...]:
+    """When to try again, as gRPC's own clients understand it."""
+    retry_after_s = getattr(error, "retry_after_s", None)
+    return () if retry_after_s is None else (("grpc-retry-pushback-ms", str(math.ceil(retry_after_s * 1e3))),)
 
 
 async def _internal(context: _Context, error: Exception) -> NoReturn:

@@ -50,7 +50,7 @@ _BODY_TIMEOUT_S = 30.0
 ALIVE = b":\n"
 """A comment, which clients skip. Not a blank line more: some take that for an event without data."""
 _PROBES = {"/health", "/ready", "/metrics", "/status"}  # asked every few seconds by somebody's monitor
-_RETRY_AFTER_S = {FailureKind.OVERLOADED: "1", FailureKind.UNAVAILABLE: "5"}
+_RETRY_AFTER_S = {FailureKind.OVERLOADED: 1.0, FailureKind.UNAVAILABLE: 5.0}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -127,7 +127,7 @@ class HttpApi:
         positions = positions_of(http.headers.get("Last-Event-ID", "") if stream else "", call.id)
         if positions is None:
             return web.Response(body=SSE_DONE, content_type="text/event-stream")
-        call.request = await self._intake.submit(spec, call.id, resume_s)
+        call.request = await self._intake.submit(spec, call.id, resume_s, asked_again=bool(positions))
         if positions:
             self._intake.metrics.resumed.labels("asked_again").inc()
         return await self._answer(http, call.request, stream, positions)
@@ -311,8 +311,10 @@ async def _answered(http: web.Request, handler: Handler, call: _Call) -> web.Str
             http.transport.close()  # as when this process dies: a client knows that its answer is not complete
         code = _HTTP_STATUS[failure.kind][0]
         response = _json(json_body(_failure_body(failure)), code)
-        if failure.kind in _RETRY_AFTER_S:
-            response.headers["Retry-After"] = _RETRY_AFTER_S[failure.kind]
+        retry_after_s = failure.retry_after_s or _RETRY_AFTER_S.get(failure.kind)
+        if retry_after_s is not None:
+            response.headers["Retry-After"] = str(math.ceil(retry_after_s))
+            response.headers["Retry-After-Ms"] = str(math.ceil(retry_after_s * 1e3))  # which OpenAI's clients prefer
     except web.HTTPException as error:
         response = _http_error(http, error)
     except Exception as error:  # noqa: BLE001 - logged, without its message

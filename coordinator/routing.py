@@ -57,6 +57,12 @@ class Route:
     prefill: str | None
     """None: the decode worker prefills by itself."""
     choice: PrefillChoice
+    ttft_s: float = 0.0
+    """Predicted for this request there, from now to its first token; 0 where nothing is known."""
+    itl_s: float = 0.0
+    """Predicted from one of its tokens to the next; 0 where nothing is known."""
+    own_s: float = 0.0
+    """Of `ttft_s`, what it would also take with nothing else there; 0 where nothing is known."""
 
 
 class RoutingPolicy(ABC):
