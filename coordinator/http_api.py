@@ -6,6 +6,7 @@ client asked that it be kept (`coordinator.resumption`). A coordinator that is s
 """
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
 import math
@@ -47,6 +48,8 @@ _HTTP_STATUS = {
     FailureKind.INTERNAL: (500, "server_error", "internal_error"),
 }
 _BODY_TIMEOUT_S = 30.0
+_READ_TIMEOUT_S = 30.0
+"""A client that makes no room for the next piece for so long is not reading, and is hung up on."""
 ALIVE = b":\n"
 """A comment, which clients skip. Not a blank line more: some take that for an event without data."""
 _PROBES = {"/health", "/ready", "/metrics", "/status"}  # asked every few seconds by somebody's monitor
@@ -168,18 +171,29 @@ class HttpApi:
                     if complete:
                         data += writer.last()
                     if data:
-                        await response.write(data)
+                        await self._reads(http, response.write(data))
                     if not complete:
                         deltas = await request.news(reader, self._alive_interval_s)
             except RequestFailed as failure:
                 if failure.kind is FailureKind.HANDED_ON:
                     raise
-                await response.write(sse(_failure_body(failure)))
-            await response.write_eof()
+                await self._reads(http, response.write(sse(_failure_body(failure))))
+            await self._reads(http, response.write_eof())
         except ConnectionError:
             # The client hung up while we wrote; the caller decides what becomes of the request.
             return response
         return response
+
+    async def _reads(self, http: web.Request, writing: Awaitable[None]) -> None:
+        """Raises ConnectionError when the client does not read what is written to it: it is hung up on."""
+        try:
+            async with asyncio.timeout(_READ_TIMEOUT_S):
+                await writing
+        except TimeoutError:
+            self._intake.metrics.slow_readers.inc()
+            if http.transport is not None:
+                http.transport.abort()
+            raise ConnectionResetError("the client does not read") from None
 
     # Clients that come back
 
@@ -293,6 +307,10 @@ class HttpApi:
                 code = response.status
                 if self._intake.dispatcher.draining:
                     response.force_close()  # what this client asks next, another coordinator answers
+                if not response.prepared:
+                    with contextlib.suppress(ConnectionError):  # aiohttp finds out by itself that nobody is there
+                        await response.prepare(http)
+                        await self._reads(http, response.write_eof())
                 return response
             finally:
                 _log_access(http, call, code, started_s)

@@ -82,6 +82,9 @@ class Metrics:
         self.ttft_ratio = _Histogram(
             "baton_ttft_ratio", "Time to first token: measured over predicted", RATIOS, registry
         )
+        self.slow_readers = Counter(
+            "baton_slow_readers", "Clients hung up on: they did not read their answers", registry=registry
+        )
         self.shadows = Counter("baton_shadows", "Copies of requests by event", ["event"], registry=registry)
         self.drains = Counter("baton_drains", "Draining workers and their streams", ["event"], registry=registry)
         self.versions = VersionMetrics()
