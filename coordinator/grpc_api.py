@@ -5,11 +5,10 @@ asked that it be kept.
 """
 
 import asyncio
-import contextlib
 import logging
 import math
 import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -58,6 +57,8 @@ _FINISH: dict[str | None, api.FinishReason.ValueType] = {
     ABORTED: api.FINISH_REASON_ABORTED,
 }
 
+_READ_TIMEOUT_S = 30.0
+"""A client that makes no room for the next response for so long is not reading."""
 _Answer = TypeVar("_Answer")
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -68,7 +69,7 @@ class InferenceServicer(rpc.InferenceServicer):
         self._resumption = resumption
         self._alive_interval_s = alive_interval_s
 
-    async def Generate(self, request: api.GenerateRequest, context: _Context) -> AsyncIterator[api.GenerateResponse]:
+    async def Generate(self, request: api.GenerateRequest, context: _Context) -> None:  # type: ignore[override]
         async def start() -> Request:
             if not 0 <= request.resume_s < math.inf:
                 raise InvalidRequestError("resume_s must be a number of seconds, such as 30", "resume_s")
@@ -83,16 +84,11 @@ class InferenceServicer(rpc.InferenceServicer):
             return running
 
         positions = [Position(each.num_tokens, each.ended, each.digest) for each in request.positions]
-        async with contextlib.aclosing(self._answer("Generate", context, start(), positions)) as responses:
-            async for response in responses:
-                yield response
+        await self._answer("Generate", context, start(), positions)
 
-    async def Resume(self, request: api.ResumeRequest, context: _Context) -> AsyncIterator[api.GenerateResponse]:
+    async def Resume(self, request: api.ResumeRequest, context: _Context) -> None:  # type: ignore[override]
         positions = [Position(each.num_tokens, each.ended, each.digest) for each in request.positions]
-        found = self._resume(request, positions)
-        async with contextlib.aclosing(self._answer("Resume", context, found, positions)) as responses:
-            async for response in responses:
-                yield response
+        await self._answer("Resume", context, self._resume(request, positions), positions)
 
     async def _resume(self, request: api.ResumeRequest, positions: Sequence[Position]) -> Request:
         _check_digests(request.positions)
@@ -100,7 +96,7 @@ class InferenceServicer(rpc.InferenceServicer):
 
     async def _answer(
         self, method: str, context: _Context, start: Awaitable[Request], positions: Sequence[Position] = ()
-    ) -> AsyncGenerator[api.GenerateResponse]:
+    ) -> None:
         running: Request | None = None
         reader = 0
         code = "CANCELLED"
@@ -112,8 +108,15 @@ class InferenceServicer(rpc.InferenceServicer):
                     raise cut_off()
                 for delta in deltas or ():
                     last = running.drained and deltas is not None and delta is deltas[-1]
-                    yield _response(running, delta, last)
+                    async with asyncio.timeout(_READ_TIMEOUT_S):
+                        await context.write(_response(running, delta, last))
             code = "OK"
+        except TimeoutError:
+            # The call lasts until its client goes, whatever is done here; the request does not.
+            self._intake.metrics.slow_readers.inc()
+            if running is not None:
+                self._resumption.left(running, reader)
+            await context.abort(grpc.StatusCode.CANCELLED, "the client does not read its answer")
         except (InvalidRequestError, RequestFailed) as error:
             code = _code(error).name
             await context.abort(_code(error), str(error), _pushback(error))

@@ -15,8 +15,9 @@ from fake_worker import FakeWorker
 
 from baton.client import AsyncClient, ClientError
 from baton.v1 import inference_pb2 as api
+from baton.v1 import inference_pb2_grpc as rpc
 from baton.v1 import worker_link_pb2 as wire
-from coordinator import http_api, tokenizer
+from coordinator import grpc_api, http_api, tokenizer
 from coordinator.rollout import Rollout
 from coordinator.routing import Route, RoutingPolicy, Work, WorkerLoad
 
@@ -260,5 +261,23 @@ def test_a_client_that_does_not_read_its_answer_is_hung_up_on_and_its_request_en
             await until(lambda: system.metric("baton_slow_readers_total") == 1, 25)
             await until(lambda: not system.coordinator.dispatcher.requests)
             writer.close()
+
+    run(main())
+
+
+def test_a_grpc_client_that_does_not_read_its_answer_loses_its_request(run, monkeypatch) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(grpc_api, "_READ_TIMEOUT_S", 0.3)
+        async with running() as system:
+            worker = await system.worker()
+            worker.token_at = lambda prompt, index: 300 + index % 3000
+            sampling = api.Sampling(max_tokens=500, ignore_eos=True, logprobs=20)
+            small = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 10)]
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{system.ports.grpc}", options=small) as channel:
+                stub = rpc.InferenceStub(channel)
+                call = stub.Generate(api.GenerateRequest(text="x", n=16, sampling=sampling))
+                await until(lambda: system.metric("baton_slow_readers_total") == 1, 25)
+                await until(lambda: not system.coordinator.dispatcher.requests)
+                call.cancel()
 
     run(main())
