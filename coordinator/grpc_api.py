@@ -57,6 +57,8 @@ _FINISH: dict[str | None, api.FinishReason.ValueType] = {
     ABORTED: api.FINISH_REASON_ABORTED,
 }
 
+MAX_CALLS = 8192
+"""At one time; more are RESOURCE_EXHAUSTED."""
 _READ_TIMEOUT_S = 30.0
 """A client that makes no room for the next response for so long is not reading."""
 _Answer = TypeVar("_Answer")
@@ -193,7 +195,7 @@ class GrpcApi:
             ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.http2.max_ping_strikes", 0),
         ]  # fmt: skip
-        self.server = grpc.aio.server(options=options)
+        self.server = grpc.aio.server(options=options, maximum_concurrent_rpcs=MAX_CALLS)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         rpc.add_InferenceServicer_to_server(InferenceServicer(intake, resumption, alive_interval_s), self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
