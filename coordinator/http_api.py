@@ -50,6 +50,8 @@ _HTTP_STATUS = {
 _BODY_TIMEOUT_S = 30.0
 _READ_TIMEOUT_S = 30.0
 """A client that makes no room for the next piece for so long is not reading, and is hung up on."""
+_SMALL_BYTES = 1 << 15
+"""Half of what a connection buffers before it makes its writer wait."""
 ALIVE = b":\n"
 """A comment, which clients skip. Not a blank line more: some take that for an event without data."""
 _PROBES = {"/health", "/ready", "/metrics", "/status"}  # asked every few seconds by somebody's monitor
@@ -171,7 +173,7 @@ class HttpApi:
                     if complete:
                         data += writer.last()
                     if data:
-                        await self._reads(http, response.write(data))
+                        await self._write(http, response, data)
                     if not complete:
                         deltas = await request.news(reader, self._alive_interval_s)
             except RequestFailed as failure:
@@ -183,6 +185,12 @@ class HttpApi:
             # The client hung up while we wrote; the caller decides what becomes of the request.
             return response
         return response
+
+    async def _write(self, http: web.Request, response: web.StreamResponse, data: bytes) -> None:
+        if len(data) < _SMALL_BYTES and http.transport and not http.transport.get_write_buffer_size():
+            await response.write(data)  # there is room, and a timeout would cost more than the rest
+        else:
+            await self._reads(http, response.write(data))
 
     async def _reads(self, http: web.Request, writing: Awaitable[None]) -> None:
         """Raises ConnectionError when the client does not read what is written to it: it is hung up on."""
