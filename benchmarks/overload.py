@@ -103,7 +103,8 @@ class Load:
         async def client() -> None:
             nonlocal done
             while time.perf_counter() < end:
-                done += (await self.one()).complete
+                complete = (await self.one()).complete
+                done += complete
 
         started = time.perf_counter()
         await asyncio.gather(*(client() for _ in range(SLOTS)))

@@ -123,6 +123,10 @@ class Admission:
         for name in self._classes:
             metrics.admission_pressure.labels(name).set_function(partial(self.pressure, name))
 
+    def __len__(self) -> int:
+        """Streams that wait for their first token."""
+        return len(self._backlog)
+
     def check(self, urgency: Urgency) -> None:
         """Raise InvalidRequestError for what cannot be asked for."""
         if urgency.service_class and urgency.service_class not in self._classes:

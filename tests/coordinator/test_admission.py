@@ -212,7 +212,7 @@ def test_the_books_are_empty_when_everything_has_ended() -> None:
     fleet = Fleet()
     overload(fleet, 3.0)
     fleet.run(fleet.now + 60.0)
-    assert len(fleet.admission._backlog) == 0
+    assert len(fleet.admission) == 0
     assert fleet.admission._backlog.work == 0.0
     assert fleet.admission._forecasts == {}
     assert fleet.admission.pressure("standard") == 0.0
