@@ -4,11 +4,12 @@ A request is refused at once rather than served late, because late work delays w
 their order (docs/admission.md has the reasons):
 
 1. Never refused: what was admitted before (the next attempt, a resumed, adopted or repeated request); whoever comes
-   while fewer streams wait than there are workers; one request of a class that was shut out for as long as its target.
-2. The predicted wait, which is the time to the first token without the request's own computation, must leave the target
-   of its class; a request that computes for longer than that may wait as long as it computes. While requests of a class
-   with a shorter target come, others wait at most for half of that target: what they leave is kept for those (trunk
-   reservation, as telephone exchanges have it).
+   while there are fewer streams than workers; one request of a class that was shut out for as long as its target, if
+   none of it waits.
+2. The predicted wait and the request's own computation must keep to the target of its class; one that computes for
+   longer than that by itself may wait for as long as the target. While requests of a class with a shorter target come,
+   others wait at most for half of that target: what they leave is kept for those (trunk reservation, as telephone
+   exchanges have it).
 3. The predicted time between tokens must leave the class's, or half as much again as the best that was seen here.
 4. A deadline of the request itself must be met by the prediction.
 
@@ -25,6 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from baton.config import ServiceClass
 from baton.errors import InvalidRequestError
@@ -35,6 +37,7 @@ from coordinator.metrics import Metrics
 from coordinator.routing import Route
 
 REFUSE, READMIT = 0.9, 0.7
+MAX_ERROR = 0.5
 RESERVED = 0.5
 """Of a target, what requests of classes with longer ones leave free."""
 IN_USE_S = 60.0
@@ -58,6 +61,8 @@ class _Class:
     by_policy: Calibration
     by_backlog: Calibration
     refusing: bool = False
+    num_waiting: int = 0
+    """Requests that were admitted and have no first token."""
     seen_s: float = -math.inf
     admitted_s: float = -math.inf
 
@@ -67,28 +72,39 @@ class _Class:
         return self.target.ttft_s or math.inf
 
 
+class _Guess(NamedTuple):
+    """Not corrected. 0: nothing is known."""
+
+    ttft_s: float
+    wait_s: float
+    """Of that, what others cause."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Forecast:
     of: _Class
-    policy_s: float
-    """As the policy has it; 0: it does not say."""
-    backlog_s: float
-    """As the backlog has it; 0: nothing is known."""
+    policy: _Guess
+    backlog: _Guess
     own_s: float
-    """Computing that takes place whether somebody waits or not; part of the others."""
+    """What the request's own prompt takes."""
     itl_s: float
 
     @property
     def ttft_s(self) -> float:
-        """Corrected."""
-        policy, backlog = self.of.by_policy, self.of.by_backlog
-        if self.policy_s and (not self.backlog_s or policy.error <= backlog.error):
-            return policy.ratio * self.policy_s
-        return backlog.ratio * self.backlog_s
+        return self._believed[0].ratio * self._believed[1].ttft_s
 
     @property
     def wait_s(self) -> float:
-        return max(0.0, self.ttft_s - self.own_s)
+        """And longer by the usual error: half of those who are taken at the very target would miss it."""
+        calibration, guess = self._believed
+        return calibration.ratio * guess.wait_s * (1.0 + min(calibration.error, MAX_ERROR))
+
+    @property
+    def _believed(self) -> tuple[Calibration, _Guess]:
+        policy, backlog = self.of.by_policy, self.of.by_backlog
+        if self.policy.ttft_s and (not self.backlog.ttft_s or policy.error <= backlog.error):
+            return policy, self.policy
+        return backlog, self.backlog
 
 
 class Admission:
@@ -150,35 +166,41 @@ class Admission:
         for choice in request.choices:
             self._backlog.add(choice, _work(choice), now)
         self._forecasts[request] = forecast
+        this.num_waiting += 1
 
     def first_token(self, choice: Choice, now_s: float) -> None:
         """Idempotent; a choice that was not admitted here does not matter."""
         self._backlog.started(choice, now_s)
         request = choice.request
-        forecast = self._forecasts.pop(request, None)
+        forecast = self._forget(request)
         if forecast is None:
             return
         measured_s, this = now_s - request.started_s, forecast.of
-        in_time = measured_s <= max(this.ttft_s, 2.0 * forecast.own_s)
+        in_time = measured_s <= max(this.ttft_s, forecast.own_s + min(forecast.own_s, this.ttft_s))
         self._metrics.class_first_tokens.labels(this.target.name, "yes" if in_time else "no").inc()
         if choice.stream.attempt > 1:
             return  # what a failure cost says nothing about the queue
         if predicted_s := forecast.ttft_s:
             self._metrics.ttft_ratio.observe(measured_s / predicted_s)
-        if forecast.policy_s:
-            this.by_policy.learn(forecast.policy_s, measured_s, now_s)
-        if forecast.backlog_s:
-            this.by_backlog.learn(forecast.backlog_s, measured_s, now_s)
+        if forecast.policy.ttft_s:
+            this.by_policy.learn(forecast.policy.ttft_s, measured_s, now_s)
+        if forecast.backlog.ttft_s:
+            this.by_backlog.learn(forecast.backlog.ttft_s, measured_s, now_s)
 
     def ended(self, request: Request) -> None:
         """Idempotent."""
         now = self._clock()
-        self._forecasts.pop(request, None)
+        self._forget(request)
         for choice in request.choices:
             self._backlog.remove(choice, now)
             if choice.finish_reason is not None and (num_tokens := len(choice.stream.tokens)):
                 mean = self._answer_tokens or num_tokens
                 self._answer_tokens = LENGTH_MEMORY * mean + (1.0 - LENGTH_MEMORY) * num_tokens
+
+    def _forget(self, request: Request) -> _Forecast | None:
+        if (forecast := self._forecasts.pop(request, None)) is not None:
+            forecast.of.num_waiting -= 1
+        return forecast
 
     def pressure(self, name: str) -> float:
         """The wait of a request that came now, as a share of its class's target."""
@@ -198,11 +220,13 @@ class Admission:
 
     def _forecast(self, this: _Class, request: Request, route: Route | None, now: float) -> _Forecast:
         work, rate = sum(map(_work, request.choices)), self._backlog.rate(now)
-        backlog_s, alone_s = ((self._backlog.work + work) / rate, work / rate) if rate else (0.0, 0.0)
+        wait_s, alone_s = (self._backlog.work / rate, work / rate) if rate else (0.0, 0.0)
         self._sample_itl(now)
-        if route is None:
-            return _Forecast(this, 0.0, backlog_s, alone_s, self._itl_s)
-        return _Forecast(this, route.ttft_s, backlog_s, route.own_s or alone_s, route.itl_s or self._itl_s)
+        policy, own_s, itl_s = _Guess(0.0, 0.0), alone_s, self._itl_s
+        if route is not None:
+            own_s = min(route.own_s or alone_s, route.ttft_s or math.inf)
+            policy, itl_s = _Guess(route.ttft_s, max(0.0, route.ttft_s - own_s)), route.itl_s or itl_s
+        return _Forecast(this, policy, _Guess(wait_s + alone_s, wait_s), own_s, itl_s)
 
     def _sample_itl(self, now: float) -> None:
         at_s, sum_s, count = self._itl_at
@@ -219,19 +243,19 @@ class Admission:
     def _judge(self, forecast: _Forecast, request: Request, num_streams: int, num_workers: int, now: float) -> None:
         """Raises RequestFailed."""
         this = forecast.of
-        if now - this.admitted_s > min(this.target.ttft_s or MAX_RETRY_S, MAX_RETRY_S):
+        if not this.num_waiting and now - this.admitted_s > min(this.target.ttft_s or MAX_RETRY_S, MAX_RETRY_S):
             return
-        waits = len(self._backlog) >= num_workers
+        if num_streams < num_workers:
+            return
         part = READMIT if this.refusing else REFUSE
         this.refusing = True
-        if waits and forecast.wait_s > self._room_s(forecast, part, now):
+        if forecast.wait_s > self._room_s(forecast, part, now):
             predicted = f"a first token in {forecast.ttft_s:.1f} s"
             self._refuse(request, "ttft", predicted, forecast.wait_s - self._room_s(forecast, READMIT, now), now)
-        if num_streams > num_workers and forecast.itl_s > self._itl_room_s(this, part):
+        if forecast.itl_s > self._itl_room_s(this, part):
             self._refuse(request, "itl", f"{forecast.itl_s:.3f} s from token to token", MIN_RETRY_S, now)
         this.refusing = False
-        if waits:
-            self._judge_deadlines(forecast, request, now)
+        self._judge_deadlines(forecast, request, now)
 
     def _judge_deadlines(self, forecast: _Forecast, request: Request, now: float) -> None:
         max_ttft_s, deadline_s = request.urgency.max_ttft_s or math.inf, request.urgency.deadline_s or math.inf
@@ -249,7 +273,8 @@ class Admission:
         shorter = [
             each.ttft_s for each in self._classes.values() if each.ttft_s < target_s and now - each.seen_s < IN_USE_S
         ]
-        return min(max(part * target_s - own_s, own_s), RESERVED * part * min(shorter, default=math.inf))
+        room_s = max(part * target_s - own_s, min(own_s, part * target_s))
+        return min(room_s, RESERVED * part * min(shorter, default=math.inf))
 
     def _itl_room_s(self, this: _Class, part: float) -> float:
         return max(part * (this.target.itl_s or math.inf), SLOWEST_ITL * self._best_itl_s)

@@ -64,14 +64,13 @@ def test_an_idle_fleet_takes_whoever_comes_whatever_was_predicted() -> None:
 
 
 def test_nobody_is_shut_out_for_good_by_a_prediction_that_is_wrong() -> None:
-    """The slots never come free, and the policy believes in an endless queue."""
     hopeless = Route("w", None, PrefillChoice.LOCAL_MIXED, ttft_s=1e6)
-    fleet = Fleet(slots=1, answer_s=1e6, policy=lambda fleet, tokens: hopeless)
+    fleet = Fleet(num_workers=2, slots=4, answer_s=4.0, policy=lambda fleet, tokens: hopeless)
     taken = 0
-    for _ in range(100):
+    for _ in range(200):
         taken += fleet.ask().retry_after_s is None
         fleet.run(fleet.now + 0.1)
-    assert 8 <= taken <= 20
+    assert 12 <= taken <= 24, "one each second, and those that find a worker idle"
 
 
 def queueing(fleet: Fleet, tokens: int) -> Route:
@@ -97,10 +96,9 @@ def test_a_policy_that_predicts_well_is_believed_from_the_first_burst_on() -> No
 
 def test_a_long_prompt_is_not_refused_for_its_own_length_but_for_the_wait() -> None:
     fleet = Fleet(num_workers=1, slots=64, prefill_tokens_per_s=1000.0, policy=queueing)
-    assert fleet.ask(prompt_tokens=100).retry_after_s is None
+    assert fleet.ask(prompt_tokens=700).retry_after_s is None
     assert fleet.ask(prompt_tokens=8000).retry_after_s is None, "8 s of its own, against a target of 1 s"
-    assert fleet.ask(prompt_tokens=9000).retry_after_s is None, "it waits 8.1 s, less than it computes"
-    assert fleet.ask(prompt_tokens=9000).retry_after_s is not None, "it would wait 17.1 s"
+    assert fleet.ask(prompt_tokens=9000).retry_after_s is not None, "it would wait for 8.1 s"
     assert fleet.ask(prompt_tokens=100).retry_after_s is not None
 
 
