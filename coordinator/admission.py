@@ -82,29 +82,18 @@ class _Guess(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Forecast:
+    """Made when the request came."""
+
     of: _Class
-    policy: _Guess
-    backlog: _Guess
+    by_policy: _Guess
+    by_backlog: _Guess
     own_s: float
     """What the request's own prompt takes."""
+    ttft_s: float
+    """What is believed, corrected; so is the rest."""
+    wait_s: float
+    """What others cause, and the usual error: half of those who are taken at the very target would miss it."""
     itl_s: float
-
-    @property
-    def ttft_s(self) -> float:
-        return self._believed[0].ratio * self._believed[1].ttft_s
-
-    @property
-    def wait_s(self) -> float:
-        """And longer by the usual error: half of those who are taken at the very target would miss it."""
-        calibration, guess = self._believed
-        return calibration.ratio * guess.wait_s * (1.0 + min(calibration.error, MAX_ERROR))
-
-    @property
-    def _believed(self) -> tuple[Calibration, _Guess]:
-        policy, backlog = self.of.by_policy, self.of.by_backlog
-        if self.policy.ttft_s and (not self.backlog.ttft_s or policy.error <= backlog.error):
-            return policy, self.policy
-        return backlog, self.backlog
 
 
 class Admission:
@@ -180,12 +169,12 @@ class Admission:
         self._metrics.class_first_tokens.labels(this.target.name, "yes" if in_time else "no").inc()
         if choice.stream.attempt > 1:
             return  # what a failure cost says nothing about the queue
-        if predicted_s := forecast.ttft_s:
-            self._metrics.ttft_ratio.observe(measured_s / predicted_s)
-        if forecast.policy.ttft_s:
-            this.by_policy.learn(forecast.policy.ttft_s, measured_s, now_s)
-        if forecast.backlog.ttft_s:
-            this.by_backlog.learn(forecast.backlog.ttft_s, measured_s, now_s)
+        if forecast.ttft_s:
+            self._metrics.ttft_ratio.observe(measured_s / forecast.ttft_s)
+        if forecast.by_policy.ttft_s:
+            this.by_policy.learn(forecast.by_policy.ttft_s, measured_s, now_s)
+        if forecast.by_backlog.ttft_s:
+            this.by_backlog.learn(forecast.by_backlog.ttft_s, measured_s, now_s)
 
     def ended(self, request: Request) -> None:
         """Idempotent."""
@@ -220,13 +209,18 @@ class Admission:
 
     def _forecast(self, this: _Class, request: Request, route: Route | None, now: float) -> _Forecast:
         work, rate = sum(map(_work, request.choices)), self._backlog.rate(now)
-        wait_s, alone_s = (self._backlog.work / rate, work / rate) if rate else (0.0, 0.0)
+        behind_s, alone_s = (self._backlog.work / rate, work / rate) if rate else (0.0, 0.0)
+        by_policy, by_backlog = _Guess(0.0, 0.0), _Guess(behind_s + alone_s, behind_s)
         self._sample_itl(now)
-        policy, own_s, itl_s = _Guess(0.0, 0.0), alone_s, self._itl_s
+        own_s, itl_s = alone_s, self._itl_s
         if route is not None:
             own_s = min(route.own_s or alone_s, route.ttft_s or math.inf)
-            policy, itl_s = _Guess(route.ttft_s, max(0.0, route.ttft_s - own_s)), route.itl_s or itl_s
-        return _Forecast(this, policy, _Guess(wait_s + alone_s, wait_s), own_s, itl_s)
+            by_policy, itl_s = _Guess(route.ttft_s, max(0.0, route.ttft_s - own_s)), route.itl_s or itl_s
+        right, guess = this.by_backlog, by_backlog
+        if by_policy.ttft_s and (not rate or this.by_policy.error <= this.by_backlog.error):
+            right, guess = this.by_policy, by_policy
+        wait_s = right.ratio * guess.wait_s * (1.0 + min(right.error, MAX_ERROR))
+        return _Forecast(this, by_policy, by_backlog, own_s, right.ratio * guess.ttft_s, wait_s, itl_s)
 
     def _sample_itl(self, now: float) -> None:
         at_s, sum_s, count = self._itl_at
