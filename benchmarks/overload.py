@@ -45,7 +45,7 @@ class Plan:
     after_s: float
 
 
-FULL, QUICK = Plan(20.0, 60.0, 10.0, 10.0), Plan(5.0, 12.0, 3.0, 3.0)
+FULL, QUICK = Plan(20.0, 60.0, 10.0, 10.0), Plan(4.0, 10.0, 3.0, 3.0)
 
 
 @dataclass(slots=True)
