@@ -73,6 +73,28 @@ def parse_etcd(text: str) -> EtcdAddress:
     return EtcdAddress(parse_addresses(match[1], "--discovery"), f"/{prefix}/")
 
 
+class ServiceClass(NamedTuple):
+    """How soon requests of one kind want their tokens; 0: no matter."""
+
+    name: str
+    ttft_s: float
+    itl_s: float
+
+
+def parse_classes(text: str) -> tuple[ServiceClass, ...]:
+    """From 'standard=30/1,interactive=2/0.2'; the first is that of requests that name none."""
+    classes: dict[str, ServiceClass] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"([a-z][a-z0-9_-]{0,31})=(\d+(?:\.\d+)?)/(\d+(?:\.\d+)?)", part.strip())
+        if not match or match[1] in classes:
+            raise ConfigurationError(
+                f"--service-classes has '{part.strip()}'; write name=TTFT/ITL in seconds, such as interactive=2/0.2, "
+                "each name once, several with commas between them; 0 sets no target"
+            )
+        classes[match[1]] = ServiceClass(match[1], float(match[2]), float(match[3]))
+    return tuple(classes.values())
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     model: str = setting(
@@ -262,6 +284,12 @@ class CoordinatorOptions:
         "have measured how fast they are",
     )  # fmt: skip
     max_requests: int = setting(1024, "streams in the system; more are refused with 429")
+    service_classes: str = setting(
+        "standard=30/1,interactive=2/0.2,batch=300/0",
+        "kinds of requests, each with the seconds to its first token and from token to token that it should see: "
+        "name=TTFT/ITL, 0 for no target. What is predicted to miss them is refused with 429 at once; requests that "
+        "name no class are of the first",
+    )  # fmt: skip
     max_body_bytes: int = setting(1 << 20, "largest HTTP body or gRPC message accepted")
     request_timeout_s: float = setting(600.0, "longest that one request may take")
     max_attempts: int = setting(
@@ -356,6 +384,8 @@ def validate(options: object) -> None:
         check_version_label(options.model_version, "--model-version")
     if isinstance(options, WorkerOptions) and options.coordinator:
         parse_addresses(options.coordinator, "--coordinator")
+    if isinstance(options, CoordinatorOptions):
+        parse_classes(options.service_classes)
     if isinstance(options, TierOptions):
         for text in (options.host_kv_memory, options.disk_kv_memory, options.shared_kv_memory):
             parse_bytes(text)

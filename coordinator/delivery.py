@@ -57,6 +57,18 @@ class AnswerForm:
     choices_per_prompt: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Urgency:
+    """How soon a client needs its answer: see `coordinator.admission`."""
+
+    service_class: str = ""
+    """Empty: the one of requests that name none."""
+    max_ttft_s: float | None = None
+    """Without a first token by then the client wants nothing."""
+    deadline_s: float | None = None
+    """Nor without the whole answer by then."""
+
+
 @dataclass(slots=True)
 class Delta:
     """What one choice gained since the last delta."""
@@ -251,6 +263,9 @@ class Request:
         """To a second version, as nothing was delivered yet and the first one was gone."""
         self.adopted = False
         """Another coordinator began it, and may have delivered more than is known here."""
+        self.urgency = Urgency()
+        self.asked_again = False
+        """Its client has some of the answer; nobody knew the request any more."""
         self.shadow = False
         """A copy that nobody reads: see `coordinator.shadows`."""
         self.figures: Figures | None = None

@@ -14,14 +14,16 @@
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from baton.config import CoordinatorOptions
+from baton.config import CoordinatorOptions, parse_classes
 from baton.v1 import worker_link_pb2 as wire
+from coordinator.admission import Admission
 from coordinator.breakers import Breakers
 from coordinator.delivery import ABORTED, LENGTH, STOP, Choice, Request
 from coordinator.failures import FailureKind, RequestFailed, handed_on, moved, poison, unavailable
@@ -69,6 +71,7 @@ class Dispatcher:
         self.versions = Versions(registry, metrics)
         router = Router(registry.table, options.routing, options.local_prefill_tokens)
         self._route = Placer(router, self.knowledge, registry, self._suspects, self.breakers, metrics).route
+        self.admission = Admission(parse_classes(options.service_classes), metrics, metrics.itl_total)
         self._handles = itertools.count(1)
         self._legs: dict[Choice, list[Leg]] = {}
         """Of the current attempt at each choice."""
@@ -103,10 +106,11 @@ class Dispatcher:
 
     def start(self, request: Request) -> None:
         """Admit and route every choice. Raises RequestFailed if there is no room; later failures are the request's."""
-        self._admit(request)
+        route = self._admit(request)
         for choice in request.choices:
             if not request.ended:
-                self._begin_attempt(choice)
+                self._begin_attempt(choice, route)
+            route = None
 
     def adopt(self, request: Request, orphans: Mapping[Choice, Adoption]) -> None:
         """Go on with what another coordinator began; a choice without an orphan starts its next attempt.
@@ -130,12 +134,17 @@ class Dispatcher:
             orphan.worker.open(leg, len(choice.prompt) + orphan.num_tokens, 0)
             orphan.worker.send(wire.CoordinatorMessage(adopt=wire.Adopt(id=leg.id, handle=leg.handle)))
 
-    def _admit(self, request: Request) -> None:
+    def _admit(self, request: Request) -> Route | None:
+        """The route, where one was chosen, of the first attempt at the first choice."""
+        route: Route | None = None
         if not request.shadow:
             self.check_capacity(len(request.choices))
         if request.id in self.requests:
             raise RequestFailed(FailureKind.ID_IN_USE, "a request with this id is here already; choose another id")
         request.version = request.version or self.choose_version(request.id)
+        if not (request.shadow or request.adopted):
+            route = self._route(request.choices[0], self._registry.candidates(request.version))
+            self.admission.admit(request, route, self.num_streams, len(self._registry.workers))
         self.requests[request.id] = request
         self.idle.clear()
         if not request.shadow:
@@ -143,7 +152,8 @@ class Dispatcher:
             self._retries.admitted(len(request.choices))
             self._suspects.begin(request)
         loop = asyncio.get_running_loop()
-        request.deadline = loop.call_later(self._remaining_s(request), self._expire, request)
+        request.deadline = loop.call_later(self._patience_s(request), self._expire, request)
+        return route
 
     def abort(self, request: Request) -> None:
         """The client does not want the rest. Effective in every state, idempotent."""
@@ -165,6 +175,7 @@ class Dispatcher:
             self._drop_legs(choice)
         self._suspects.forget(request)
         self.quarantine.forget(request)
+        self.admission.ended(request)
         self._pump_soon()
         if self.requests.pop(request.id, None) is not None and not request.shadow:
             self.num_streams -= len(request.choices)
@@ -182,15 +193,29 @@ class Dispatcher:
             self.end(request, "handed_on", handed_on())
 
     def _expire(self, request: Request) -> None:
-        message = f"the request took longer than {self._options.request_timeout_s:g} s"
+        if (left_s := self._patience_s(request)) > 0:  # the first token came in time
+            request.deadline = asyncio.get_running_loop().call_later(left_s, self._expire, request)
+            return
+        took_s = time.monotonic() - request.started_s
+        what = "the request took" if request.first_token_s is not None else "the first token took"
+        message = f"{what} longer than the {took_s:.3g} s that it could"
         self.end(request, "timeout", RequestFailed(FailureKind.TIMEOUT, message))
 
     def _remaining_s(self, request: Request) -> float:
-        return request.started_s + self._options.request_timeout_s - time.monotonic()
+        limit_s = min(self._options.request_timeout_s, request.urgency.deadline_s or math.inf)
+        return request.started_s + limit_s - time.monotonic()
+
+    def _patience_s(self, request: Request) -> float:
+        """Until the client does not want it any more, if nothing more comes."""
+        left_s, max_ttft_s = self._remaining_s(request), request.urgency.max_ttft_s
+        if request.first_token_s is not None or max_ttft_s is None:
+            return left_s
+        return min(left_s, request.started_s + max_ttft_s - time.monotonic())
 
     # Attempts
 
-    def _begin_attempt(self, choice: Choice) -> None:
+    def _begin_attempt(self, choice: Choice, route: Route | None = None) -> None:
+        """`route`: of any worker of its version, if that has been decided."""
         version = choice.request.version
         if self._suspects.isolated(choice.request) and version in self._registry.ready_versions():
             self._metrics.quarantine.labels("waited").inc()
@@ -199,7 +224,7 @@ class Dispatcher:
             return
         rows, closed = self._registry.candidates(version), self.quarantine.closed
         if not closed:
-            self._attempt(choice, rows)
+            self._attempt(choice, rows, route)
             return
         open = rows[[self._registry.table.ids[row] not in closed for row in rows.tolist()]]
         if self._route(choice, open) is None and self._route(choice, rows) is not None:
@@ -208,9 +233,9 @@ class Dispatcher:
         else:
             self._attempt(choice, open)
 
-    def _attempt(self, choice: Choice, rows: Rows) -> None:
+    def _attempt(self, choice: Choice, rows: Rows, route: Route | None = None) -> None:
         """Start the next attempt on some of these workers. If none can take it, wait for one, or end the request."""
-        route = self._route(choice, rows)
+        route = route or self._route(choice, rows)
         if route is None and self._may_wait_for_worker(choice):
             self._delayed[choice] = asyncio.get_running_loop().call_later(RETURN_POLL_S, self._retry, choice)
             return
@@ -473,6 +498,7 @@ class Dispatcher:
                 worker.waits(leg, 0)
             if not leg.remembered:
                 self._computed(leg, choice.prompt)
+                self.admission.first_token(choice, now)
             self._metrics.token(choice, now)
             stopped = choice.add(token_id, logprobs.get(entry) if logprobs else None, outcome is Outcome.STOP)
             if outcome is not Outcome.DELIVERED:

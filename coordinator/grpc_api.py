@@ -5,11 +5,10 @@ asked that it be kept.
 """
 
 import asyncio
-import contextlib
 import logging
 import math
 import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -19,7 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from baton.errors import InvalidRequestError
 from baton.v1 import inference_pb2 as api
 from baton.v1 import inference_pb2_grpc as rpc
-from coordinator.delivery import ABORTED, LENGTH, STOP, Delta, Position, Request
+from coordinator.delivery import ABORTED, LENGTH, STOP, Delta, Position, Request, Urgency
 from coordinator.failures import FailureKind, RequestFailed, cut_off
 from coordinator.pins import CachePin
 from coordinator.requests import (
@@ -63,6 +62,10 @@ _FINISH: dict[str | None, api.FinishReason.ValueType] = {
     ABORTED: api.FINISH_REASON_ABORTED,
 }
 
+MAX_CALLS = 8192
+"""At one time; more are RESOURCE_EXHAUSTED."""
+_READ_TIMEOUT_S = 30.0
+"""A client that makes no room for the next response for so long is not reading."""
 _Answer = TypeVar("_Answer")
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -73,7 +76,7 @@ class InferenceServicer(rpc.InferenceServicer):
         self._resumption = resumption
         self._alive_interval_s = alive_interval_s
 
-    async def Generate(self, request: api.GenerateRequest, context: _Context) -> AsyncIterator[api.GenerateResponse]:
+    async def Generate(self, request: api.GenerateRequest, context: _Context) -> None:  # type: ignore[override]
         async def start() -> Request:
             if not 0 <= request.resume_s < math.inf:
                 raise InvalidRequestError("resume_s must be a number of seconds, such as 30", "resume_s")
@@ -81,22 +84,18 @@ class InferenceServicer(rpc.InferenceServicer):
                 self._resumption.check_free(check_request_id(request.request_id))
             _check_digests(request.positions)
             id = request.request_id or new_request_id("gen")
-            running = await self._intake.submit(_spec(request), id, request.resume_s)
+            spec = _spec(request, None if request.resume_s else context.time_remaining())
+            running = await self._intake.submit(spec, id, request.resume_s, asked_again=bool(request.positions))
             if request.positions:
                 self._intake.metrics.resumed.labels("asked_again").inc()
             return running
 
         positions = [Position(each.num_tokens, each.ended, each.digest) for each in request.positions]
-        async with contextlib.aclosing(self._answer("Generate", context, start(), positions)) as responses:
-            async for response in responses:
-                yield response
+        await self._answer("Generate", context, start(), positions)
 
-    async def Resume(self, request: api.ResumeRequest, context: _Context) -> AsyncIterator[api.GenerateResponse]:
+    async def Resume(self, request: api.ResumeRequest, context: _Context) -> None:  # type: ignore[override]
         positions = [Position(each.num_tokens, each.ended, each.digest) for each in request.positions]
-        found = self._resume(request, positions)
-        async with contextlib.aclosing(self._answer("Resume", context, found, positions)) as responses:
-            async for response in responses:
-                yield response
+        await self._answer("Resume", context, self._resume(request, positions), positions)
 
     async def _resume(self, request: api.ResumeRequest, positions: Sequence[Position]) -> Request:
         _check_digests(request.positions)
@@ -104,7 +103,7 @@ class InferenceServicer(rpc.InferenceServicer):
 
     async def _answer(
         self, method: str, context: _Context, start: Awaitable[Request], positions: Sequence[Position] = ()
-    ) -> AsyncGenerator[api.GenerateResponse]:
+    ) -> None:
         running: Request | None = None
         reader = 0
         code = "CANCELLED"
@@ -116,8 +115,15 @@ class InferenceServicer(rpc.InferenceServicer):
                     raise cut_off()
                 for delta in deltas or ():
                     last = running.drained and deltas is not None and delta is deltas[-1]
-                    yield _response(running, delta, last)
+                    async with asyncio.timeout(_READ_TIMEOUT_S):
+                        await context.write(_response(running, delta, last))
             code = "OK"
+        except TimeoutError:
+            # The call lasts until its client goes, whatever is done here; the request does not.
+            self._intake.metrics.slow_readers.inc()
+            if running is not None:
+                self._resumption.left(running, reader)
+            await context.abort(grpc.StatusCode.CANCELLED, "the client does not read its answer")
         except (InvalidRequestError, RequestFailed) as error:
             code = _code(error).name
             await context.abort(_code(error), str(error), _pushback(error))
@@ -197,7 +203,11 @@ class GrpcApi:
             ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.http2.max_ping_strikes", 0),
         ]  # fmt: skip
-        self.server = grpc.aio.server(options=options, interceptors=[GrpcGate(tenants)] if tenants else None)
+        self.server = grpc.aio.server(
+            options=options,
+            interceptors=[GrpcGate(tenants)] if tenants else None,
+            maximum_concurrent_rpcs=MAX_CALLS,
+        )
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         rpc.add_InferenceServicer_to_server(InferenceServicer(intake, resumption, alive_interval_s), self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
@@ -221,7 +231,8 @@ def _prompt(request: api.GenerateRequest | api.CreatePinRequest, add_generation_
     return request.token_ids.ids if kind == "token_ids" else _chat(request.chat, add_generation_prompt)
 
 
-def _spec(request: api.GenerateRequest) -> GenerateSpec:
+def _spec(request: api.GenerateRequest, call_s: float | None) -> GenerateSpec:
+    """`call_s`: what is left of the call's own deadline, if it ends the request as well."""
     prompt = _prompt(request)
     sampling = request.sampling
 
@@ -248,7 +259,12 @@ def _spec(request: api.GenerateRequest) -> GenerateSpec:
     )
     salt = request.cache_salt if request.HasField("cache_salt") else None
     keep_special_tokens = request.keep_special_tokens
-    return GenerateSpec(request.model, [prompt], asked, keep_special_tokens=keep_special_tokens, cache_salt=salt)
+    max_ttft_s = request.max_ttft_s if request.HasField("max_ttft_s") else None
+    deadline_s = request.deadline_s if request.HasField("deadline_s") else call_s
+    return GenerateSpec(
+        request.model, [prompt], asked, keep_special_tokens=keep_special_tokens, cache_salt=salt,
+        urgency=Urgency(request.service_class, max_ttft_s, deadline_s),
+    )  # fmt: skip
 
 
 def _chat(chat: api.Chat, add_generation_prompt: bool = True) -> ChatPrompt:

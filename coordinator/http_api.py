@@ -6,6 +6,7 @@ client asked that it be kept (`coordinator.resumption`). A coordinator that is s
 """
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
 import math
@@ -54,6 +55,10 @@ _HTTP_STATUS = {
     FailureKind.INTERNAL: (500, "server_error", "internal_error"),
 }
 _BODY_TIMEOUT_S = 30.0
+_READ_TIMEOUT_S = 30.0
+"""A client that makes no room for the next piece for so long is not reading, and is hung up on."""
+_SMALL_BYTES = 1 << 15
+"""Half of what a connection buffers before it makes its writer wait."""
 ALIVE = b":\n"
 """A comment, which clients skip. Not a blank line more: some take that for an event without data."""
 _PROBES = {"/health", "/ready", "/metrics", "/status"}  # asked every few seconds by somebody's monitor
@@ -138,7 +143,7 @@ class HttpApi:
         positions = positions_of(http.headers.get("Last-Event-ID", "") if stream else "", call.id)
         if positions is None:
             return web.Response(body=SSE_DONE, content_type="text/event-stream")
-        call.request = await self._intake.submit(spec, call.id, resume_s)
+        call.request = await self._intake.submit(spec, call.id, resume_s, asked_again=bool(positions))
         if positions:
             self._intake.metrics.resumed.labels("asked_again").inc()
         return await self._answer(http, call.request, stream, positions)
@@ -179,18 +184,35 @@ class HttpApi:
                     if complete:
                         data += writer.last()
                     if data:
-                        await response.write(data)
+                        await self._write(http, response, data)
                     if not complete:
                         deltas = await request.news(reader, self._alive_interval_s)
             except RequestFailed as failure:
                 if failure.kind is FailureKind.HANDED_ON:
                     raise
-                await response.write(sse(_failure_body(failure)))
-            await response.write_eof()
+                await self._reads(http, response.write(sse(_failure_body(failure))))
+            await self._reads(http, response.write_eof())
         except ConnectionError:
             # The client hung up while we wrote; the caller decides what becomes of the request.
             return response
         return response
+
+    async def _write(self, http: web.Request, response: web.StreamResponse, data: bytes) -> None:
+        if len(data) < _SMALL_BYTES and http.transport and not http.transport.get_write_buffer_size():
+            await response.write(data)  # there is room, and a timeout would cost more than the rest
+        else:
+            await self._reads(http, response.write(data))
+
+    async def _reads(self, http: web.Request, writing: Awaitable[None]) -> None:
+        """Raises ConnectionError when the client does not read what is written to it: it is hung up on."""
+        try:
+            async with asyncio.timeout(_READ_TIMEOUT_S):
+                await writing
+        except TimeoutError:
+            self._intake.metrics.slow_readers.inc()
+            if http.transport is not None:
+                http.transport.abort()
+            raise ConnectionResetError("the client does not read") from None
 
     # Clients that come back
 
@@ -308,6 +330,10 @@ class HttpApi:
                 code = response.status
                 if self._intake.dispatcher.draining:
                     response.force_close()  # what this client asks next, another coordinator answers
+                if not response.prepared:
+                    with contextlib.suppress(ConnectionError):  # aiohttp finds out by itself that nobody is there
+                        await response.prepare(http)
+                        await self._reads(http, response.write_eof())
                 return response
             finally:
                 _log_access(http, call, code, started_s)

@@ -13,6 +13,7 @@ from coordinator.version_metrics import SECONDS, Buckets, VersionMetrics
 from coordinator.workers import Worker, WorkerRegistry
 
 DECISION_SECONDS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+RATIOS = (0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0)
 _BLOCK_STATES = ("free", "cached", "held", "leased", "quarantined")
 
 
@@ -21,6 +22,7 @@ class _Histogram(Collector):
         self._name, self._help = name, help
         self._buckets = Buckets(bounds)
         self.observe = self._buckets.observe
+        self.total = self._buckets.total
         registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
@@ -67,6 +69,23 @@ class Metrics:
             "baton_version_moves", "Requests begun anew at another version: theirs was gone", registry=registry
         )
         self.rollout_errors = Counter("baton_rollout_errors", "Broken --rollout files, each time", registry=registry)
+        self.admission_refused = Counter(
+            "baton_admission_refused", "Requests refused by prediction", ["service_class", "cause"], registry=registry
+        )
+        self.admission_pressure = Gauge(
+            "baton_admission_pressure", "Predicted wait of a request, over its target", ["service_class"],
+            registry=registry,
+        )  # fmt: skip
+        self.class_first_tokens = Counter(
+            "baton_class_first_tokens", "First tokens by whether the target was met", ["service_class", "in_time"],
+            registry=registry,
+        )  # fmt: skip
+        self.ttft_ratio = _Histogram(
+            "baton_ttft_ratio", "Time to first token: measured over predicted", RATIOS, registry
+        )
+        self.slow_readers = Counter(
+            "baton_slow_readers", "Clients hung up on: they did not read their answers", registry=registry
+        )
         self.shadows = Counter("baton_shadows", "Copies of requests by event", ["event"], registry=registry)
         self.drains = Counter("baton_drains", "Draining workers and their streams", ["event"], registry=registry)
         self.versions = VersionMetrics()
@@ -110,6 +129,10 @@ class Metrics:
         self._routed_tokens.inc(num_tokens)
         self._cached_tokens.labels("coordinator").inc(expected)
         self._cached_tokens.labels("worker").inc(min(found, num_tokens))
+
+    def itl_total(self) -> tuple[float, int]:
+        """Of clients' streams: the sum of all times between tokens, and their number."""
+        return self._itl.total()
 
     def attempt_started(self, prefill_choice: str, again: bool) -> None:
         (self._other_attempts if again else self._first_attempts).inc()

@@ -13,7 +13,7 @@ from typing import Any
 from baton.config import CoordinatorOptions
 from baton.errors import InvalidRequestError
 from baton.v1 import worker_link_pb2 as wire
-from coordinator.delivery import AnswerForm, Choice, Request
+from coordinator.delivery import AnswerForm, Choice, Request, Urgency
 from coordinator.detokenizer import TextStream
 from coordinator.dispatch import Dispatcher
 from coordinator.failures import FailureKind, RequestFailed, unavailable
@@ -62,6 +62,7 @@ class GenerateSpec:
     include_usage: bool = False
     user: str = ""
     """Whose requests all go to one version of the model, where several share the traffic."""
+    urgency: Urgency = field(default_factory=Urgency)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +113,15 @@ class Intake:
             raise RequestFailed(FailureKind.UNAUTHENTICATED, "an API key is needed here")  # who forgot the gate?
         calling.get().check_model(self.model_name)
 
-    async def submit(self, spec: GenerateSpec, request_id: str, resume_s: float = 0.0) -> Request:
-        """Start a request, kept for `resume_s` when its client hangs up.
+    async def submit(
+        self, spec: GenerateSpec, request_id: str, resume_s: float = 0.0, asked_again: bool = False
+    ) -> Request:
+        """Start a request, kept for `resume_s` when its client hangs up. `asked_again`: it has some of the answer.
 
         Raises InvalidRequestError, or RequestFailed if it cannot be taken now.
         """
         try:
-            return await self._submit(spec, request_id, resume_s)
+            return await self._submit(spec, request_id, resume_s, asked_again)
         except InvalidRequestError:
             self._refused("invalid_request")
             raise
@@ -130,8 +133,9 @@ class Intake:
         self.metrics.refused.labels(reason).inc()
         calling.get().refused(reason)
 
-    async def _submit(self, spec: GenerateSpec, request_id: str, resume_s: float) -> Request:
+    async def _submit(self, spec: GenerateSpec, request_id: str, resume_s: float, asked_again: bool) -> Request:
         self.check_model(spec.model)
+        self.dispatcher.admission.check(spec.urgency)
         check(spec.sampling, self.tokenizer.facts.vocab_size)
         if not 1 <= len(spec.prompts) <= MAX_PROMPTS:
             raise InvalidRequestError(f"prompt must hold 1 to {MAX_PROMPTS} prompts", "prompt")
@@ -152,6 +156,7 @@ class Intake:
         form = AnswerForm(spec.chat, spec.include_usage, spec.keep_special_tokens, stop, n)
         request = Request(request_id, salt, form, resume_s)
         request.user = spec.user
+        request.urgency, request.asked_again = spec.urgency, asked_again
         request.version = self.dispatcher.choose_version(spec.user or request_id)
         for index, prompt in enumerate(spec.prompts):
             token_ids = await self.token_ids(prompt)

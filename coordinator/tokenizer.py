@@ -12,9 +12,12 @@ from tokenizers.decoders import ByteLevel
 from baton.errors import InvalidRequestError, ModelError
 from coordinator.chat_template import ChatTemplate
 from coordinator.detokenizer import IncrementalDetokenizer
+from coordinator.failures import FailureKind, RequestFailed
 from coordinator.model_files import ModelFacts, read_facts, read_json
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MAX_ENCODING = 256
+"""Long texts that may wait for a thread, each as large as a body may be."""
 _INLINE_CHARACTERS = 4096  # longer texts are encoded in a thread: a millisecond here is one for every stream
 
 
@@ -37,18 +40,27 @@ class ModelTokenizer:
             self._tokenizer.token_to_id(eos) if eos is not None else None,
         )
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenizer")
+        self._num_encoding = 0
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Raises RequestFailed when too many long texts wait already."""
         if len(text) <= _INLINE_CHARACTERS:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if self._num_encoding >= MAX_ENCODING:
+            message = "too many long prompts wait to be turned into tokens; try again later"
+            raise RequestFailed(FailureKind.OVERLOADED, message)
         # The batch form releases the interpreter lock, the single one does not.
         work = asyncio.get_running_loop().run_in_executor(
             self._threads, lambda: self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
         )
-        return (await work)[0].ids
+        self._num_encoding += 1
+        try:
+            return (await work)[0].ids
+        finally:
+            self._num_encoding -= 1
 
     def decode(self, token_ids: Sequence[int], keep_special_tokens: bool = False) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=not keep_special_tokens)

@@ -26,6 +26,10 @@ class Buckets:
         self._counts[bisect_left(self._bounds, value)] += 1
         self.sum += value
 
+    def total(self) -> tuple[float, int]:
+        """(sum, number) of the values."""
+        return self.sum, sum(self._counts)
+
     def cumulative(self) -> list[tuple[str, float]]:
         """As Prometheus has it: (upper bound, values up to it)."""
         buckets: list[tuple[str, float]] = []

@@ -220,6 +220,7 @@ async def play(draw: st.DataObject) -> None:
     check(world)
     assert world.dispatcher.requests == {}
     assert world.dispatcher.idle.is_set()
+    assert len(world.dispatcher.admission) == 0
     for model in world.models:
         assert model.worker.legs == {}
     for request in world.requests:
