@@ -414,7 +414,8 @@ class Dispatcher:
         """Abort the current attempt in every worker that has a part in it, or the wait for the next one."""
         if choice in self._delayed:
             self._delayed.pop(choice).cancel()
-        for leg in self._legs.pop(choice, ()):
+        # Who decodes is told first: it would take the end of its prefill for a loss, and compute the prompt itself.
+        for leg in reversed(self._legs.pop(choice, [])):
             if leg.handle in leg.worker.legs:
                 leg.worker.abort(leg)
 

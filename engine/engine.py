@@ -283,8 +283,9 @@ class Engine:
         """What a block of a prompt costs, from steps that computed at least one."""
         if plan.num_tokens >= len(plan.sequences) - 1 + self._page_size:
             block_s = seconds / plan.num_tokens * self._page_size
-            known = self._scheduler.block_compute_s
-            self._scheduler.block_compute_s = block_s if known is None else known + 0.2 * (block_s - known)
+            sources = self._scheduler.sources
+            known = sources.block_compute_s
+            sources.block_compute_s = block_s if known is None else known + 0.2 * (block_s - known)
 
     def _land(self, flight: _Flight, on_output: OnOutput | None) -> StepOutput:
         if on_output is not None and (on_layer := self._announcer(on_output)) is not None:

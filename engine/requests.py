@@ -66,6 +66,20 @@ class Elsewhere:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """What a request's turn depends on where several tenants share an engine: see `engine.fair_queue`."""
+
+    tenant: str = ""
+    """Of no meaning but equality."""
+    weight: float = 1.0
+    """Of a tenant that has twice as much, twice as many tokens are computed, while both want more."""
+    priority: int = 0
+    """The greatest goes first."""
+    kv_share: float = 0.0
+    """Of the blocks, what the tenant's requests may hold while others wait; 0: no bound."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRequest:
     """One attempt at one stream of tokens."""
 
@@ -82,6 +96,7 @@ class EngineRequest:
     """Not of a TAKE request: its giver fetches what it would have to compute."""
     tenant: bytes = b""
     """`baton.block_names.tenant_name`: whose its blocks are in the store."""
+    standing: Standing = Standing()
 
 
 class EndReason(Enum):

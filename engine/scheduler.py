@@ -1,11 +1,14 @@
 """Decides what each step computes. Pure: requests and results go in, a StepPlan and events come out.
 
-1. `add` checks a request and puts it in the waiting line, which is kept in the order of arrival.
-2. `plan` gives running requests that need one token their token, oldest first, then continues prompts in chunks, then
-   admits from the head of the line: blocks for all its tokens at once, those in the prefix cache first.
-3. When a running request needs a block and none is left, the latest arrival gives back all of its blocks and returns
-   to the line, to be computed again, or loaded where a store has kept them. The oldest is never interrupted by a
-   younger one, so something always ends.
+1. `add` checks a request and puts it in the waiting line.
+2. `plan` gives running requests that need one token their token. What is left of the batch goes to tenants in their
+   turns (`engine.fair_queue`): each continues its prompts in chunks, oldest first, then starts the first that waits:
+   blocks for all its tokens at once, those in the prefix cache first. One that does not fit lets nobody pass.
+3. When a running request needs a block and none is left, the one with the least claim to its blocks gives all of them
+   back and returns to the line, to be computed again, or loaded where a store has kept them. Somebody gets a token for
+   it, or all of the pool, so something always ends.
+   The next in line takes blocks in the same way from requests of a lesser priority, and from tenants that hold more
+   than their share of the blocks, which they may while nobody else waits.
 4. A TAKE request waits, with its blocks, until `receive` says what arrived; then it is one of the running. So does
    any request with blocks in the store, or in another worker, that come sooner than they are computed.
 5. `apply` turns the runner's result into tokens and endings. A GIVE request ends with its first token. Once it has
@@ -29,12 +32,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import replace
-from typing import NamedTuple
 
 from baton.errors import BatonError, InvalidRequestError
 from engine.block_tables import BlockTables, fence_id
 from engine.blocks import BlockAccountingError, BlockAllocator, Owner, OwnerKind
+from engine.fair_queue import Account, FairQueue, KvHoldings, Turns
 from engine.limits import SchedulerLimits, check_servable
+from engine.outside import Outside, Sources
 from engine.plan import DraftRequest, PlannedSequence, Sampled, StepPlan, StepResult
 from engine.prefix_cache import NameChain
 from engine.requests import (
@@ -57,17 +61,6 @@ from engine.steps import Step
 from engine.store import BlockStore
 
 
-class Outside(NamedTuple):
-    """Names of a request's next blocks that others have, and what computing those elsewhere would take."""
-
-    stored: Many[bytes] = ()
-    elsewhere: Many[bytes] = ()
-    compute_s: float = 0.0
-
-
-NOTHING = Outside()
-
-
 class EngineFull(BatonError):
     """The waiting line is at its bound. Try another worker, or later."""
 
@@ -88,8 +81,7 @@ class Scheduler:
     ) -> None:
         """`save_at_eviction`: have the store keep blocks when they come near to eviction, not when they get a name."""
         self.tables = BlockTables(allocator, limits.page_size, shareable_tokens)
-        self.block_compute_s: float | None = None
-        """Seconds that computing a block of a prompt takes, as measured; None while unknown."""
+        self.sources = Sources(self.tables, store)
         self.counters: dict[str, float] = dict.fromkeys(
             (
                 "prompt_tokens_computed", "prompt_tokens_cached", "prompt_tokens_received",
@@ -105,13 +97,18 @@ class Scheduler:
         """Blocks next to be evicted that are to be saved by then; 0: each is saved when it gets its name."""
         self._num_added = 0
         self._sequences: dict[str, Sequence] = {}
-        self._waiting: list[Sequence] = []
+        self._queue = FairQueue()
         self._running: list[Sequence] = []
-        self._num_receiving = 0
+        """In the order of arrival."""
+        self._receiving: dict[str, Sequence] = {}
+        self._num_bounded = 0
+        """Requests whose tenants have a share of the blocks to keep to."""
         self._num_planned = 0
         self._in_flight: deque[Step] = deque()
         self._stuck = False
         """Nothing runs and the head of the line does not fit: blocks must come back from outside first."""
+        self._must_land = False
+        """Who waits could have blocks of requests in flight, which are to be taken back first."""
         self._events = StepOutput()
 
     # -- Requests ------------------------------------------------------------------------------------------------
@@ -124,13 +121,14 @@ class Scheduler:
         check_servable(request, self._limits, self._allocator.num_blocks)
         if self._is_in_use(request.id):
             raise InvalidRequestError("this request id is in use")
-        if len(self._waiting) >= self._limits.max_waiting:
-            raise EngineFull(f"{len(self._waiting)} requests are waiting already")
+        if len(self._queue) >= self._limits.max_waiting:
+            raise EngineFull(f"{len(self._queue)} requests are waiting already")
         names = self.tables.names(request.cache_root, request.num_prompt_tokens)
         sequence = Sequence(request, self._num_added, names, self._limits.max_model_tokens)
         self._num_added += 1
         self._sequences[request.id] = sequence
-        self._waiting.append(sequence)
+        self._queue.add(sequence)
+        self._num_bounded += request.standing.kv_share > 0
 
     def receive(
         self,
@@ -161,12 +159,15 @@ class Scheduler:
             raise ValueError(f"{num_tokens} positions received, the request has {len(sequence.token_ids)}")
         num_cached = sequence.num_computed
         num_valid = max(num_tokens, num_cached)
-        self._num_receiving -= 1
+        del self._receiving[request_id]
         sequence.awaits_kv = False
         if not same_bits:
             sequence.names = NameChain(b"", self._limits.page_size, max_tokens=0)
-        sequence.phase = Phase.WAITING if fenced else Phase.RUNNING
-        insort(self._waiting if fenced else self._running, sequence, key=_arrival)
+        if fenced:
+            sequence.phase = Phase.WAITING
+            self._queue.wait(sequence)
+        else:
+            self._run(sequence)
         self._count("prompt_tokens_loaded", num_cached, min(num_cached + num_loaded, num_valid), sequence)
         takes = sequence.request.handover is Handover.TAKE
         source = "prompt_tokens_received" if takes else "prompt_tokens_fetched"
@@ -233,7 +234,8 @@ class Scheduler:
 
         And nobody has to be preempted for the next token of another, so that a step in flight keeps its requests.
         """
-        return self._in_flight[-1].samples_on_device() and self._allocator.num_available >= len(self._running)
+        has_room = self._allocator.num_available >= len(self._running) and not self._must_land
+        return has_room and self._in_flight[-1].samples_on_device()
 
     def plan(self, prompt_tokens: int | None = None, drafts: Mapping[str, Many[int]] | None = None) -> StepPlan:
         """What to compute now; no sequences when there is nothing to compute. Run it, then `apply`.
@@ -242,17 +244,15 @@ class Scheduler:
         for. `drafts`, by request id, are guesses of what follows those of `draftable`; what is no use is left out.
         """
         step = Step(self._allocator, self._num_planned, self._limits.max_batch_tokens)
+        self._make_way()
         self._plan_singles(step)
         if step.singles and prompt_tokens is not None:
             step.prompt_budget = min(step.budget, prompt_tokens)
-        for sequence in self._running:
-            if step.prompt_budget and sequence.num_uncomputed > 1:
-                step.schedule(sequence)
-        self._admit(step)
+        self._plan_prompts(step)
         if drafts:
             self._plan_drafts(step, drafts)
         plan = step.plan()
-        self._stuck = bool(self._waiting) and not plan.sequences and not self._in_flight
+        self._stuck = bool(self._queue) and not plan.sequences and not self._in_flight
         if plan.sequences:
             self._num_planned += 1
             self._in_flight.append(step)
@@ -298,16 +298,16 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether a step would compute or report something. False while only others can make it go on."""
         reportable = self._events.tokens or self._events.ended or self._events.named or self.tables.cache.changes
-        return bool(self._running or self._in_flight or reportable or (self._waiting and not self._stuck))
+        return bool(self._running or self._in_flight or reportable or (self._queue and not self._stuck))
 
     # -- Watching ------------------------------------------------------------------------------------------------
 
     def load(self) -> EngineLoad:
-        to_compute = [sequence for sequence in (*self._waiting, *self._running) if not sequence.awaits_kv]
+        to_compute = [sequence for sequence in (*self._queue, *self._running) if not sequence.awaits_kv]
         return EngineLoad(
             blocks=self._allocator.counts(),
-            running=len(self._running) + self._num_receiving,
-            waiting=len(self._waiting),
+            running=len(self._running) + len(self._receiving),
+            waiting=len(self._queue),
             waiting_prefill_tokens=sum(s.num_uncomputed for s in to_compute if s.num_uncomputed > 1),
         )
 
@@ -337,20 +337,49 @@ class Scheduler:
         outside = (Owner(OwnerKind.LEASE, request_id), *quarantines)
         return request_id in self._sequences or any(self._allocator.owns_any(owner) for owner in outside)
 
+    def _make_way(self) -> None:
+        """Preempt for the next in line those with less of a claim, where that is what it takes for it to start.
+
+        That is a lower rank, or a tenant that holds more than its share of the blocks. GIVE requests are left alone.
+        """
+        self._must_land = False
+        if not self._queue or not (self._num_bounded or self._queue.has_ranks()):
+            return
+        holdings = self._holdings()
+        head = next((each for each in self._queue.heads() if not self._is_beyond(each, holdings)), None)
+        if head is None or self._fits(head):
+            return
+        rank = self._queue.rank(head)
+        victims = []
+        for sequence in reversed(self._queue.by_claim(self._running)):
+            yields = self._queue.rank(sequence) < rank or holdings.is_exceeded(sequence.request.standing)
+            if yields and not sequence.gives:
+                victims.append(sequence)
+                holdings.remove(sequence)
+        if sum(len(each.block_ids) for each in victims) < self.tables.shortfall(head):
+            return
+        self._must_land = any(victim.in_flight for victim in victims)
+        while victims and not self._must_land and not self._fits(head):
+            self._preempt(victims.pop(0))
+
     def _plan_singles(self, step: Step) -> None:
         """Schedule every running request that needs one token, preempting others, or itself, for blocks."""
-        for sequence in list(self._running):
+        is_scarce = self._allocator.num_available < len(self._running)
+        order = self._queue.by_claim(self._running) if is_scarce else list(self._running)
+        for sequence in order:
             if sequence.phase is not Phase.RUNNING or sequence.num_uncomputed != 1:
                 continue
             while not self.tables.make_writable(sequence, step.blocks):
-                # Never one already in this plan: those all arrived before `sequence`, the victim did not.
-                victim = next(s for s in reversed(self._running) if not s.gives)
-                assert victim.arrival >= sequence.arrival, "a GIVE request has had all its blocks since its start"
+                # Never one already in this plan: those all come before `sequence`, the victim does not.
+                preemptible = (each for each in reversed(order) if each.phase is Phase.RUNNING and not each.gives)
+                victim = next(preemptible)
+                assert not sequence.gives, "a GIVE request has had all its blocks since its start"
                 self._preempt(victim)
                 if victim is sequence:
                     break
             else:
                 step.schedule(sequence)
+        self._queue.serve_singles(step.singles)
 
     def _plan_drafts(self, step: Step, drafts: Mapping[str, Many[int]]) -> None:
         """Let singles verify guesses, oldest first. Blocks taken for them stay with the sequence, which grows."""
@@ -368,70 +397,100 @@ class Scheduler:
         self._report(self.tables.final_blocks(sequence), sequence.request.tenant)
         self.tables.release(sequence)
         sequence.phase = Phase.WAITING
-        insort(self._waiting, sequence, key=_arrival)
+        self._queue.wait(sequence)
         self.counters["preemptions"] += 1
+
+    def _has_place(self) -> bool:
+        return len(self._running) + len(self._receiving) < self._limits.max_running
 
     def _can_admit(self) -> bool:
         """Whether somebody waits for nothing but blocks and room in the batch."""
-        return bool(self._waiting) and len(self._running) + self._num_receiving < self._limits.max_running
+        return bool(self._queue) and self._has_place()
 
-    def _admit(self, step: Step) -> None:
-        """Start requests from the head of the line, in order: one that does not fit lets nobody pass."""
-        while self._can_admit():
-            sequence = self._waiting[0]
-            from_peer = sequence.awaits_kv
-            outside = self._worth_waiting_for(sequence)
-            sequence.awaits_kv = from_peer or bool(outside.stored or outside.elsewhere)
-            if not sequence.awaits_kv and not step.prompt_budget:
-                return
-            if not self.tables.admit(sequence, step.blocks):
-                sequence.awaits_kv = from_peer
-                return
-            del self._waiting[0]
-            self._count("prompt_tokens_cached", 0, sequence.num_computed, sequence)
-            if not sequence.started:
-                sequence.started = True
-                self._events.started.append(Started(sequence.id, sequence.num_computed))
-            if sequence.awaits_kv:
-                sequence.phase = Phase.RECEIVING
-                self._num_receiving += 1
-                self._events.reserved.append(
-                    Reserved(
-                        sequence.id,
-                        tuple(sequence.block_ids),
-                        sequence.num_final_blocks,
-                        tuple(outside.stored),
-                        sequence.request.tenant,
-                        from_peer,
-                        tuple(outside.elsewhere),
-                        outside.compute_s,
-                    )
-                )
+    def _fits(self, sequence: Sequence) -> bool:
+        return self._has_place() and self.tables.shortfall(sequence) <= 0
+
+    def _holdings(self) -> KvHoldings:
+        holders = (*self._running, *self._receiving.values()) if self._num_bounded else ()
+        return KvHoldings(holders, self._allocator.num_blocks)
+
+    def _is_beyond(self, sequence: Sequence, holdings: KvHoldings) -> bool:
+        """Whether its tenant has no share of the blocks left for one that waits."""
+        num_blocks = self.tables.num_blocks_for(sequence.num_positions_at_start)
+        return holdings.is_used_up(sequence.request.standing, num_blocks)
+
+    def _plan_prompts(self, step: Step) -> None:
+        """Prompts go on and requests start. More than its share of the blocks a tenant gets where nobody else waits."""
+        turns = self._queue.turns([each for each in self._running if each.num_uncomputed > 1])
+        beyond = self._take_turns(step, turns, self._holdings())
+        if beyond and len(self._queue) == sum(len(account.line) for account in beyond):
+            self._take_turns(step, Turns(self._queue, beyond), None)
+
+    def _take_turns(self, step: Step, turns: Turns, holdings: KvHoldings | None) -> list[Account]:
+        """Until the batch is full or one that waits does not fit: that one lets nobody pass.
+
+        Returns whom `holdings` kept from starting a request.
+        """
+        beyond, may_start = [], self._can_admit()
+        while (may_start or step.prompt_budget) and (account := turns.account()) is not None:
+            prompt = account.prompt()
+            if prompt is not None and step.prompt_budget:
+                turns.serve(prompt, step.schedule(prompt))
+            elif not may_start or not account.line:
+                turns.skip()
+            elif holdings is not None and self._is_beyond(account.line[0], holdings):
+                beyond.append(account)
+                turns.skip()
             else:
-                sequence.phase = Phase.RUNNING
-                insort(self._running, sequence, key=_arrival)
-                step.schedule(sequence)
-                if sequence.gives and sequence.request.placement is None:
-                    self._announce(sequence, last=False)
+                sequence = account.line[0]
+                outside = self.sources.worth_waiting_for(sequence)
+                from_peer, from_outside = sequence.awaits_kv, bool(outside.stored or outside.elsewhere)
+                if not (from_peer or from_outside or step.prompt_budget):
+                    turns.skip()  # others may have to wait for nothing but blocks
+                    continue
+                sequence.awaits_kv = from_peer or from_outside
+                if self.tables.admit(sequence, step.blocks):
+                    turns.serve(sequence, self._start(sequence, outside, from_peer, step))
+                    may_start = self._can_admit()
+                    if holdings is not None:
+                        holdings.add(sequence)
+                else:
+                    sequence.awaits_kv = from_peer
+                    may_start = False
+        return beyond
 
-    def _worth_waiting_for(self, sequence: Sequence) -> Outside:
-        """The blocks, after those in the pool, that come sooner than they are computed."""
-        elsewhere = None if sequence.started or sequence.awaits_kv else sequence.request.elsewhere
-        if sequence.request.placement is not None or (self._store is None and elsewhere is None):
-            return NOTHING
-        names = self.tables.names_behind_cached(sequence)
-        if not names or len(names) > self._allocator.num_available:  # no room: the store is not asked at every step
-            return NOTHING
-        num_stored = self._store.worth_loading(names, self.block_compute_s) if self._store is not None else 0
-        stored, rest = names[:num_stored], names[num_stored:]
-        if elsewhere is None:
-            return Outside(stored)
-        expected = elsewhere.num_tokens // self._limits.page_size - (len(sequence.names.names) - len(rest))
-        compute_s = expected * (self.block_compute_s or 0.0)
-        is_known = self.block_compute_s is not None
-        if expected <= 0 or (is_known and compute_s <= elsewhere.wait_s + expected * elsewhere.block_s):
-            return Outside(stored)
-        return Outside(stored, rest, compute_s)
+    def _start(self, sequence: Sequence, outside: Outside, from_peer: bool, step: Step) -> int:
+        """It has its blocks. Returns how many tokens of it the step computes."""
+        self._queue.leave(sequence)
+        self._count("prompt_tokens_cached", 0, sequence.num_computed, sequence)
+        if not sequence.started:
+            sequence.started = True
+            self._events.started.append(Started(sequence.id, sequence.num_computed))
+        if sequence.awaits_kv:
+            sequence.phase = Phase.RECEIVING
+            self._receiving[sequence.id] = sequence
+            self._events.reserved.append(
+                Reserved(
+                    sequence.id,
+                    tuple(sequence.block_ids),
+                    sequence.num_final_blocks,
+                    tuple(outside.stored),
+                    sequence.request.tenant,
+                    from_peer,
+                    tuple(outside.elsewhere),
+                    outside.compute_s,
+                )
+            )
+            return 0
+        self._run(sequence)
+        num_tokens = step.schedule(sequence)
+        if sequence.gives and sequence.request.placement is None:
+            self._announce(sequence, last=False)
+        return num_tokens
+
+    def _run(self, sequence: Sequence) -> None:
+        sequence.phase = Phase.RUNNING
+        insort(self._running, sequence, key=_arrival)
 
     def _publish(self, sequence: Sequence) -> None:
         published = self.tables.publish(sequence)
@@ -490,9 +549,9 @@ class Scheduler:
     def _end(self, sequence: Sequence, reason: EndReason) -> None:
         """The one place where a request ends: its blocks find their next owner, its client its reason."""
         if sequence.phase is Phase.WAITING:
-            self._waiting.remove(sequence)
+            self._queue.leave(sequence)
         elif sequence.phase is Phase.RECEIVING:
-            self._num_receiving -= 1
+            del self._receiving[sequence.id]
             self.tables.quarantine(sequence, sequence.id)
         else:
             self._running.remove(sequence)
@@ -502,6 +561,8 @@ class Scheduler:
             else:
                 self.tables.release(sequence)
         sequence.phase = Phase.ENDED
+        self._queue.forget(sequence)
+        self._num_bounded -= sequence.request.standing.kv_share > 0
         del self._sequences[sequence.id]
         self._events.ended.append(Ended(sequence.id, reason, len(sequence.output_token_ids)))
 

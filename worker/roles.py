@@ -19,6 +19,7 @@ from engine.requests import (
     Placement,
     Reserved,
     SamplingParams,
+    Standing,
     TokenLogprobs,
     TokenOutput,
 )
@@ -141,6 +142,7 @@ def engine_request(
         handover=handover,
         placement=placement,
         tenant=tenant_name(assignment.cache_salt),
+        standing=Standing(assignment.tenant, assignment.weight or 1.0, assignment.priority, assignment.kv_share),
     )
 
 

@@ -24,6 +24,7 @@ from engine.requests import (
     Named,
     Placement,
     SamplingParams,
+    Standing,
     StepOutput,
 )
 from engine.scheduler import Scheduler
@@ -486,7 +487,8 @@ class World:
     def check(self) -> None:
         """What holds between any two events."""
         self.engine.check_idle()
-        for line in (self.engine._scheduler._waiting, self.engine._scheduler._running):
+        lines = [account.line for account in self.engine._scheduler._queue._accounts.values()]
+        for line in (*lines, self.engine._scheduler._running):
             assert line == sorted(line, key=lambda sequence: sequence.arrival)
         counts = self.allocator.counts()
         parts = (counts.free, counts.cached, counts.held, counts.leased, counts.quarantined)
@@ -661,9 +663,10 @@ def make_request(
     stop: tuple[int, ...] = (),
     num_delivered: int = 0,
     cache_root: bytes = ROOT,
+    standing: Standing = Standing(),  # noqa: B008 - frozen
 ) -> EngineRequest:
     """`num_delivered` output tokens came from earlier attempts."""
     sampling = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=stop)
-    request = EngineRequest(request_id, tuple(prompt), len(prompt), sampling, cache_root, handover)
+    request = EngineRequest(request_id, tuple(prompt), len(prompt), sampling, cache_root, handover, standing=standing)
     outputs = undisturbed(request, 1 << 30).outputs[:num_delivered]
-    return EngineRequest(request_id, (*prompt, *outputs), len(prompt), sampling, cache_root, handover)
+    return replace(request, token_ids=(*prompt, *outputs))
