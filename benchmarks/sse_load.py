@@ -4,15 +4,19 @@ It reads as little of the answers as it can (events are counted, not parsed): it
 """
 
 import asyncio
+import contextlib
+import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import uvloop
 
 REQUEST_TIMEOUT_S = 60.0
+NUMBER = "00000000"
+"""In the text of a body: another number each time, so that no two requests are equal."""
 _END_OF_CHUNKS = b"0\r\n\r\n"
 
 
@@ -22,9 +26,10 @@ class Load:
 
     num_streams: int
     seconds: float = 0.0
+    cpu_s: float = 0.0
+    """Of the gateway in that time."""
     num_requests: int = 0
     num_events: int = 0
-    num_failed: int = 0
     first_event_s: list[float] = field(default_factory=list)
     gaps_s: list[float] = field(default_factory=list)
     """Between two reads that brought something, within a stream."""
@@ -38,9 +43,9 @@ def percentile(values: Sequence[float], share: float) -> float:
 class _Client(asyncio.Protocol):
     """One connection, kept alive, and one request after the other on it."""
 
-    def __init__(self, load: "_Run", request: bytes) -> None:
-        self._run = load
-        self._request = request
+    def __init__(self, run: "_Run", requests: Iterator[bytes]) -> None:
+        self._run = run
+        self._requests = requests
         self._transport: asyncio.Transport | None = None
         self._sent_at = self._last_at = 0.0
         self._tail = b""
@@ -52,18 +57,18 @@ class _Client(asyncio.Protocol):
 
     def _send(self) -> None:
         assert self._transport is not None
+        request = next(self._requests)
         self._started, self._tail = False, b""
         self._sent_at = time.perf_counter()
-        self._transport.write(self._request)
+        self._transport.write(request)
 
     def data_received(self, data: bytes) -> None:
         now, load = time.perf_counter(), self._run.load
         text = self._tail + data
         events = text.count(b"data: {")
-        self._tail = text[-6:] if not text.endswith(_END_OF_CHUNKS) else text[-5:]
+        self._tail = text[-6:]  # shorter than what is counted, longer than what ends an answer
         if not self._started:
-            if b"HTTP/1.1 200" not in text:
-                load.num_failed += 1
+            if len(text) >= 12 and not text.startswith(b"HTTP/1.1 200"):
                 self._run.failed(text[:300])
                 return
             if not events:
@@ -76,6 +81,8 @@ class _Client(asyncio.Protocol):
             load.gaps_s.append(now - self._last_at)
         if events:
             self._last_at = now
+            if b'"error"' in text:
+                self._run.failed(text[:300])
         if self._run.counting:
             load.num_events += events
         if text.endswith(_END_OF_CHUNKS):
@@ -84,17 +91,16 @@ class _Client(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if not self._run.over:
-            self._run.load.num_failed += 1
-            self._run.failed(b"the connection was closed")
+            self._run.failed(b"nothing more: the connection was closed")
 
 
 class _Run:
     def __init__(self, num_streams: int) -> None:
         self.load = Load(num_streams)
         self.counting = self.over = False
+        self.warm, self.stopped = asyncio.Event(), asyncio.Event()
         self._warm: set[_Client] = set()
-        self.warm = asyncio.Event()
-        self.trouble: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._trouble: RuntimeError | None = None
 
     def ended(self, client: _Client) -> None:
         if self.counting:
@@ -105,43 +111,58 @@ class _Run:
                 self.warm.set()
 
     def failed(self, answer: bytes) -> None:
-        if not self.trouble.done():
-            self.trouble.set_exception(RuntimeError(f"the gateway answered {answer!r}"))
+        self._trouble = self._trouble or RuntimeError(f"the gateway answered {answer!r}")
+        self.warm.set()
+        self.stopped.set()
+
+    def check(self) -> None:
+        if self._trouble is not None:
+            raise self._trouble
 
 
-async def _measure(host: str, port: int, requests: Sequence[bytes], num_streams: int, seconds: float) -> Load:
-    loop, run = asyncio.get_running_loop(), _Run(num_streams)
-    transports = []
+async def _connect(run: _Run, host: str, port: int, requests: Iterator[bytes]) -> list[asyncio.BaseTransport]:
+    loop = asyncio.get_running_loop()
+    connecting = (
+        loop.create_connection(lambda: _Client(run, requests), host, port) for _ in range(run.load.num_streams)
+    )
+    return [(await each)[0] for each in connecting]
+
+
+async def _measure(
+    host: str, port: int, requests: Iterator[bytes], num_streams: int, seconds: float, cpu_s: Callable[[], float]
+) -> Load:
+    run = _Run(num_streams)
+    transports = await _connect(run, host, port, requests)
     try:
-        for number in range(num_streams):
-            request = requests[number % len(requests)]
-            transport, _ = await loop.create_connection(lambda request=request: _Client(run, request), host, port)
-            transports.append(transport)
-        warm = asyncio.create_task(run.warm.wait())
-        await asyncio.wait({warm, run.trouble}, timeout=REQUEST_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
-        if not warm.done() and not run.trouble.done():
-            warm.cancel()
-            raise RuntimeError(f"not every stream ended once within {REQUEST_TIMEOUT_S:g} s")
+        try:
+            await asyncio.wait_for(run.warm.wait(), REQUEST_TIMEOUT_S)
+        except TimeoutError:
+            raise RuntimeError(f"not every stream ended once within {REQUEST_TIMEOUT_S:g} s") from None
         run.counting = True
-        started_at = time.perf_counter()
-        await asyncio.wait({run.trouble}, timeout=seconds)
-        run.load.seconds = time.perf_counter() - started_at
-        if run.trouble.done():
-            run.trouble.result()
+        started_at, cpu_at = time.perf_counter(), cpu_s()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(run.stopped.wait(), seconds)
+        run.load.seconds, run.load.cpu_s = time.perf_counter() - started_at, cpu_s() - cpu_at
+        run.check()
         return run.load
     finally:
         run.over = True
         for transport in transports:
-            transport.abort()
+            cast(asyncio.Transport, transport).abort()
 
 
-def measure(host: str, port: int, bodies: Sequence[dict[str, object]], num_streams: int, seconds: float) -> Load:
-    """Raises RuntimeError when the gateway refuses, hangs up or hangs."""
-    requests = [_http(host, port, body) for body in bodies]
-    return uvloop.run(_measure(host, port, requests, num_streams, seconds))
+def measure(
+    host: str, port: int, body: dict[str, Any], num_streams: int, seconds: float,
+    cpu_s: Callable[[], float] = lambda: 0.0,
+) -> Load:  # fmt: skip
+    """`cpu_s`: what the gateway has used so far. Raises RuntimeError when it refuses, hangs up or hangs."""
+    return uvloop.run(_measure(host, port, _requests(host, port, body), num_streams, seconds, cpu_s))
 
 
-def _http(host: str, port: int, body: dict[str, object]) -> bytes:
+def _requests(host: str, port: int, body: dict[str, Any]) -> Iterator[bytes]:
     data = json.dumps({**body, "stream": True}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
-    return head.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data
+    request = head.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data
+    before, number, after = request.partition(NUMBER.encode())
+    for count in itertools.count():
+        yield b"%b%0*d%b" % (before, len(number), count, after) if number else request

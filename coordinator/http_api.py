@@ -23,6 +23,7 @@ from baton.errors import InvalidRequestError
 from coordinator import openai_api
 from coordinator.delivery import Delta, Position, Request
 from coordinator.drains import DrainRequest, Drains
+from coordinator.event_stream import EventStream, LifeSigns
 from coordinator.failures import FailureKind, RequestFailed
 from coordinator.openai_answers import SSE_DONE, AnswerWriter, ErrorBody, ErrorDetail, json_body, positions_of, sse
 from coordinator.pins import CachePin
@@ -47,8 +48,6 @@ _HTTP_STATUS = {
     FailureKind.INTERNAL: (500, "server_error", "internal_error"),
 }
 _BODY_TIMEOUT_S = 30.0
-ALIVE = b":\n"
-"""A comment, which clients skip. Not a blank line more: some take that for an event without data."""
 _PROBES = {"/health", "/ready", "/metrics", "/status"}  # asked every few seconds by somebody's monitor
 _RETRY_AFTER_S = {FailureKind.OVERLOADED: "1", FailureKind.UNAVAILABLE: "5"}
 
@@ -82,7 +81,7 @@ class HttpApi:
         self._max_body_bytes = max_body_bytes
         self._worker_status = worker_status
         self._drains = drains
-        self._alive_interval_s = alive_interval_s
+        self._signs = LifeSigns(alive_interval_s)
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[self._outermost], client_max_size=self._max_body_bytes)
@@ -153,29 +152,19 @@ class HttpApi:
         """Silence for longer than the interval means that this coordinator hangs, or is cut off from its client."""
         # Wait for the first token before saying 200: what fails until then gets a status of its own. A client that
         # resumes would rather know that somebody is here.
-        deltas = await request.news(reader, self._alive_interval_s if request.resume_s else None)
+        deltas = await request.news(reader, self._signs.interval_s if request.resume_s else None)
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Request-Id": request.id}
         response = web.StreamResponse(headers=headers)
         await response.prepare(http)
+        events = EventStream(http, request, reader, writer, self._signs, self._resumption.better_elsewhere)
         try:
             try:
-                complete = False
-                while not complete:
-                    if deltas is None and self._resumption.better_elsewhere(request):
-                        break
-                    data = ALIVE if deltas is None else b"".join([writer.chunk(delta) for delta in deltas])
-                    complete = deltas is not None and request.drained and request.failure is None
-                    if complete:
-                        data += writer.last()
-                    if data:
-                        await response.write(data)
-                    if not complete:
-                        deltas = await request.news(reader, self._alive_interval_s)
+                rest = await events.run(deltas)
             except RequestFailed as failure:
                 if failure.kind is FailureKind.HANDED_ON:
                     raise
-                await response.write(sse(_failure_body(failure)))
-            await response.write_eof()
+                rest = sse(_failure_body(failure))
+            await response.write_eof(rest)
         except ConnectionError:
             # The client hung up while we wrote; the caller decides what becomes of the request.
             return response

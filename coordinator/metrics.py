@@ -1,6 +1,6 @@
 """What the coordinator counts, in Prometheus' terms. Names begin with baton_, units are in the name."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -16,14 +16,15 @@ _BLOCK_STATES = ("free", "cached", "held", "leased", "quarantined")
 
 
 class _Histogram(Collector):
-    def __init__(self, name: str, help: str, bounds: Sequence[float], registry: CollectorRegistry) -> None:
+    """`buckets` has its figures when somebody asks."""
+
+    def __init__(self, name: str, help: str, buckets: Callable[[], Buckets], registry: CollectorRegistry) -> None:
         self._name, self._help = name, help
-        self._buckets = Buckets(bounds)
-        self.observe = self._buckets.observe
+        self._buckets = buckets
         registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        buckets = self._buckets
+        buckets = self._buckets()
         yield HistogramMetricFamily(self._name, self._help, buckets=buckets.cumulative(), sum_value=buckets.sum)
 
 
@@ -70,9 +71,17 @@ class Metrics:
         self.drains = Counter("baton_drains", "Draining workers and their streams", ["event"], registry=registry)
         self.versions = VersionMetrics()
         registry.register(self.versions)
-        self._ttft = _Histogram("baton_ttft_seconds", "Arrival to first token", SECONDS, registry)
-        self._itl = _Histogram("baton_itl_seconds", "Token to next token of a stream", SECONDS, registry)
-        self._e2e = _Histogram("baton_request_seconds", "Arrival to end of completed requests", SECONDS, registry)
+        self._e2e = Buckets(SECONDS)
+        for name, help, buckets in (
+            ("baton_ttft_seconds", "Arrival to first token", lambda: self.versions.of_clients(lambda each: each.ttft)),
+            (
+                "baton_itl_seconds",
+                "Token to next token of a stream",
+                lambda: self.versions.of_clients(lambda each: each.itl),
+            ),
+            ("baton_request_seconds", "Arrival to end of completed requests", lambda: self._e2e),
+        ):
+            _Histogram(name, help, buckets, registry)
         self._first_attempts = self.attempts.labels("first")
         self._other_attempts = self.attempts.labels("again")
         for cause in ("diverged", "gap", "refused", "ended", "expired", "worker_lost", "moved"):
@@ -88,13 +97,9 @@ class Metrics:
             figures = request.figures = self.versions.of(request.version, request.shadow)
         if choice.last_token_s is not None:
             figures.itl.observe(now_s - choice.last_token_s)
-            if not request.shadow:
-                self._itl.observe(now_s - choice.last_token_s)
         elif request.first_token_s is None:
             request.first_token_s = now_s
             figures.ttft.observe(now_s - request.started_s)
-            if not request.shadow:
-                self._ttft.observe(now_s - request.started_s)
         choice.last_token_s = now_s
 
     def attempt_started(self, prefill_choice: str, again: bool) -> None:

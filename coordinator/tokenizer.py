@@ -43,12 +43,13 @@ class ModelTokenizer:
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if len(text) <= _INLINE_CHARACTERS:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        # The batch form releases the interpreter lock, the single one does not.
-        work = asyncio.get_running_loop().run_in_executor(
-            self._threads, lambda: self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
-        )
-        return (await work)[0].ids
+            return self._encode(text, add_special_tokens)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._encode, text, add_special_tokens)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        # The batch form releases the interpreter lock, the single one does not; and this one finds no offsets, which
+        # takes a quarter of the time.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, token_ids: Sequence[int], keep_special_tokens: bool = False) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=not keep_special_tokens)
