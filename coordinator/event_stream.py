@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from aiohttp import HttpVersion11, web
 
 from coordinator.delivery import Delta, Request
-from coordinator.failures import RequestFailed
 from coordinator.openai_answers import AnswerWriter
 
 ALIVE = b":\n"
@@ -123,7 +122,7 @@ class EventStream:
             self._send(self._request.take(self._reader))
             if self._request.failure is not None and self._request.drained:
                 raise self._request.failure
-        except (RequestFailed, ConnectionError) as failure:
+        except Exception as failure:  # noqa: BLE001 - `run` raises it: nobody else waits for this callback
             self._finish(failure)
 
     def _send(self, deltas: Sequence[Delta]) -> None:

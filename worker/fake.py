@@ -8,6 +8,7 @@ where nothing is before it. It keeps nothing of a coordinator that is gone.
 """
 
 import asyncio
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -65,7 +66,7 @@ def token_at(prompt: Sequence[int], index: int, vocabulary: Sequence[int]) -> in
 
 
 def _seed(prompt: Sequence[int]) -> int:
-    return xxhash.xxh3_64_intdigest(b"".join(id.to_bytes(4, "little") for id in prompt))
+    return xxhash.xxh3_64_intdigest(array("I", prompt).tobytes())
 
 
 def _token(seed: int, index: int, vocabulary: Sequence[int]) -> int:

@@ -230,6 +230,19 @@ def test_a_client_that_is_gone_ends_its_stream(run: Run) -> None:
     run(main())
 
 
+def test_a_mistake_of_ours_ends_a_stream_instead_of_leaving_it_without_an_end(run: Run) -> None:
+    async def main() -> None:
+        request, http = a_request(), Connection()
+        running = begin(request, http)
+        await turns()
+        http.transport.write = lambda data: 1 // 0
+        say(request, "a")
+        with pytest.raises(ZeroDivisionError):
+            await running
+
+    run(main())
+
+
 @pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("include_usage", [False, True])
 def test_an_event_that_is_filled_in_is_the_one_that_would_be_encoded(chat: bool, include_usage: bool) -> None:
