@@ -261,6 +261,20 @@ class WorkerOptions:
 
 
 @dataclass(frozen=True)
+class FakeOptions:
+    """Workers that compute nothing."""
+
+    role: str = setting(
+        "prefill+decode", "what they do; prefill+decode makes two pools",
+        ("prefill+decode", "prefill", "decode", "mixed"),
+    )  # fmt: skip
+    workers: int = setting(1, "of each role, all in this process")
+    step_ms: float = setting(12.0, "from one token of a stream to the next; 0: as fast as they can be sent")
+    prefill_tokens_per_s: float = setting(0.0, "how fast a worker computes prompts, one after the other; 0: in no time")
+    blocks: int = setting(65536, "KV blocks of 16 tokens that each says it has")
+
+
+@dataclass(frozen=True)
 class CoordinatorOptions:
     host: str = setting("127.0.0.1", "address of HTTP and gRPC")
     port: int = setting(8000, "HTTP port; 0 takes a free one")
@@ -326,11 +340,11 @@ _POSITIVE = {
     "page_size", "gpu_share", "max_batch_tokens", "max_running", "lease_s", "heartbeat_interval_s",
     "heartbeat_timeout_s", "pull_timeout_s", "connect_timeout_s", "drain_timeout_s", "max_requests",
     "max_body_bytes", "request_timeout_s", "max_attempts", "speculate_tokens", "speculate_running", "seconds",
-    "discovery_ttl_s", "kv_index_blocks",
+    "discovery_ttl_s", "kv_index_blocks", "workers", "blocks",
 }  # fmt: skip
 _NOT_NEGATIVE = {
     "max_model_tokens", "threads", "local_prefill_tokens", "parent_pid", "worker_return_s", "orphan_s", "max_resume_s",
-    "max_shadows",
+    "max_shadows", "step_ms", "prefill_tokens_per_s",
 }  # fmt: skip
 _PORTS = {"port", "grpc_port", "link_port"}
 

@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prefill": ("cli.worker", "run one prefill worker"),
     "decode": ("cli.worker", "run one decode worker"),
     "mixed": ("cli.worker", "run one worker that carries both roles"),
+    "fake": ("cli.fake", "run workers that compute nothing, to try or measure a coordinator alone"),
     "complete": ("cli.complete", "continue a text, streaming"),
     "chat": ("cli.chat", "talk to the model, streaming"),
     "status": ("cli.status", "show workers, roles, blocks and load"),

@@ -8,8 +8,7 @@ max_tokens. The front end is woken once for all tokens that a step brought.
 
 import asyncio
 import time
-from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -197,14 +196,14 @@ class Choice:
         if self._muted:
             return None
         new, self._taken = tokens[first:], max(first, len(tokens))
-        self._digest.update(array("I", new).tobytes())
+        self._digest.update(_digested(new))
         text, logprobs = "".join(self._pieces[first:]), self._logprobs[first:]
         digest = self._digest.hexdigest()
         return Delta(self.number, self.prompt_index, first, new, text, logprobs, self.finish_reason, digest)
 
     def _check(self, claimed: Position) -> None:
         tokens = self.stream.tokens[: claimed.num_tokens]
-        self._digest.update(array("I", tokens).tobytes())
+        self._digest.update(_digested(tokens))
         ended = self.finish_reason is not None and len(self.stream.tokens) == claimed.num_tokens
         if (
             len(tokens) < claimed.num_tokens
@@ -221,6 +220,10 @@ class Choice:
         self._digest, self._claimed = xxhash.xxh32(), position if position.num_tokens else None
         if len(self._pieces) > self._taken or self.finish_reason is not None:
             self._touch()
+
+
+def _digested(token_ids: Sequence[int]) -> bytes:
+    return b"".join([id.to_bytes(4, "little") for id in token_ids])
 
 
 def _token_logprob(token_id: int, entry: wire.StepLogprob | None, text_offset: int) -> TokenLogprob:
@@ -282,6 +285,8 @@ class Request:
         """Number of the client that has it now: of two, the one that came later."""
         self.differs = False
         """From what its client has."""
+        self.on_news: Callable[[], None] | None = None
+        """Called whenever there may be something to take, and then by whoever has it: a stream of events."""
         self._dirty: list[Choice] = []
         self._waiter: asyncio.Future[None] | None = None
 
@@ -296,6 +301,8 @@ class Request:
         self.wake()
 
     def wake(self) -> None:
+        if self.on_news is not None:
+            self.on_news()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -316,7 +323,7 @@ class Request:
         latest, because the dispatcher then ends the request.
         """
         while True:
-            if found := self._take(reader):
+            if found := self.take(reader):
                 return found
             if self.failure is not None:
                 raise self.failure
@@ -329,7 +336,12 @@ class Request:
                 if self._waiter is waiter:  # else it is that of a reader that came meanwhile
                     self._waiter = None
 
-    def _take(self, reader: int) -> list[Delta]:
+    def take(self, reader: int) -> list[Delta]:
+        """What is new now, at most one delta a choice.
+
+        Raises RequestFailed for a reader that is not the latest, and where what its client has turns out to be other
+        tokens.
+        """
         if reader != self.reader:
             raise moved()
         dirty, self._dirty = self._dirty, []

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -24,6 +25,7 @@ from baton.errors import InvalidRequestError
 from coordinator import openai_api
 from coordinator.delivery import Delta, Position, Request
 from coordinator.drains import DrainRequest, Drains
+from coordinator.event_stream import EventStream, LifeSigns
 from coordinator.failures import FailureKind, RequestFailed
 from coordinator.openai_answers import SSE_DONE, AnswerWriter, ErrorBody, ErrorDetail, json_body, positions_of, sse
 from coordinator.pins import CachePin
@@ -57,10 +59,6 @@ _HTTP_STATUS = {
 _BODY_TIMEOUT_S = 30.0
 _READ_TIMEOUT_S = 30.0
 """A client that makes no room for the next piece for so long is not reading, and is hung up on."""
-_SMALL_BYTES = 1 << 15
-"""Half of what a connection buffers before it makes its writer wait."""
-ALIVE = b":\n"
-"""A comment, which clients skip. Not a blank line more: some take that for an event without data."""
 _PROBES = {"/health", "/ready", "/metrics", "/status"}  # asked every few seconds by somebody's monitor
 _RETRY_AFTER_S = {FailureKind.OVERLOADED: 1.0, FailureKind.UNAVAILABLE: 5.0}
 
@@ -96,7 +94,7 @@ class HttpApi:
         self._max_body_bytes = max_body_bytes
         self._worker_status = worker_status
         self._drains = drains
-        self._alive_interval_s = alive_interval_s
+        self._signs = LifeSigns(alive_interval_s)
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[self._outermost], client_max_size=self._max_body_bytes)
@@ -169,39 +167,25 @@ class HttpApi:
         """Silence for longer than the interval means that this coordinator hangs, or is cut off from its client."""
         # Wait for the first token before saying 200: what fails until then gets a status of its own. A client that
         # resumes would rather know that somebody is here.
-        deltas = await request.news(reader, self._alive_interval_s if request.resume_s else None)
+        deltas = await request.news(reader, self._signs.interval_s if request.resume_s else None)
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Request-Id": request.id}
         response = web.StreamResponse(headers=headers)
         await response.prepare(http)
+        events = EventStream(
+            http, request, reader, writer, self._signs, self._resumption.better_elsewhere, partial(self._reads, http)
+        )
         try:
             try:
-                complete = False
-                while not complete:
-                    if deltas is None and self._resumption.better_elsewhere(request):
-                        break
-                    data = ALIVE if deltas is None else b"".join([writer.chunk(delta) for delta in deltas])
-                    complete = deltas is not None and request.drained and request.failure is None
-                    if complete:
-                        data += writer.last()
-                    if data:
-                        await self._write(http, response, data)
-                    if not complete:
-                        deltas = await request.news(reader, self._alive_interval_s)
+                rest = await events.run(deltas)
             except RequestFailed as failure:
                 if failure.kind is FailureKind.HANDED_ON:
                     raise
-                await self._reads(http, response.write(sse(_failure_body(failure))))
-            await self._reads(http, response.write_eof())
+                rest = sse(_failure_body(failure))
+            await self._reads(http, response.write_eof(rest))
         except ConnectionError:
             # The client hung up while we wrote; the caller decides what becomes of the request.
             return response
         return response
-
-    async def _write(self, http: web.Request, response: web.StreamResponse, data: bytes) -> None:
-        if len(data) < _SMALL_BYTES and http.transport and not http.transport.get_write_buffer_size():
-            await response.write(data)  # there is room, and a timeout would cost more than the rest
-        else:
-            await self._reads(http, response.write(data))
 
     async def _reads(self, http: web.Request, writing: Awaitable[None]) -> None:
         """Raises ConnectionError when the client does not read what is written to it: it is hung up on."""

@@ -83,6 +83,7 @@ class LinkServicer(rpc.WorkerLinkServicer):
             heartbeat_interval_s=self._options.heartbeat_interval_s,
             heartbeat_timeout_s=self._options.heartbeat_timeout_s,
             kv_events=self._dispatcher.knowledge.wants_events,
+            bundles=True,
         )
         worker.send(wire.CoordinatorMessage(welcome=welcome))
         self._registry.on_joined(worker)
@@ -95,7 +96,9 @@ class LinkServicer(rpc.WorkerLinkServicer):
                 if not isinstance(message, wire.WorkerMessage):
                     return
                 worker.last_seen_s = time.monotonic()
-                self._dispatcher.on_message(worker, message)
+                for each in message.bundle or (message,):
+                    if not worker.lost.is_set():
+                        self._dispatcher.on_message(worker, each)
         except (grpc.RpcError, grpc.aio.UsageError):
             return
         except Exception as error:

@@ -1,6 +1,6 @@
 """What the coordinator counts, in Prometheus' terms. Names begin with baton_, units are in the name."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -18,15 +18,15 @@ _BLOCK_STATES = ("free", "cached", "held", "leased", "quarantined")
 
 
 class _Histogram(Collector):
-    def __init__(self, name: str, help: str, bounds: Sequence[float], registry: CollectorRegistry) -> None:
+    """`buckets` has its figures when somebody asks."""
+
+    def __init__(self, name: str, help: str, buckets: Callable[[], Buckets], registry: CollectorRegistry) -> None:
         self._name, self._help = name, help
-        self._buckets = Buckets(bounds)
-        self.observe = self._buckets.observe
-        self.total = self._buckets.total
+        self._buckets = buckets
         registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        buckets = self._buckets
+        buckets = self._buckets()
         yield HistogramMetricFamily(self._name, self._help, buckets=buckets.cumulative(), sum_value=buckets.sum)
 
 
@@ -80,9 +80,7 @@ class Metrics:
             "baton_class_first_tokens", "First tokens by whether the target was met", ["service_class", "in_time"],
             registry=registry,
         )  # fmt: skip
-        self.ttft_ratio = _Histogram(
-            "baton_ttft_ratio", "Time to first token: measured over predicted", RATIOS, registry
-        )
+        self.ttft_ratio = Buckets(RATIOS)
         self.slow_readers = Counter(
             "baton_slow_readers", "Clients hung up on: they did not read their answers", registry=registry
         )
@@ -94,12 +92,17 @@ class Metrics:
         self._cached_tokens = Counter(
             "baton_routed_cached_tokens", "Of these, in caches of whoever computes them", ["who"], registry=registry
         )
-        match, choose = "Looking for who holds a prompt", "Choosing workers for it"
-        self.match_s = _Histogram("baton_routing_match_seconds", match, DECISION_SECONDS, registry).observe
-        self.choose_s = _Histogram("baton_routing_choose_seconds", choose, DECISION_SECONDS, registry).observe
-        self._ttft = _Histogram("baton_ttft_seconds", "Arrival to first token", SECONDS, registry)
-        self._itl = _Histogram("baton_itl_seconds", "Token to next token of a stream", SECONDS, registry)
-        self._e2e = _Histogram("baton_request_seconds", "Arrival to end of completed requests", SECONDS, registry)
+        match, choose, self._e2e = Buckets(DECISION_SECONDS), Buckets(DECISION_SECONDS), Buckets(SECONDS)
+        self.match_s, self.choose_s = match.observe, choose.observe
+        for name, help, buckets in (
+            ("baton_ttft_seconds", "Arrival to first token", lambda: self.versions.of_clients(lambda each: each.ttft)),
+            ("baton_itl_seconds", "Token to next token of a stream", self._itl),
+            ("baton_request_seconds", "Arrival to end of completed requests", lambda: self._e2e),
+            ("baton_ttft_ratio", "Time to first token: measured over predicted", lambda: self.ttft_ratio),
+            ("baton_routing_match_seconds", "Looking for who holds a prompt", lambda: match),
+            ("baton_routing_choose_seconds", "Choosing workers for it", lambda: choose),
+        ):
+            _Histogram(name, help, buckets, registry)
         self._first_attempts = self.attempts.labels("first")
         self._other_attempts = self.attempts.labels("again")
         for cause in ("diverged", "gap", "refused", "ended", "expired", "worker_lost", "moved"):
@@ -115,13 +118,9 @@ class Metrics:
             figures = request.figures = self.versions.of(request.version, request.shadow)
         if choice.last_token_s is not None:
             figures.itl.observe(now_s - choice.last_token_s)
-            if not request.shadow:
-                self._itl.observe(now_s - choice.last_token_s)
         elif request.first_token_s is None:
             request.first_token_s = now_s
             figures.ttft.observe(now_s - request.started_s)
-            if not request.shadow:
-                self._ttft.observe(now_s - request.started_s)
         choice.last_token_s = now_s
 
     def cached(self, num_tokens: int, expected: int, found: int) -> None:
@@ -132,7 +131,10 @@ class Metrics:
 
     def itl_total(self) -> tuple[float, int]:
         """Of clients' streams: the sum of all times between tokens, and their number."""
-        return self._itl.total()
+        return self._itl().total()
+
+    def _itl(self) -> Buckets:
+        return self.versions.of_clients(lambda each: each.itl)
 
     def attempt_started(self, prefill_choice: str, again: bool) -> None:
         (self._other_attempts if again else self._first_attempts).inc()

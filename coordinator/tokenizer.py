@@ -48,19 +48,21 @@ class ModelTokenizer:
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Raises RequestFailed when too many long texts wait already."""
         if len(text) <= _INLINE_CHARACTERS:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            return self._encode(text, add_special_tokens)
         if self._num_encoding >= MAX_ENCODING:
             message = "too many long prompts wait to be turned into tokens; try again later"
             raise RequestFailed(FailureKind.OVERLOADED, message)
-        # The batch form releases the interpreter lock, the single one does not.
-        work = asyncio.get_running_loop().run_in_executor(
-            self._threads, lambda: self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
-        )
+        loop = asyncio.get_running_loop()
         self._num_encoding += 1
         try:
-            return (await work)[0].ids
+            return await loop.run_in_executor(self._threads, self._encode, text, add_special_tokens)
         finally:
             self._num_encoding -= 1
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        # The batch form releases the interpreter lock, the single one does not; and this one finds no offsets, which
+        # takes a quarter of the time.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, token_ids: Sequence[int], keep_special_tokens: bool = False) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=not keep_special_tokens)

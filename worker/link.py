@@ -25,6 +25,7 @@ from worker.roles import KvLink, Link
 log = logging.getLogger(__name__)
 MAX_OUTGOING = 8192
 MAX_MESSAGE_BYTES = 64 << 20
+BUNDLE_BYTES = 64 << 10
 WELCOME_TIMEOUT_S = 10.0
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 1.0
 
@@ -99,6 +100,7 @@ class CoordinatorLink:
         self._overflow = asyncio.Event()
         self._told = ""
         self._heard = 0.0
+        self._bundles = False
         self.connected = asyncio.Event()
         self.wanted = True
         """Dialled again when it breaks. A link that works is kept whether it is wanted or not."""
@@ -181,6 +183,7 @@ class CoordinatorLink:
         self._outgoing = asyncio.Queue(MAX_OUTGOING)
         self._overflow.clear()
         self.kv_sequence = 0
+        self._bundles = False
         options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
         try:
             async with channel(self._address, self._tls, options) as opened:
@@ -191,6 +194,7 @@ class CoordinatorLink:
                 if not isinstance(welcome, wire.CoordinatorMessage):  # the end of the stream
                     raise ConnectionError("the coordinator hung up before its welcome")
                 self.coordinator = welcome.welcome.coordinator_incarnation
+                self._bundles = welcome.welcome.bundles
                 self.connected.set()
                 self._told = ""
                 self._handler.on_linked(self)
@@ -202,10 +206,19 @@ class CoordinatorLink:
         finally:
             self._outgoing = None
 
-    @staticmethod
-    async def _messages(queue: "asyncio.Queue[wire.WorkerMessage | None]") -> AsyncIterator[wire.WorkerMessage]:
-        while (message := await queue.get()) is not None:
-            yield message
+    async def _messages(self, queue: "asyncio.Queue[wire.WorkerMessage | None]") -> AsyncIterator[wire.WorkerMessage]:
+        """What was said at once, as after a step, goes as one: a message on the way costs more than what is in it."""
+        ended = False
+        while not ended and (message := await queue.get()) is not None:
+            said, size = [message], message.ByteSize()
+            while self._bundles and not (ended or queue.empty()) and size < BUNDLE_BYTES:
+                following = queue.get_nowait()
+                if following is None:
+                    ended = True
+                else:
+                    said.append(following)
+                    size += following.ByteSize()
+            yield message if len(said) == 1 else wire.WorkerMessage(bundle=said)
 
     async def _serve(self, call: "grpc.aio.StreamStreamCall[wire.WorkerMessage, wire.CoordinatorMessage]",
                      welcome: wire.Welcome) -> None:  # fmt: skip

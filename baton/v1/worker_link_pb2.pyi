@@ -119,6 +119,7 @@ class WorkerMessage(_message.Message):
     ENDING_FIELD_NUMBER: _builtins.int
     ORPHAN_FIELD_NUMBER: _builtins.int
     KV_EVENTS_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def registration(self) -> Global___Registration: ...
     @_builtins.property
@@ -135,6 +136,10 @@ class WorkerMessage(_message.Message):
     def orphan(self) -> Global___Orphan: ...
     @_builtins.property
     def kv_events(self) -> Global___KvEvents: ...
+    @_builtins.property
+    def bundle(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerMessage]:
+        """Instead of a message: several, in the order of their being said. Only to a coordinator whose Welcome takes them."""
+
     def __init__(
         self,
         *,
@@ -146,10 +151,11 @@ class WorkerMessage(_message.Message):
         ending: Global___Ending | None = ...,
         orphan: Global___Orphan | None = ...,
         kv_events: Global___KvEvents | None = ...,
+        bundle: _abc.Iterable[Global___WorkerMessage] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "ending", b"ending", "heartbeat", b"heartbeat", "kv_events", b"kv_events", "message", b"message", "orphan", b"orphan", "progress", b"progress", "registration", b"registration", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "ending", b"ending", "heartbeat", b"heartbeat", "kv_events", b"kv_events", "message", b"message", "orphan", b"orphan", "progress", b"progress", "registration", b"registration", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "bundle", b"bundle", "ending", b"ending", "heartbeat", b"heartbeat", "kv_events", b"kv_events", "message", b"message", "orphan", b"orphan", "progress", b"progress", "registration", b"registration", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["registration", "heartbeat", "admission", "progress", "tokens", "ending", "orphan", "kv_events"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
@@ -360,11 +366,14 @@ class Welcome(_message.Message):
     COORDINATOR_INCARNATION_FIELD_NUMBER: _builtins.int
     HEARTBEAT_INTERVAL_S_FIELD_NUMBER: _builtins.int
     HEARTBEAT_TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    BUNDLES_FIELD_NUMBER: _builtins.int
     KV_EVENTS_FIELD_NUMBER: _builtins.int
     coordinator_incarnation: _builtins.int
     heartbeat_interval_s: _builtins.float
     heartbeat_timeout_s: _builtins.float
     """silence after which either side treats the other as dead"""
+    bundles: _builtins.bool
+    """this coordinator reads WorkerMessage.bundle"""
     kv_events: _builtins.bool
     """tell what the caches hold: a snapshot first, then every change"""
     def __init__(
@@ -373,11 +382,12 @@ class Welcome(_message.Message):
         coordinator_incarnation: _builtins.int = ...,
         heartbeat_interval_s: _builtins.float = ...,
         heartbeat_timeout_s: _builtins.float = ...,
+        bundles: _builtins.bool = ...,
         kv_events: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator_incarnation", b"coordinator_incarnation", "heartbeat_interval_s", b"heartbeat_interval_s", "heartbeat_timeout_s", b"heartbeat_timeout_s", "kv_events", b"kv_events"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundles", b"bundles", "coordinator_incarnation", b"coordinator_incarnation", "heartbeat_interval_s", b"heartbeat_interval_s", "heartbeat_timeout_s", b"heartbeat_timeout_s", "kv_events", b"kv_events"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

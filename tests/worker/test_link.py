@@ -13,7 +13,7 @@ import pytest
 from baton.errors import ConfigurationError
 from baton.v1 import worker_link_pb2 as wire
 from baton.v1 import worker_link_pb2_grpc as rpc
-from worker.link import CoordinatorLink, LinkHandler, Refused
+from worker.link import BUNDLE_BYTES, CoordinatorLink, LinkHandler, Refused
 from worker.roles import KvLink, Link
 
 WELCOME = wire.CoordinatorMessage(welcome=wire.Welcome(heartbeat_interval_s=0.05, heartbeat_timeout_s=0.6))
@@ -256,6 +256,42 @@ def test_messages_without_a_link_are_dropped_not_kept() -> None:
         for _ in range(100):
             link.send(wire.WorkerMessage())
         assert link._outgoing is None
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("bundles", "expected"), [(True, [2, 3, 1]), (False, [1] * 6)])
+def test_what_is_said_at_once_goes_as_one_where_the_coordinator_reads_that(bundles: bool, expected: list[int]) -> None:
+    heard: asyncio.Queue[wire.WorkerMessage] = asyncio.Queue()
+
+    async def listen(messages: Any, _: Any) -> AsyncIterator[wire.CoordinatorMessage]:
+        yield wire.CoordinatorMessage(
+            welcome=wire.Welcome(heartbeat_interval_s=0.5, heartbeat_timeout_s=5.0, bundles=bundles)
+        )
+        async for message in messages:
+            if message.WhichOneof("message") not in ("registration", "heartbeat"):
+                heard.put_nowait(message)
+
+    async def run() -> None:
+        coordinator = FakeCoordinator(listen)
+        coordinator._listen = lambda messages: asyncio.sleep(0)  # type: ignore[method-assign]
+        async with linked(coordinator) as (_, link, _):
+            await link.connected.wait()
+            # The second one fills a bundle, and the last one ends the stream.
+            details = ["", "x" * BUNDLE_BYTES, "", "", "", ""]
+            for index, detail in enumerate(details):
+                link.send(wire.WorkerMessage(ending=wire.Ending(num_tokens=index, detail=detail)))
+                if index == 4:
+                    while heard.qsize() < len(expected) - 1:
+                        await asyncio.sleep(0.01)
+            link.close()
+            messages = [await heard.get() for _ in expected]
+            said = [
+                [each.ending.num_tokens for each in message.bundle or [message] if each.HasField("ending")]
+                for message in messages
+            ]
+            assert [len(each) for each in said] == expected
+            assert [number for each in said for number in each] == list(range(6))
 
     asyncio.run(run())
 
