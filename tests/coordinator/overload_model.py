@@ -17,7 +17,8 @@ from coordinator.delivery import LENGTH, Choice, Request, Urgency
 from coordinator.detokenizer import IncrementalDetokenizer, TextStream
 from coordinator.failures import RequestFailed
 from coordinator.metrics import Metrics
-from coordinator.routing import PrefillChoice, Route
+from coordinator.policies.base import PrefillChoice, Work
+from coordinator.routing import Route
 
 STANDARD = ServiceClass("standard", 1.0, 0.0)
 NO_MATTER = Urgency()
@@ -100,7 +101,9 @@ class Fleet:
         asked.started_s = self.now
         outcome = Outcome(self.now, urgency.service_class or self.classes[0].name)
         self.outcomes.append(outcome)
-        route = self.policy(self, prompt_tokens) if self.policy else Route("w", None, PrefillChoice.LOCAL_MIXED)
+        route = (
+            self.policy(self, prompt_tokens) if self.policy else Route("w", None, PrefillChoice.LOCAL_MIXED, Work(1, 1))
+        )
         try:
             self.admission.admit(asked, route, self.running + len(self.waiting), self.num_workers)
         except RequestFailed as failure:

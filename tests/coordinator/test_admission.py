@@ -7,7 +7,8 @@ from baton.config import ServiceClass, parse_classes
 from baton.errors import ConfigurationError, InvalidRequestError
 from coordinator.delivery import Urgency
 from coordinator.failures import FailureKind, RequestFailed
-from coordinator.routing import PrefillChoice, Route
+from coordinator.policies.base import PrefillChoice, Work
+from coordinator.routing import Route
 
 OFF = ServiceClass("standard", 0.0, 0.0)
 INTERACTIVE, BATCH = ServiceClass("interactive", 1.0, 0.1), ServiceClass("batch", 30.0, 0.0)
@@ -56,7 +57,7 @@ def test_nobody_is_refused_while_the_fleet_keeps_up() -> None:
 
 
 def test_an_idle_fleet_takes_whoever_comes_whatever_was_predicted() -> None:
-    hopeless = Route("w", None, PrefillChoice.LOCAL_MIXED, ttft_s=1e6, itl_s=1e6)
+    hopeless = Route("w", None, PrefillChoice.LOCAL_MIXED, Work(1, 1), ttft_s=1e6, itl_s=1e6)
     fleet = Fleet(policy=lambda fleet, tokens: hopeless)
     for _ in range(5):
         assert fleet.ask(Urgency(max_ttft_s=0.001, deadline_s=0.001)).retry_after_s is None
@@ -64,7 +65,7 @@ def test_an_idle_fleet_takes_whoever_comes_whatever_was_predicted() -> None:
 
 
 def test_nobody_is_shut_out_for_good_by_a_prediction_that_is_wrong() -> None:
-    hopeless = Route("w", None, PrefillChoice.LOCAL_MIXED, ttft_s=1e6)
+    hopeless = Route("w", None, PrefillChoice.LOCAL_MIXED, Work(1, 1), ttft_s=1e6)
     fleet = Fleet(num_workers=2, slots=4, answer_s=4.0, policy=lambda fleet, tokens: hopeless)
     taken = 0
     for _ in range(200):
@@ -78,7 +79,7 @@ def queueing(fleet: Fleet, tokens: int) -> Route:
     own_s = tokens / fleet.prefill_tokens_per_s
     queued_s = sum(len(asked.choices[0].prompt) for asked, _ in fleet.waiting) / fleet.prefill_tokens_per_s
     busy_s = max(0.0, fleet.prefill_free_s - fleet.now)
-    return Route("w", None, PrefillChoice.LOCAL_MIXED, ttft_s=own_s + busy_s + queued_s, own_s=own_s)
+    return Route("w", None, PrefillChoice.LOCAL_MIXED, Work(1, 1), ttft_s=own_s + busy_s + queued_s, own_s=own_s)
 
 
 def test_a_policy_that_predicts_too_little_is_not_believed() -> None:

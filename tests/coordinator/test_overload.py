@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 import grpc
 import openai
@@ -18,8 +18,11 @@ from baton.v1 import inference_pb2 as api
 from baton.v1 import inference_pb2_grpc as rpc
 from baton.v1 import worker_link_pb2 as wire
 from coordinator import grpc_api, http_api, tokenizer
+from coordinator.delivery import Choice
+from coordinator.dispatch import Dispatcher
 from coordinator.rollout import Rollout
-from coordinator.routing import Route, RoutingPolicy, Work, WorkerLoad
+from coordinator.routing import Route
+from coordinator.worker_table import Rows
 
 SLOTS, ANSWER_TOKENS, TOKEN_S = 4, 5, 0.05
 CAPACITY = SLOTS / (ANSWER_TOKENS * TOKEN_S)
@@ -81,14 +84,15 @@ def test_at_ten_times_the_capacity_goodput_stays_refusals_come_at_once_and_after
     run(main())
 
 
-class Predicts(RoutingPolicy):
-    """A policy whose word on the next first token is the test's."""
+class Predicts:
+    """Routes as the dispatcher does; what is said of the next first token is the test's word."""
 
-    def __init__(self, policy: RoutingPolicy, ttft_s: float) -> None:
-        self.policy, self.ttft_s = policy, ttft_s
+    def __init__(self, dispatcher: Dispatcher, ttft_s: float) -> None:
+        self.route, self.ttft_s = dispatcher._route, ttft_s
+        dispatcher._route = self  # type: ignore[method-assign,assignment]
 
-    def choose(self, work: Work, workers: Sequence[WorkerLoad]) -> Route | None:
-        route = self.policy.choose(work, workers)
+    def __call__(self, choice: Choice, rows: Rows) -> Route | None:
+        route = self.route(choice, rows)
         return None if route is None else dataclasses.replace(route, ttft_s=self.ttft_s)
 
 
@@ -98,7 +102,7 @@ async def full() -> AsyncIterator[tuple[System, FakeWorker, Predicts]]:
     async with running(service_classes="standard=2/0,patient=60/0") as system:
         worker = await slotted(system)
         worker.pause_at = 0
-        policy = system.coordinator.dispatcher._policy = Predicts(system.coordinator.dispatcher._policy, 2.5)
+        policy = Predicts(system.coordinator.dispatcher, 2.5)
         held = asyncio.create_task(ask(system))
         await worker.wait_for(lambda: bool(worker.assignments))
         yield system, worker, policy
