@@ -4,7 +4,7 @@ import asyncio
 import json
 import re
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any
 
@@ -87,8 +87,12 @@ def begin(
     writer = AnswerWriter(request, "demo", lambda id: chr(id).encode())
     reader = request.reader or request.attach()
     signs = signs or LifeSigns(60.0)
-    stream = EventStream(http, request, reader, writer, signs, lambda request: elsewhere)  # type: ignore[arg-type]
+    stream = EventStream(http, request, reader, writer, signs, lambda request: elsewhere, written)  # type: ignore[arg-type]
     return asyncio.create_task(stream.run(deltas))
+
+
+async def written(writing: Awaitable[None]) -> None:
+    await writing
 
 
 async def turns(count: int = 4) -> None:
