@@ -1,6 +1,6 @@
 """What a routing decision costs, and what each policy makes of public traces, in a model of a cluster.
 
-    python -m benchmarks.routing [--quick] [--json FILE] [--traces conversation,synthetic] [--speed 1.0]
+    python -m benchmarks.routing [--quick] [--json FILE] [--traces conversation,synthetic] [--speeds 1,1.5]
 
 Decisions: an index of 1 M blocks, prompts of 2,048 tokens in pages of 16, half of each common to all workers' caches
 and some more held by a few. Match is the walk through the index, choose is the policy. Naming is hashing the prompt's
@@ -395,11 +395,16 @@ def ideal_share(asked: list[Asked]) -> float:
     return hits / sum(each.num_tokens for each in asked)
 
 
-def replay(
-    report: Report, trace: str, asked: list[Asked], policy: str, ideal: float, *, is_guessing: bool = False,
-    fetches: bool = True,
-) -> None:  # fmt: skip
-    cluster = Cluster(policy, ANSWER_TOKENS[trace], is_guessing, fetches)
+class Workload(NamedTuple):
+    name: str
+    asked: list[Asked]
+    answer_tokens: int
+    ideal: float
+
+
+def replay(report: Report, workload: Workload, policy: str, *, is_guessing: bool = False, fetches: bool = True) -> None:
+    _, asked, answer_tokens, ideal = workload
+    cluster = Cluster(policy, answer_tokens, is_guessing, fetches)
     figures = cluster.play(asked)
     streams = figures.streams
     assert len(streams) == len(asked)
@@ -408,7 +413,7 @@ def replay(
     good = float(((ttft <= TTFT_SLO_S) & (itl <= ITL_SLO_S)).mean())
     busy = [machine.busy_s for machine in cluster.machines.values() if machine.worker.prefills]
     hits = figures.hit_tokens / figures.prompt_tokens
-    where = f"{trace}, {policy}{', approximate' if is_guessing else ''}{'' if fetches else ', no fetching'}"
+    where = f"{workload.name}, {policy}{', approximate' if is_guessing else ''}{'' if fetches else ', no fetching'}"
     report.row(f"{where}: TTFT mean", float(ttft.mean()), "s")
     report.row(f"{where}: TTFT p50", float(np.percentile(ttft, 50)), "s")
     report.row(f"{where}: TTFT p99", float(np.percentile(ttft, 99)), "s")
@@ -424,7 +429,7 @@ def main() -> None:
     add_common_arguments(parser)
     parser.add_argument("--traces", default="conversation,synthetic", help="several separated by commas")
     parser.add_argument("--policies", default=",".join(POLICIES), help="several separated by commas")
-    parser.add_argument("--speed", type=float, default=1.0, help="how much faster than they did requests come")
+    parser.add_argument("--speeds", default="1,1.5", help="how much faster than they did requests come; several")
     parser.add_argument("--no-decisions", action="store_true", help="only replay traces")
     arguments = parser.parse_args()
     policies = arguments.policies.split(",")
@@ -432,14 +437,14 @@ def main() -> None:
     if not arguments.no_decisions:
         for num_workers in (10, 100, 1000):
             decide(report, num_workers, policies)
-    for trace in arguments.traces.split(","):
-        asked = load(trace, 2000 if arguments.quick else 10**6, arguments.speed)
-        ideal = ideal_share(asked)
+    for trace, speed in itertools.product(arguments.traces.split(","), map(float, arguments.speeds.split(","))):
+        asked = load(trace, 1000 if arguments.quick else 10**6, speed)
+        workload = Workload(f"{trace} x {speed:g}", asked, ANSWER_TOKENS[trace], ideal_share(asked))
         for policy in policies:
-            replay(report, trace, asked, policy, ideal)
+            replay(report, workload, policy)
         if "cost_based" in policies:
-            replay(report, trace, asked, "cost_based", ideal, is_guessing=True)
-            replay(report, trace, asked, "cost_based", ideal, fetches=False)
+            replay(report, workload, "cost_based", is_guessing=True)
+            replay(report, workload, "cost_based", fetches=False)
     report.note("Traces: a model, see the text of --help; compare policies, not seconds.")
     report.finish(arguments.json)
 
