@@ -1,10 +1,10 @@
 """What a routing decision costs, and what each policy makes of public traces, in a model of a cluster.
 
-    python -m benchmarks.routing [--quick] [--json FILE] [--traces conversation,synthetic] [--speed 1.0]
+    python -m benchmarks.routing [--quick] [--json FILE] [--traces conversation,synthetic] [--speeds 1,1.5]
 
 Decisions: an index of 1 M blocks, prompts of 2,048 tokens in pages of 16, half of each common to all workers' caches
-and some more held by a few. Match is the walk through the index, choose is the policy. Naming is hashing the prompt's
-blocks, which is spared for what many prompts begin with.
+and some more held by a few; each has come before. Match is naming the prompt's blocks, which is spared for what came
+lately, and the walk through the index; choose is the policy.
 
 Traces: the real registry, index (fed through real KvEvents) and policies, around this model of the rest:
 
@@ -40,11 +40,12 @@ from baton.block_names import root_name
 from baton.v1 import worker_link_pb2 as wire
 from benchmarks.report import Report, add_common_arguments
 from benchmarks.retention import BLOCK_TOKENS, DATA, name_of
-from coordinator.block_keys import KEY_BYTES, BlockKeys, KeyMemo
+from coordinator.block_keys import KEY_BYTES, BlockKeys
 from coordinator.holders import holders
+from coordinator.knowledge import Prompt, Told
 from coordinator.kv_index import KvIndex
 from coordinator.policies import POLICIES
-from coordinator.policies.base import Work
+from coordinator.policies.base import Cached, Work
 from coordinator.prefixes import STRIDE_TOKENS, Life, PrefixMemory
 from coordinator.routing import Route, Router
 from coordinator.worker_table import Fixed, Group, Load, WorkerTable
@@ -66,56 +67,55 @@ TTFT_SLO_S, ITL_SLO_S = 10.0, 0.1
 # Decisions
 
 
-def a_cluster(num_workers: int, draw: random.Random) -> tuple[WorkerTable, KvIndex, list[list[int]]]:
+def a_cluster(num_workers: int, draw: random.Random) -> tuple[WorkerTable, Told, list[Prompt]]:
     """Half prefill, half decode workers with 1 M blocks in all, and prompts, of which they hold parts."""
-    table, index = WorkerTable(), KvIndex(4 * INDEX_BLOCKS)
+    table = WorkerTable()
+    told = Told(table, 4 * INDEX_BLOCKS)
     common = [draw.randrange(30_000) for _ in range(PROMPT_TOKENS // 2)]
     prompts = [common + [draw.randrange(30_000) for _ in range(PROMPT_TOKENS // 2)] for _ in range(100)]
     keys = [list(BlockKeys(root_name("model"), PAGE, prompt)) for prompt in prompts]
     for at in range(num_workers):
         prefills = float(at % 2)
-        row = table.add(f"w{at}", Group("v", "model", PAGE), Fixed(prefills, 1 - prefills, 0, 65536, PAGE, 131072))
+        row = table.add(f"w{at}", Group("v", "model", PAGE), Fixed(prefills, 1 - prefills, 0, 65536, 131072))
         waiting = draw.randrange(20_000)
-        table.put(row, Load(1, draw.randrange(30), waiting, 50_000, STREAM_S, 1 / PREFILL_TOKENS_PER_S, 1e-10))
+        table.put(row, Load(1, draw.randrange(30), waiting, 800_000, STREAM_S, 1 / PREFILL_TOKENS_PER_S, 1e-5))
         held = keys[0][: len(keys[0]) // 2]
         for its in keys:
             if draw.random() < 3 / num_workers:
                 held = held + its[len(its) // 2 : draw.randrange(len(its) // 2, len(its))]
         held = held + [draw.getrandbits(64) for _ in range(INDEX_BLOCKS // num_workers - len(held))]
-        stored = array("Q", held).tobytes()
-        change = wire.KvChange(tier=wire.KV_TIER_POOL, stored=stored)
+        change = wire.KvChange(tier=wire.KV_TIER_POOL, stored=array("Q", held).tobytes())
+        index = told.index
         index.apply(index.open(row), wire.KvEvents(sequence=1, snapshot=True, changes=[change]))
-    return table, index, prompts
+    return table, told, [Prompt(prompt, "", "v") for prompt in prompts]
 
 
 def decide(report: Report, num_workers: int, policies: list[str]) -> None:
-    table, index, prompts = a_cluster(num_workers, random.Random(num_workers))
-    root, memo = root_name("model"), KeyMemo()
-    keys = [list(BlockKeys(root, PAGE, prompt)) for prompt in prompts]
+    table, told, prompts = a_cluster(num_workers, random.Random(num_workers))
+    keys = [list(BlockKeys(root_name("model"), PAGE, prompt.tokens)) for prompt in prompts]
     for policy in policies:
         router = Router(table, policy, 64)
-        times: dict[str, list[float]] = {"match": [], "choose": [], "naming": []}
+        times: dict[str, list[float]] = {"match": [], "choose": [], "walk": []}
         for prompt, its in list(zip(prompts, keys, strict=True)) * 5:
             begin = time.perf_counter()
-            cached = index.match(its, len(table)) * PAGE
+            cached = told.match(prompt)
             matched = time.perf_counter()
             route = router.choose(Work(PROMPT_TOKENS, PROMPT_TOKENS + 100, cached), table.candidates("v"))
             chosen = time.perf_counter()
             assert route is not None
-            index.match(BlockKeys(root, PAGE, prompt, memo), len(table))
-            named = time.perf_counter()
-            times["match"].append(matched - begin)
-            times["choose"].append(chosen - matched)
-            times["naming"].append(named - chosen - (matched - begin))
-        medians = {name: statistics.median(its) * 1e6 for name, its in times.items()}
+            told.index.match(its, len(table))
+            walked = time.perf_counter()
+            for name, seconds in zip(times, (matched - begin, chosen - matched, walked - chosen), strict=True):
+                times[name].append(seconds)
+        medians = {name: statistics.median(its[len(prompts) :]) * 1e6 for name, its in times.items()}
         total = medians["match"] + medians["choose"]
         where = f"{num_workers} workers, {policy}"
         report.row(f"{where}: match and choose", total, "us", "goal 100 us", total / GOAL_S / 1e6, "<= 100 us")
         if policy == "cost_based":
-            for name in ("match", "naming"):
-                report.row(f"{where}: {name}", medians[name], "us")
-    if policies[0] == "cost_based":
-        report.row(f"{num_workers} workers: memory of the index, estimate", index.num_bytes / 2**20, "MiB")
+            report.row(f"{where}: choose", medians["choose"], "us")
+            report.row(f"{where}: match", medians["match"], "us")
+            report.row(f"{where}: of this the walk, names known", medians["walk"], "us")
+    report.row(f"{num_workers} workers: memory of the index, estimate", told.index.num_bytes / 2**20, "MiB")
 
 
 # The model of a cluster
@@ -320,14 +320,14 @@ class Cluster:
         if self._open:
             self.at(self.now_s + BEAT_S, self._beat)
 
-    def _cached(self, asked: Asked) -> Any:
+    def _cached(self, asked: Asked) -> Cached:
         if self._memory is None:
             depths = self.index.match(asked.keys, len(self.registry.table))
         else:
             depths = np.zeros((3, len(self.registry.table)), np.int64)
             for held in self._memory.holders(asked.names):
                 depths[:, self.machines[held.life.worker_id].worker.row] = held.num_tokens // STRIDE_TOKENS
-        return np.minimum(depths * BLOCK_TOKENS, asked.num_tokens - 1)
+        return Cached(np.minimum(depths * BLOCK_TOKENS, asked.num_tokens - 1))
 
     def _arrive(self, asked: Asked) -> None:
         work = Work(asked.num_tokens, asked.num_tokens + 1000, self._cached(asked), asked.session)
@@ -395,11 +395,16 @@ def ideal_share(asked: list[Asked]) -> float:
     return hits / sum(each.num_tokens for each in asked)
 
 
-def replay(
-    report: Report, trace: str, asked: list[Asked], policy: str, ideal: float, *, is_guessing: bool = False,
-    fetches: bool = True,
-) -> None:  # fmt: skip
-    cluster = Cluster(policy, ANSWER_TOKENS[trace], is_guessing, fetches)
+class Workload(NamedTuple):
+    name: str
+    asked: list[Asked]
+    answer_tokens: int
+    ideal: float
+
+
+def replay(report: Report, workload: Workload, policy: str, *, is_guessing: bool = False, fetches: bool = True) -> None:
+    _, asked, answer_tokens, ideal = workload
+    cluster = Cluster(policy, answer_tokens, is_guessing, fetches)
     figures = cluster.play(asked)
     streams = figures.streams
     assert len(streams) == len(asked)
@@ -408,7 +413,7 @@ def replay(
     good = float(((ttft <= TTFT_SLO_S) & (itl <= ITL_SLO_S)).mean())
     busy = [machine.busy_s for machine in cluster.machines.values() if machine.worker.prefills]
     hits = figures.hit_tokens / figures.prompt_tokens
-    where = f"{trace}, {policy}{', approximate' if is_guessing else ''}{'' if fetches else ', no fetching'}"
+    where = f"{workload.name}, {policy}{', approximate' if is_guessing else ''}{'' if fetches else ', no fetching'}"
     report.row(f"{where}: TTFT mean", float(ttft.mean()), "s")
     report.row(f"{where}: TTFT p50", float(np.percentile(ttft, 50)), "s")
     report.row(f"{where}: TTFT p99", float(np.percentile(ttft, 99)), "s")
@@ -424,7 +429,7 @@ def main() -> None:
     add_common_arguments(parser)
     parser.add_argument("--traces", default="conversation,synthetic", help="several separated by commas")
     parser.add_argument("--policies", default=",".join(POLICIES), help="several separated by commas")
-    parser.add_argument("--speed", type=float, default=1.0, help="how much faster than they did requests come")
+    parser.add_argument("--speeds", default="1,1.5", help="how much faster than they did requests come; several")
     parser.add_argument("--no-decisions", action="store_true", help="only replay traces")
     arguments = parser.parse_args()
     policies = arguments.policies.split(",")
@@ -432,14 +437,14 @@ def main() -> None:
     if not arguments.no_decisions:
         for num_workers in (10, 100, 1000):
             decide(report, num_workers, policies)
-    for trace in arguments.traces.split(","):
-        asked = load(trace, 2000 if arguments.quick else 10**6, arguments.speed)
-        ideal = ideal_share(asked)
+    for trace, speed in itertools.product(arguments.traces.split(","), map(float, arguments.speeds.split(","))):
+        asked = load(trace, 1000 if arguments.quick else 10**6, speed)
+        workload = Workload(f"{trace} x {speed:g}", asked, ANSWER_TOKENS[trace], ideal_share(asked))
         for policy in policies:
-            replay(report, trace, asked, policy, ideal)
+            replay(report, workload, policy)
         if "cost_based" in policies:
-            replay(report, trace, asked, "cost_based", ideal, is_guessing=True)
-            replay(report, trace, asked, "cost_based", ideal, fetches=False)
+            replay(report, workload, "cost_based", is_guessing=True)
+            replay(report, workload, "cost_based", fetches=False)
     report.note("Traces: a model, see the text of --help; compare policies, not seconds.")
     report.finish(arguments.json)
 

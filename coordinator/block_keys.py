@@ -63,8 +63,9 @@ class BlockKeys:
     def __iter__(self) -> Iterator[int]:
         at = 0
         while at < len(self._keys) or self._compute():
-            yield self._keys[at]
-            at += 1
+            known = self._keys[at:]
+            yield from known
+            at += len(known)
 
     def _compute(self) -> bool:
         """One more, or a run that is remembered. False at the end."""

@@ -19,8 +19,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from baton.config import CoordinatorOptions, parse_classes
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.admission import Admission
@@ -38,7 +36,7 @@ from coordinator.stream import ABANDON, COMPLETE, Outcome
 from coordinator.suspects import Suspects
 from coordinator.tickets import issue
 from coordinator.versions import Versions
-from coordinator.worker_table import Rows
+from coordinator.worker_table import Candidates
 from coordinator.workers import Leg, Worker, WorkerRegistry, work_together
 
 events = logging.getLogger("baton.events")
@@ -222,20 +220,20 @@ class Dispatcher:
             self.quarantine.park(choice)
             self._pump_soon()
             return
-        rows, closed = self._registry.candidates(version), self.quarantine.closed
+        candidates, closed = self._registry.candidates(version), self.quarantine.closed
         if not closed:
-            self._attempt(choice, rows, route)
+            self._attempt(choice, candidates, route)
             return
-        open = rows[[self._registry.table.ids[row] not in closed for row in rows.tolist()]]
-        if self._route(choice, open) is None and self._route(choice, rows) is not None:
+        open = self._registry.table.without(candidates, closed)
+        if self._route(choice, open) is None and self._route(choice, candidates) is not None:
             self._metrics.quarantine.labels("stranded_others").inc()
             self.quarantine.strand(choice)
         else:
             self._attempt(choice, open)
 
-    def _attempt(self, choice: Choice, rows: Rows, route: Route | None = None) -> None:
+    def _attempt(self, choice: Choice, candidates: Candidates, route: Route | None = None) -> None:
         """Start the next attempt on some of these workers. If none can take it, wait for one, or end the request."""
-        route = route or self._route(choice, rows)
+        route = route or self._route(choice, candidates)
         if route is None and self._may_wait_for_worker(choice):
             self._delayed[choice] = asyncio.get_running_loop().call_later(RETURN_POLL_S, self._retry, choice)
             return
@@ -331,7 +329,7 @@ class Dispatcher:
         for choice, worker in turn.start:
             if not choice.request.ended:
                 self._metrics.quarantine.labels("ran_alone").inc()
-                self._attempt(choice, np.array([worker.row]))
+                self._attempt(choice, self._registry.table.among([worker.row]))
         for choice in turn.resume:
             if not choice.request.ended:
                 self._begin_attempt(choice)

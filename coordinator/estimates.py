@@ -4,7 +4,10 @@ A rate that a worker has not measured yet is 0 in the table. `filled` puts the m
 nobody has measured, a prediction is 0, "nothing known", and whoever asks decides by a rule instead.
 """
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from coordinator.worker_table import Vector
 
@@ -16,7 +19,7 @@ ANSWER_TOKENS = 128.0
 HOST_S_PER_BYTE, DISK_S_PER_BYTE = 1 / 4e9, 1 / 1e9
 """Of blocks loaded from a worker's own tiers; heartbeats do not say. What takes longer than computing is computed."""
 
-Number = float | Vector
+Number = float | npt.NDArray[Any]
 """Of several arguments that are arrays, all go together element by element."""
 
 
@@ -30,20 +33,26 @@ def filled(rates: Vector, others: Vector | None = None) -> Vector:
     return np.where(rates > 0, rates, known.mean()) if len(known) else rates
 
 
-def compute_s(
-    uncached: Number, host: Number, disk: Number, peers: Number, token_bytes: Number, token_s: Number, peer_s: Number
-) -> Number:
-    """To have the KV of a prompt: so many tokens in no cache of the worker, `peers` of them in that of another one, and
-    so many in its slower tiers. `token_s`: to compute one. `peer_s`: to get a byte from a peer, 0 if not known."""
+def compute_s(uncached: Number, token_s: Number) -> Number:
+    """To compute so many tokens."""
+    return uncached * token_s
+
+
+def fetch_saves_s(tokens: Number, token_s: Number, handover_s: Number) -> Number:
+    """What is saved where so many tokens need not be computed, because another worker's pool has them."""
+    return tokens * (handover_s > 0) * np.maximum(token_s - handover_s, 0.0)
+
+
+def load_s(host: Number, disk: Number, token_bytes: Number, token_s: Number) -> Number:
+    """To load so many tokens' KV from the worker's own slower tiers; never longer than computing them."""
     from_host = np.minimum(HOST_S_PER_BYTE * token_bytes, token_s)
     from_disk = np.minimum(DISK_S_PER_BYTE * token_bytes, token_s)
-    saved = np.maximum(token_s - peer_s * token_bytes, 0.0) * (peer_s > 0)
-    return uncached * token_s - peers * saved + host * from_host + disk * from_disk
+    return host * from_host + disk * from_disk
 
 
-def handover_s(num_bytes: Number, per_byte_s: Number, compute_s: Number) -> Number:
-    """What is left to move when the prompt is computed: blocks go over while the next ones are computed."""
-    return np.maximum(num_bytes * per_byte_s - compute_s, 0.0)
+def tail_s(tokens: Number, handover_s: Number, compute_s: Number) -> Number:
+    """What is left to hand over when the prompt is computed: blocks go over while the next ones are computed."""
+    return np.maximum(tokens * handover_s - compute_s, 0.0)
 
 
 def stream_s(step_s: float, requests: float) -> float:

@@ -24,12 +24,12 @@ def holders(work: Work, worker: Worker, registry: WorkerRegistry, avoid: Collect
 
     One that drains may be asked: what it has is all that a moved stream need not compute again.
     """
-    table, cached = registry.table, work.cached
-    if not cached.shape[1]:
+    table, cached = registry.table, work.cached.tokens
+    own = work.cached.at(worker.row)[2]
+    if work.cached.most <= own:
         return []
     found: list[wire.PrefixHolder] = []
-    own = max(1, cached[2, worker.row] + 1)
-    rows = np.flatnonzero(cached[0] >= own)
+    rows = np.flatnonzero(cached[0] > own)
     for row in rows[np.argsort(-cached[0, rows], kind="stable")].tolist():
         other = registry.workers.get(table.ids[row])
         if other is None or other.row != row or other.lost.is_set() or other.id in avoid:

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from baton.block_names import root_name
 from baton.errors import PeerError
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.block_keys import BlockKeys, KeyMemo
 from coordinator.kv_index import KvIndex, WorkerCaches
+from coordinator.policies.base import Cached
 from coordinator.prefixes import Life, PrefixMemory, strides
 from coordinator.worker_table import WorkerTable
 from coordinator.workers import Worker
@@ -47,9 +47,8 @@ class CacheKnowledge(ABC):
         self._table = table
 
     @abstractmethod
-    def match(self, prompt: Prompt) -> npt.NDArray[np.int64]:
-        """[3, rows]: leading tokens that each worker of the prompt's version holds in its pool, in pool or host tier,
-        in any tier; without the last token, which is computed in any case."""
+    def match(self, prompt: Prompt) -> Cached:
+        """What workers of the prompt's version hold of it."""
 
     @abstractmethod
     def forget(self, worker: Worker) -> None:
@@ -86,16 +85,14 @@ class Told(CacheKnowledge):
         self._silent: set[int] = set()
         self._is_full = False
 
-    def match(self, prompt: Prompt) -> npt.NDArray[np.int64]:
+    def match(self, prompt: Prompt) -> Cached:
         num_rows = len(self._table)
         tokens = np.zeros((3, num_rows), np.int64)
-        if not self.index.num_entries:
-            return tokens
         for group in self._table.groups_of(prompt.version):
             root = root_name(group.model_fingerprint, cache_salt=prompt.cache_salt)
-            keys = BlockKeys(root, group.page_size_tokens, prompt.tokens)
+            keys = BlockKeys(root, group.page_size_tokens, prompt.tokens, self._memo)
             np.maximum(tokens, self.index.match(keys, num_rows) * group.page_size_tokens, out=tokens)
-        return np.minimum(tokens, len(prompt.tokens) - 1, out=tokens)
+        return Cached(np.minimum(tokens, len(prompt.tokens) - 1, out=tokens))
 
     def computed(self, worker: Worker, prompt: Prompt) -> None:
         """It tells by itself."""
@@ -173,14 +170,14 @@ class Guessed(CacheKnowledge):
         self._memory = PrefixMemory()
         self._rows: dict[Life, int] = {}
 
-    def match(self, prompt: Prompt) -> npt.NDArray[np.int64]:
+    def match(self, prompt: Prompt) -> Cached:
         tokens = np.zeros((3, len(self._table)), np.int64)
         for fingerprint in {group.model_fingerprint for group in self._table.groups_of(prompt.version)}:
             names = strides(root_name(fingerprint, cache_salt=prompt.cache_salt), prompt.tokens)
             for held in self._memory.holders(names):
                 if (row := self._rows.get(held.life)) is not None:
                     tokens[:, row] = np.maximum(tokens[:, row], held.num_tokens)
-        return np.minimum(tokens, len(prompt.tokens) - 1, out=tokens)
+        return Cached(np.minimum(tokens, len(prompt.tokens) - 1, out=tokens))
 
     def computed(self, worker: Worker, prompt: Prompt) -> None:
         if not worker.lost.is_set():

@@ -10,7 +10,7 @@ from coordinator.policies.base import Work
 from coordinator.routing import Route, Router
 from coordinator.sessions import session_of
 from coordinator.suspects import Suspects
-from coordinator.worker_table import Rows
+from coordinator.worker_table import Candidates
 from coordinator.workers import WorkerRegistry
 
 
@@ -26,12 +26,12 @@ class Placer:
         self._breakers = breakers
         self._metrics = metrics
 
-    def route(self, choice: Choice, rows: Rows) -> Route | None:
+    def route(self, choice: Choice, candidates: Candidates) -> Route | None:
         """To some of these workers, which are of the request's version; None if none of them can decode this."""
         begun_s = time.perf_counter()
         work = self._work(choice)
         matched_s = time.perf_counter()
-        route = self._router.choose(work, rows)
+        route = self._router.choose(work, candidates)
         self._metrics.match_s(matched_s - begun_s)
         self._metrics.choose_s(time.perf_counter() - matched_s)
         return route

@@ -7,10 +7,10 @@ not one that fails everybody lately; not where suspects crowd; for decode, one w
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from coordinator.estimates import compute_s, itl_s
+from coordinator.estimates import compute_s, fetch_saves_s, itl_s, load_s
 from coordinator.policies import POLICIES
 from coordinator.policies.base import Placement, PrefillChoice, Work
-from coordinator.worker_table import Rows, Vector, WorkerTable
+from coordinator.worker_table import Candidates, Rows, Vector, WorkerTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,20 +39,20 @@ class Router:
         self._table = table
         self.policy = POLICIES[policy](table, local_prefill_tokens)
 
-    def choose(self, work: Work, rows: Rows) -> Route | None:
-        """Of these workers, which accept new work; None if none of them can decode this."""
-        table = self._table
-        decoders = rows[table.decodes[rows] > 0]
+    def choose(self, work: Work, candidates: Candidates) -> Route | None:
+        """None if none of these workers can decode this."""
+        table, (decoders, prefillers, stand_ins, context_tokens) = self._table, candidates
         if not len(decoders) or (work.avoid and all(table.ids[row] in work.avoid for row in decoders.tolist())):
-            able = rows[(table.stands_in[rows] > 0) & (table.context_tokens[rows] >= work.total_tokens)]
+            able = stand_ins[table.context_tokens[stand_ins] >= work.total_tokens]
             able = able[[table.ids[row] not in work.avoid for row in able.tolist()]] if work.avoid else able
             if len(able):
                 return self._route(work, self.policy.stand_in(work, self._with_room(work, self._kept(work, able))))
-        decoders = decoders[table.context_tokens[decoders] >= work.total_tokens]
+        if work.total_tokens > context_tokens:
+            decoders = decoders[table.context_tokens[decoders] >= work.total_tokens]
+            prefillers = prefillers[table.context_tokens[prefillers] > work.num_tokens]
         if not len(decoders):
             return None
         decoders = self._with_room(work, self._kept(work, decoders))
-        prefillers = rows[(table.prefills[rows] > 0) & (table.context_tokens[rows] > work.num_tokens)]
         return self._route(work, self.policy.place(work, decoders, self._kept(work, prefillers)))
 
     def _kept(self, work: Work, rows: Rows) -> Rows:
@@ -70,26 +70,30 @@ class Router:
 
     def _with_room(self, work: Work, rows: Rows) -> Rows:
         """Those with blocks for the known tokens and the next one, as far as there are any."""
-        table = self._table
-        fits = work.num_tokens // table.page_size_tokens[rows] + 1 <= table.free_blocks[rows]
+        fits = self._table.free_tokens[rows] > work.num_tokens
         return rows[fits] if fits.any() else rows
 
     def _route(self, work: Work, placement: Placement) -> Route:
         table, decode = self._table, placement.decode
         computes = decode if placement.prefill is None else placement.prefill
-        pool, host, disk = work.cached[:, computes].tolist() if work.cached.shape[1] else (0, 0, 0)
-        # A rate that this worker has not measured is that of any other worker, if one has.
-        per_token = _known(table.prefill_s, computes)
-        uncached, peers = work.num_tokens - disk, max(0, work.most_cached - disk)
-        token_bytes, peer_s = table.kv_bytes_per_token[computes], table.handover_s[computes]
-        own_s = float(compute_s(uncached, host - pool, disk - host, peers, token_bytes, per_token, peer_s))
-        ttft_s = float(table.waiting_prefill_tokens[computes]) * per_token + own_s
-        each_s = itl_s(_known(table.stream_s, decode), table.requests[decode] + 1)
+        waiting, handover_s = float(table.waiting_prefill_tokens[computes]), float(table.handover_s[computes])
+        pool, host, disk = work.cached.at(computes)
+        token_s = _known(table.prefill_s, computes)
+        own_s = compute_s(work.num_tokens - disk, token_s)
+        if work.cached.most > disk:
+            own_s -= fetch_saves_s(work.cached.most - disk, token_s, handover_s)
+        if disk > pool:
+            own_s += load_s(host - pool, disk - host, float(table.kv_bytes_per_token[computes]), token_s)
+        ttft_s = waiting * token_s + own_s
+        each_s = itl_s(_known(table.stream_s, decode), float(table.requests[decode]) + 1)
         prefill = None if placement.prefill is None else table.ids[placement.prefill]
-        return Route(table.ids[decode], prefill, placement.choice, work, disk, ttft_s, float(each_s), own_s)
+        return Route(
+            table.ids[decode], prefill, placement.choice, work, disk, float(ttft_s), float(each_s), float(own_s)
+        )
 
 
 def _known(rates: Vector, row: int) -> float:
+    """What this worker has measured, or else the mean of those that have."""
     if rates[row] or not rates.any():
         return float(rates[row])
     return float(rates[rates > 0].mean())

@@ -3,7 +3,7 @@
 A row is written when something changes (a registration, a heartbeat, an assignment, an end), not when a request comes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -31,7 +31,6 @@ class Fixed(NamedTuple):
     """Decodes while no decode worker accepts work, or all of them failed the request."""
     context_tokens: float
     """Longest prompt plus output that it can hold."""
-    page_size_tokens: float
     kv_bytes_per_token: float
 
 
@@ -43,17 +42,27 @@ class Load(NamedTuple):
     requests: float
     """Running or waiting."""
     waiting_prefill_tokens: float
-    free_blocks: float
-    """Free, or cached and evictable, less those that assignments since the last heartbeat will take."""
+    free_tokens: float
+    """Room in blocks that are free, or cached and evictable, less what was assigned since the last heartbeat."""
     stream_s: float
     """What each stream adds to a step; see `coordinator.estimates`."""
     prefill_s: float
     """For each token of a prompt."""
     handover_s: float
-    """For each byte of blocks that it takes from others."""
+    """For the KV of each token that it takes from others."""
 
 
 IDLE = Load(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+class Candidates(NamedTuple):
+    """Workers of one model version that accept new work. Rows; a mixed worker is in two of them."""
+
+    decoders: Rows
+    prefillers: Rows
+    stand_ins: Rows
+    context_tokens: float
+    """What each of them can hold."""
 
 
 class WorkerTable:
@@ -63,12 +72,11 @@ class WorkerTable:
     decodes: Vector
     stands_in: Vector
     context_tokens: Vector
-    page_size_tokens: Vector
     kv_bytes_per_token: Vector
     accepts: Vector
     requests: Vector
     waiting_prefill_tokens: Vector
-    free_blocks: Vector
+    free_tokens: Vector
     stream_s: Vector
     prefill_s: Vector
     handover_s: Vector
@@ -80,7 +88,9 @@ class WorkerTable:
         self.seeds = np.zeros(0, np.uint64)
         """A random number of each worker, the same in all coordinators."""
         self._rows: dict[str, int] = {}
-        self._of_version: dict[str, Rows] = {}
+        self._candidates: dict[str, Candidates] = {}
+        """By version, until a worker comes, goes, or accepts work no more."""
+        self._of_version: dict[str, set[Group]] = {}
         self._free: list[int] = []
         self._capacity = 0
         self._fixed = np.zeros((len(Fixed._fields), 0))
@@ -116,10 +126,12 @@ class WorkerTable:
         self._fixed[:, row] = fixed
         self._load[:, row] = IDLE
         self.seeds[row] = int.from_bytes(blake2b(id.encode(), digest_size=8).digest(), "little")
-        self._of_version.clear()
+        self._forget()
         return row
 
     def put(self, row: int, load: Load) -> None:
+        if load.accepts != self.accepts[row]:
+            self._forget()
         self._load[:, row] = load
 
     def remove(self, row: int) -> None:
@@ -129,21 +141,39 @@ class WorkerTable:
         self.ids[row], self.groups[row] = "", None
         self._load[:, row] = 0
         self._free.append(row)
+        self._forget()
+
+    def _forget(self) -> None:
+        """What was derived from who is there."""
+        self._candidates.clear()
         self._of_version.clear()
 
-    def candidates(self, version: str) -> Rows:
-        """Rows of the workers of one model version that accept new work."""
-        rows = self._version_rows(version)
-        return rows[self.accepts[rows] > 0]
+    def candidates(self, version: str) -> Candidates:
+        if (found := self._candidates.get(version)) is None:
+            rows = [row for row, group in enumerate(self.groups) if group and group.version == version]
+            found = self._candidates[version] = self.among(row for row in rows if self.accepts[row])
+        return found
 
-    def _version_rows(self, version: str) -> Rows:
-        if (rows := self._of_version.get(version)) is None:
-            of_version = [row for row, group in enumerate(self.groups) if group and group.version == version]
-            rows = self._of_version[version] = np.array(of_version, np.intp)
-        return rows
+    def among(self, rows: Iterable[int]) -> Candidates:
+        all_ = np.fromiter(rows, np.intp)
+        decoders, prefillers, stand_ins = (
+            all_[role[all_] > 0] for role in (self.decodes, self.prefills, self.stands_in)
+        )
+        return Candidates(decoders, prefillers, stand_ins, float(self.context_tokens[all_].min(initial=np.inf)))
 
-    def groups_of(self, version: str) -> set[Group]:
-        return {group for group in map(self.groups.__getitem__, self._version_rows(version).tolist()) if group}
+    def without(self, candidates: Candidates, ids: Collection[str]) -> Candidates:
+        """Those that have none of these ids."""
+        rows = np.unique(np.concatenate(candidates[:3]))
+        return self.among(row for row in rows.tolist() if self.ids[row] not in ids)
+
+    def groups_of(self, version: str) -> Collection[Group]:
+        if (found := self._of_version.get(version)) is None:
+            found = self._of_version[version] = {group for group in self.groups if group and group.version == version}
+        return found
+
+    def loads(self, rows: Rows) -> npt.NDArray[np.float64]:
+        """[fields of Load, rows]"""
+        return self._load.take(rows, axis=1)
 
     def spread(self, by_id: Mapping[str, Any]) -> Vector:
         """A column of what a few workers have, and 0 for the others."""

@@ -14,7 +14,7 @@ from baton.model_folder import VERSION_DIGITS
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import Choice
 from coordinator.estimates import stream_s
-from coordinator.worker_table import Fixed, Group, Load, Rows, WorkerTable
+from coordinator.worker_table import Candidates, Fixed, Group, Load, WorkerTable
 
 AFTERMATH_S = 1.0
 """So long after an abort a worker may still be busy with what was aborted, and die of it."""
@@ -202,15 +202,16 @@ class Worker:
 
     def load(self) -> Load:
         """Of the last heartbeat and, at least, of what others gave it by then and this coordinator by now."""
-        beat = self.heartbeat
+        beat, registration = self.heartbeat, self.registration
+        bytes_per_token = registration.block_bytes / registration.page_size_tokens
         return Load(
             accepts=self.accepts,
             requests=max(len(self.legs) + self._others_requests, beat.running_requests + beat.waiting_requests),
             waiting_prefill_tokens=max(self._own_tokens + self._others_tokens, beat.waiting_prefill_tokens),
-            free_blocks=beat.blocks.free + beat.blocks.cached - self._blocks_assigned,
+            free_tokens=(beat.blocks.free + beat.blocks.cached - self._blocks_assigned) * registration.page_size_tokens,
             stream_s=stream_s(_seconds(beat.step_s), beat.running_requests),
             prefill_s=_seconds(1 / (beat.prefill_tokens_per_s or math.inf)),
-            handover_s=_seconds(1 / (beat.handover_bytes_per_s or math.inf)),
+            handover_s=_seconds(bytes_per_token / (beat.handover_bytes_per_s or math.inf)),
         )
 
     def drains(self) -> None:
@@ -231,7 +232,6 @@ def _fixed(worker: Worker) -> Fixed:
         decodes=worker.decodes,
         stands_in=worker.stands_in,
         context_tokens=worker.context_tokens,
-        page_size_tokens=registration.page_size_tokens,
         kv_bytes_per_token=registration.block_bytes / registration.page_size_tokens,
     )
 
@@ -349,8 +349,8 @@ class WorkerRegistry:
     def _changed(self, worker: Worker) -> None:
         self.table.put(worker.row, worker.load())
 
-    def candidates(self, version: str) -> Rows:
-        """Rows of the workers of one model version that accept new work."""
+    def candidates(self, version: str) -> Candidates:
+        """The workers of one model version that accept new work."""
         return self.table.candidates(version)
 
     def ready_versions(self) -> list[str]:

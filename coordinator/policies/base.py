@@ -17,15 +17,38 @@ import numpy.typing as npt
 from coordinator.worker_table import Rows, Vector, WorkerTable
 
 
+class Cached:
+    """Leading tokens of a prompt in each worker's pool, in pool or host tier, in any tier; never the last token of the
+    prompt, which is computed in any case."""
+
+    __slots__ = ("has_tiers", "most", "tokens")
+
+    def __init__(self, tokens: npt.NDArray[np.int64]) -> None:
+        self.tokens = tokens
+        """[3, rows]; without columns nothing is known."""
+        self.most = int(tokens[0].max(initial=0))
+        """In some pool, where others can fetch them."""
+        self.has_tiers = bool((tokens[2] > tokens[0]).any())
+
+    def at(self, row: int) -> list[int]:
+        its: list[int] = self.tokens[:, row].tolist() if self.tokens.shape[1] else [0, 0, 0]
+        return its
+
+    def anywhere(self, rows: Rows) -> npt.NDArray[np.int64]:
+        """[len(rows)]: in any tier."""
+        return self.tokens[2].take(rows) if self.tokens.shape[1] else np.zeros(len(rows), np.int64)
+
+
+NOTHING_CACHED = Cached(np.zeros((3, 0), np.int64))
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     num_tokens: int
     """To be in the KV cache before the next token: the prompt and what earlier attempts delivered."""
     total_tokens: int
     """The prompt and the longest answer."""
-    cached: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((3, 0), np.int64), compare=False)
-    """[3, rows]: leading tokens in each worker's pool, in pool or host tier, in any tier; never the last one, which is
-    computed in any case. No columns: nothing is known."""
+    cached: Cached = NOTHING_CACHED
     session: int = 0
     """64 bits, the same for requests that belong together."""
     avoid: Set[str] = frozenset()
@@ -35,18 +58,9 @@ class Work:
     crowd: Mapping[str, int] = field(default_factory=dict)
     """What this work should keep away from: how much of it each worker has."""
 
-    def cached_in(self, rows: Rows) -> npt.NDArray[np.int64]:
-        """[3, len(rows)]"""
-        return self.cached.take(rows, axis=1) if self.cached.shape[1] else np.zeros((3, len(rows)), np.int64)
-
-    @property
-    def most_cached(self) -> int:
-        """Leading tokens that some worker has in its pool, where others can fetch them."""
-        return int(self.cached[0].max(initial=0))
-
     def uncached_at(self, row: int) -> int:
         """Tokens that no cache of this worker holds."""
-        return self.num_tokens - (int(self.cached[2, row]) if self.cached.shape[1] else 0)
+        return self.num_tokens - self.cached.at(row)[2]
 
 
 class PrefillChoice(Enum):

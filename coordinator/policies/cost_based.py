@@ -13,7 +13,7 @@ rule of short prompts holds.
 
 import numpy as np
 
-from coordinator.estimates import ANSWER_TOKENS, compute_s, decode_s, filled, handover_s
+from coordinator.estimates import ANSWER_TOKENS, compute_s, decode_s, fetch_saves_s, filled, load_s, tail_s
 from coordinator.policies.base import Placement, PrefillChoice, Work
 from coordinator.policies.least_loaded import LeastLoaded
 from coordinator.worker_table import Rows, Vector
@@ -27,52 +27,52 @@ class CostBased(LeastLoaded):
     name = "cost_based"
 
     def place(self, work: Work, decoders: Rows, prefillers: Rows) -> Placement:
-        table = self._table
-        rates = table.prefill_s[prefillers]
-        local_rates = filled(table.prefill_s[decoders], rates)
-        if not local_rates.any():
+        _, requests, waiting, _, stream_s, local_s, handover_s = self._table.loads(decoders)
+        _, queued, queue, _, _, remote_s, fetch_s = self._table.loads(prefillers)
+        local_s = filled(local_s, remote_s)
+        if not local_s.any():
             return super().place(work, decoders, prefillers)
         self._turn += 1
-        requests = table.requests[decoders]
         answer_tokens = min(ANSWER_TOKENS, work.total_tokens - work.num_tokens)
-        stay = np.asarray(decode_s(filled(table.stream_s[decoders]), requests, answer_tokens))
-        computing = self._compute_s(work, decoders, local_rates)
-        here = stay + table.waiting_prefill_tokens[decoders] * local_rates + (1 + requests) * computing
-        near = self._least(here, requests)
-        is_mixed = table.prefills[decoders] > 0
-        if is_mixed[near]:
-            choice = PrefillChoice.LOCAL_MIXED
-        else:
-            choice = PrefillChoice.LOCAL_SOONER if len(prefillers) else PrefillChoice.LOCAL_NO_WORKER
-        local = Placement(int(decoders[near]), None, choice)
-        if not len(prefillers) or is_mixed.all():
+        stay = np.asarray(decode_s(filled(stream_s), requests, answer_tokens))
+        here = stay + waiting * local_s + (1 + requests) * self._compute_s(work, decoders, local_s, handover_s)
+        best = self._least(here, requests)
+        local = Placement(int(decoders[best]), None, PrefillChoice.LOCAL_SOONER)
+        is_mixed = self._table.prefills[decoders] > 0
+        if is_mixed[best]:
+            local = local._replace(choice=PrefillChoice.LOCAL_MIXED)
+        if not len(prefillers):
+            return local if is_mixed[best] else local._replace(choice=PrefillChoice.LOCAL_NO_WORKER)
+        if is_mixed.all():
             return local
-        rates = filled(rates, local_rates)
-        computing = self._compute_s(work, prefillers, rates)
-        there = table.waiting_prefill_tokens[prefillers] * rates + (1 + table.requests[prefillers]) * computing
         stay[is_mixed] = np.inf  # a mixed worker prefills for itself
+        remote_s = filled(remote_s, local_s)
+        computing = self._compute_s(work, prefillers, remote_s, fetch_s)
+        there = queue * remote_s + (1 + queued) * computing
         some, others = _shortest(stay), _shortest(there)
-        rows = decoders[some]
-        num_bytes = (work.num_tokens - work.cached_in(rows)[2]) * table.kv_bytes_per_token[rows]
-        left = handover_s(num_bytes[:, None], filled(table.handover_s[rows])[:, None], computing[others])
-        pairs = stay[some, None] + there[others] + left
+        missing = work.num_tokens - work.cached.anywhere(decoders[some])
+        tail = tail_s(missing[:, None], filled(handover_s)[some, None], computing[others])
+        pairs = stay[some, None] + there[others] + tail
         at, by = divmod(self._least(pairs.ravel(), requests[some].repeat(len(others))), len(others))
-        if here[near] <= pairs[at, by]:
+        if here[best] <= pairs[at, by]:
             return local
-        return Placement(int(rows[at]), int(prefillers[others[by]]), PrefillChoice.REMOTE)
+        return Placement(int(decoders[some[at]]), int(prefillers[others[by]]), PrefillChoice.REMOTE)
 
-    def _compute_s(self, work: Work, rows: Rows, rates: Vector) -> Vector:
+    def _compute_s(self, work: Work, rows: Rows, token_s: Vector, handover_s: Vector) -> Vector:
         """Seconds until each of these workers has the KV of the whole prompt, once it begins."""
-        table, (pool, host, disk) = self._table, work.cached_in(rows)
-        uncached, peers = work.num_tokens - disk, np.maximum(work.most_cached - disk, 0)
-        if not (peers.any() or (pool != disk).any()):
-            return np.asarray(uncached * rates)
-        token_bytes, peer_s = table.kv_bytes_per_token[rows], table.handover_s[rows]
-        return np.asarray(compute_s(uncached, host - pool, disk - host, peers, token_bytes, rates, peer_s))
+        held, cached = work.cached.anywhere(rows), work.cached
+        seconds = np.asarray(compute_s(work.num_tokens - held, token_s))
+        if cached.most:
+            seconds -= fetch_saves_s(np.maximum(cached.most - held, 0), token_s, handover_s)
+        if cached.has_tiers:
+            pool, host, disk = cached.tokens.take(rows, axis=1)
+            seconds += load_s(host - pool, disk - host, self._table.kv_bytes_per_token[rows], token_s)
+        return seconds
 
     def _least(self, cost: Vector, requests: Vector) -> int:
         """Where the least cost is; of equals that with the fewest requests, and then they take turns."""
-        return self._pick(np.arange(len(cost)), (cost, requests))
+        best = np.flatnonzero(cost == cost.min())
+        return int(best[0]) if len(best) == 1 else self._pick(best, (requests[best],))
 
 
 def _shortest(cost: Vector) -> Rows:

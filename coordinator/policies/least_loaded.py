@@ -1,4 +1,4 @@
-"""Decode: fewest requests, then most free blocks. Prefill: shortest queue of tokens. Knows nothing of caches."""
+"""Decode: fewest requests, then most room. Prefill: shortest queue of tokens. Knows nothing of caches."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ class LeastLoaded(RoutingPolicy):
     name = "least_loaded"
 
     def decode_costs(self, work: Work, rows: Rows) -> Sequence[Vector]:
-        return self._table.requests[rows], -self._table.free_blocks[rows]
+        return self._table.requests[rows], -self._table.free_tokens[rows]
 
     def prefill_costs(self, work: Work, rows: Rows) -> Sequence[Vector]:
         return self._table.waiting_prefill_tokens[rows], self._table.requests[rows]

@@ -33,6 +33,6 @@ def _is_uneven(loads: Vector, difference: float) -> bool:
 
 
 def _missing(work: Work, rows: Rows) -> Vector:
-    held: Vector = work.cached_in(rows)[2].astype(np.float64)
+    held: Vector = work.cached.anywhere(rows).astype(np.float64)
     held[held < MIN_SHARE * work.num_tokens] = 0
     return -held

@@ -4,11 +4,11 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.policies.base import Work
+from coordinator.policies.base import Cached, Work
 from coordinator.routing import Route, Router
 from coordinator.worker_table import IDLE, Fixed, Group, Load, WorkerTable
 
-USUAL = Fixed(0, 0, 0, context_tokens=1600, page_size_tokens=16, kv_bytes_per_token=1000)
+USUAL = Fixed(0, 0, 0, context_tokens=1600, kv_bytes_per_token=1000)
 GROUP = Group("v", "f", 16)
 
 
@@ -22,7 +22,7 @@ class Workers:
             fixed = {name: value for name, value in figures.items() if name in Fixed._fields}
             load = {name: value for name, value in figures.items() if name in Load._fields}
             row = self.rows[id] = self.table.add(id, GROUP, USUAL._replace(**fixed))
-            self.table.put(row, IDLE._replace(**({"free_blocks": 100} | load)))
+            self.table.put(row, IDLE._replace(**({"free_tokens": 1600} | load)))
 
     def router(self, policy: str = "least_loaded", local_prefill_tokens: int = 64) -> Router:
         return Router(self.table, policy, local_prefill_tokens)
@@ -35,12 +35,12 @@ class Workers:
         assert route is not None
         return route
 
-    def cached(self, **tokens: int | tuple[int, int, int]) -> Any:
-        """[3, rows]: so many leading tokens in the pool of these workers, or in (pool, pool or host, any tier)."""
+    def cached(self, **tokens: int | tuple[int, int, int]) -> Cached:
+        """So many leading tokens in the pool of these workers, or in (pool, pool or host, any tier)."""
         columns = np.zeros((3, len(self.table)), np.int64)
         for id, its in tokens.items():
             columns[:, self.rows[id]] = its
-        return columns
+        return Cached(columns)
 
 
 def decode(**figures: Any) -> dict[str, Any]:

@@ -19,22 +19,18 @@ def test_rates_that_nobody_measured_are_the_mean_of_those_that_somebody_did() ->
 
 
 def test_computing_costs_what_no_cache_has_and_loading_never_costs_more() -> None:
-    def seconds(uncached: int, host: int = 0, disk: int = 0, peers: int = 0, peer_s: float = 0.0) -> float:
-        return float(estimates.compute_s(uncached, host, disk, peers, 4_000_000, 0.01, peer_s))
-
-    assert seconds(1000) == pytest.approx(10.0)
-    assert seconds(0, host=1000) == pytest.approx(1.0)  # 4 GB at 4 GB/s
-    assert seconds(0, disk=1000) == pytest.approx(4.0)  # at 1 GB/s
-    assert seconds(1000, peers=600, peer_s=1e-9) == pytest.approx(400 * 0.01 + 600 * 0.004)
-    assert seconds(1000, peers=600, peer_s=1e-6) == pytest.approx(10.0), "computing is sooner"
-    assert seconds(1000, peers=600) == pytest.approx(10.0), "nobody knows how fast they come"
-    slow_disk = estimates.compute_s(0, 0, 1000, 0, 4_000_000, 0.001, 0.0)
-    assert slow_disk == pytest.approx(1.0), "it is computed rather than loaded"
+    assert estimates.compute_s(1000, 0.01) == pytest.approx(10.0)
+    assert estimates.load_s(1000, 0, 4_000_000, 0.01) == pytest.approx(1.0)  # 4 GB at 4 GB/s
+    assert estimates.load_s(0, 1000, 4_000_000, 0.01) == pytest.approx(4.0)  # at 1 GB/s
+    assert estimates.load_s(0, 1000, 4_000_000, 0.001) == pytest.approx(1.0), "it is computed rather than loaded"
+    assert estimates.fetch_saves_s(600, 0.01, 0.004) == pytest.approx(600 * 0.006)
+    assert estimates.fetch_saves_s(600, 0.01, 0.02) == 0.0, "computing is sooner"
+    assert estimates.fetch_saves_s(600, 0.01, 0.0) == 0.0, "nobody knows how fast they come"
 
 
 def test_only_what_computing_does_not_cover_of_a_hand_over_is_waited_for() -> None:
-    assert estimates.handover_s(1e9, 1e-9, 3.0) == 0.0
-    assert estimates.handover_s(5e9, 1e-9, 3.0) == pytest.approx(2.0)
+    assert estimates.tail_s(1000, 0.001, 3.0) == 0.0
+    assert estimates.tail_s(5000, 0.001, 3.0) == pytest.approx(2.0)
 
 
 def test_a_step_grows_with_its_streams() -> None:

@@ -22,7 +22,7 @@ from coordinator.delivery import Choice
 from coordinator.dispatch import Dispatcher
 from coordinator.rollout import Rollout
 from coordinator.routing import Route
-from coordinator.worker_table import Rows
+from coordinator.worker_table import Candidates
 
 SLOTS, ANSWER_TOKENS, TOKEN_S = 4, 5, 0.05
 CAPACITY = SLOTS / (ANSWER_TOKENS * TOKEN_S)
@@ -92,8 +92,8 @@ class Predicts:
         self.route, self.ttft_s = dispatcher._route, ttft_s
         dispatcher._route = self  # type: ignore[method-assign,assignment]
 
-    def __call__(self, choice: Choice, rows: Rows) -> Route | None:
-        route = self.route(choice, rows)
+    def __call__(self, choice: Choice, candidates: Candidates) -> Route | None:
+        route = self.route(choice, candidates)
         return None if route is None else dataclasses.replace(route, ttft_s=self.ttft_s)
 
 

@@ -15,7 +15,7 @@ FAST = {"prefill_s": 0.001}
 
 
 def test_round_robin_does_not_look() -> None:
-    workers = Workers(a=mixed(requests=9), b=mixed(), c=mixed(free_blocks=70))
+    workers = Workers(a=mixed(requests=9), b=mixed(), c=mixed(free_tokens=1100))
     router = workers.router("round_robin")
     assert Counter(workers.route(LONG, router).decode for _ in range(9)) == {"a": 3, "b": 3, "c": 3}
 
@@ -107,7 +107,7 @@ def test_a_long_queue_is_worth_computing_a_prefix_again() -> None:
 
 
 def test_what_can_be_fetched_is_no_reason_to_queue() -> None:
-    for handover_s, chosen in ((0.0, "p"), (1e-8, "q")):  # 1,000 bytes a token
+    for handover_s, chosen in ((0.0, "p"), (1e-5, "q")):
         workers = Workers(
             d=decode(requests=9),
             p=prefill(waiting_prefill_tokens=500, **FAST),
@@ -147,11 +147,8 @@ def test_a_short_rest_is_computed_where_it_is_decoded_although_streams_run_there
 
 
 def test_a_slow_hand_over_is_waited_for_where_computing_does_not_cover_it() -> None:
-    usual = {"kv_bytes_per_token": 1e6}
     workers = Workers(
-        p=prefill(**FAST, **usual),
-        far=decode(handover_s=3e-9, requests=20, **usual),
-        near=decode(handover_s=1e-10, requests=21, **usual),
+        p=prefill(**FAST), far=decode(handover_s=0.003, requests=20), near=decode(handover_s=0.0001, requests=21)
     )
     router = workers.router("cost_based")
     assert workers.route(LONG, router).decode == "near"
@@ -180,7 +177,7 @@ def test_the_short_list_loses_nothing_where_hand_overs_are_covered(num_workers: 
     described = {}
     for at in range(num_workers):
         described[f"p{at}"] = prefill(prefill_s=0.001, waiting_prefill_tokens=(at * 37) % 101 * 10)
-        described[f"d{at}"] = decode(stream_s=0.001, requests=20 + (at * 53) % 97, handover_s=1e-10)
+        described[f"d{at}"] = decode(stream_s=0.001, requests=20 + (at * 53) % 97, handover_s=1e-4)
     workers = Workers(**described)
     route = workers.route(LONG, workers.router("cost_based"))
     assert route.prefill == min(

@@ -69,10 +69,10 @@ def test_a_mixed_worker_prefills_for_itself(policy: str) -> None:
 
 @every_policy
 def test_a_prompt_goes_where_it_has_room_now(policy: str) -> None:
-    workers = Workers(full=decode(free_blocks=31), busy=decode(requests=9))
+    workers = Workers(full=decode(free_tokens=31 * 16), busy=decode(requests=9))
     router = workers.router(policy)
     assert {workers.route(replace(LONG, session=at), router).decode for at in range(20)} == {"busy"}
-    alone = Workers(full=decode(free_blocks=31))
+    alone = Workers(full=decode(free_tokens=31 * 16))
     assert alone.route(LONG, alone.router(policy)).decode == "full"
 
 
@@ -115,13 +115,13 @@ def test_rows_of_workers_that_are_gone_are_used_again_and_nobody_is_taken_for_an
     assert table.ids[again] == "a"
     assert table.spread({"a": 1})[again] == 1
     assert table.add("c", table.groups[again], table_fixed(workers, again)) == row  # type: ignore[arg-type]
-    table.put(again, IDLE._replace(free_blocks=100, requests=7))
-    table.put(row, IDLE._replace(free_blocks=100, requests=6))
+    table.put(again, IDLE._replace(free_tokens=1600, requests=7))
+    table.put(row, IDLE._replace(free_tokens=1600, requests=6))
     assert workers.route(LONG).decode == "b"
     for _ in range(100):
         table.add(f"more {_}", table.groups[again], table_fixed(workers, again))  # type: ignore[arg-type]
-    assert len(table.candidates("v")) == 103
-    assert len(table.candidates("other version")) == 0
+    assert len(table.candidates("v").decoders) == 103
+    assert len(table.candidates("other version").decoders) == 0
 
 
 def table_fixed(workers: Workers, row: int) -> object:

@@ -20,7 +20,8 @@ HELD = {"prefill-0": 6000, "prefill-1": 0, "decode-0": 2000, "decode-1": 0}
 
 def seconds_to_compute(id: str) -> float:
     peers = max(HELD.values()) - HELD[id]
-    return float(estimates.compute_s(TOKENS - HELD[id], 0, 0, peers, TOKEN_BYTES, TOKEN_S, BYTE_S))
+    saved = estimates.fetch_saves_s(peers, TOKEN_S, TOKEN_BYTES * BYTE_S)
+    return float(estimates.compute_s(TOKENS - HELD[id], TOKEN_S) - saved)
 
 
 def stay(id: str) -> float:
@@ -34,8 +35,7 @@ def rows() -> list[tuple[float, str]]:
         for prefiller in ("prefill-0", "prefill-1"):
             queue, others = (WAITING * TOKEN_S, QUEUED) if prefiller == "prefill-0" else (0.0, 0)
             compute = seconds_to_compute(prefiller)
-            num_bytes = (TOKENS - HELD[decoder]) * TOKEN_BYTES
-            left = float(estimates.handover_s(num_bytes, BYTE_S, compute))
+            left = float(estimates.tail_s(TOKENS - HELD[decoder], TOKEN_BYTES * BYTE_S, compute))
             found.append((decoder, prefiller, queue, compute, others * compute, left, stay(decoder)))
         compute = seconds_to_compute(decoder)
         found.append((decoder, "itself", 0.0, compute, streams * compute, 0.0, stay(decoder)))
@@ -50,8 +50,13 @@ def test_the_page_has_the_cost_of_every_route(cost: float, row: str) -> None:
 
 
 def test_the_cheapest_is_what_the_policy_takes() -> None:
-    fast = {"prefill_s": TOKEN_S, "handover_s": BYTE_S, "kv_bytes_per_token": TOKEN_BYTES, "context_tokens": 16_000}
-    fast |= {"free_blocks": 2000}
+    fast = {
+        "prefill_s": TOKEN_S,
+        "handover_s": BYTE_S * TOKEN_BYTES,
+        "kv_bytes_per_token": TOKEN_BYTES,
+        "context_tokens": 16_000,
+    }
+    fast |= {"free_tokens": 32_000}
     workers = Workers(
         **{
             "prefill-0": prefill(waiting_prefill_tokens=WAITING, requests=QUEUED, **fast),
