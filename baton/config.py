@@ -82,7 +82,7 @@ class ServiceClass(NamedTuple):
 
 
 def parse_classes(text: str) -> tuple[ServiceClass, ...]:
-    """From 'standard=30/1,interactive=2/0.2'; the first is that of requests that name none."""
+    """From 'standard=30/0,interactive=2/0.2'; the first is that of requests that name none."""
     classes: dict[str, ServiceClass] = {}
     for part in text.split(","):
         match = re.fullmatch(r"([a-z][a-z0-9_-]{0,31})=(\d+(?:\.\d+)?)/(\d+(?:\.\d+)?)", part.strip())
@@ -299,7 +299,7 @@ class CoordinatorOptions:
     )  # fmt: skip
     max_requests: int = setting(1024, "streams in the system; more are refused with 429")
     service_classes: str = setting(
-        "standard=30/1,interactive=2/0.2,batch=300/0",
+        "standard=30/0,interactive=2/0.2,batch=300/0",
         "kinds of requests, each with the seconds to its first token and from token to token that it should see: "
         "name=TTFT/ITL, 0 for no target. What is predicted to miss them is refused with 429 at once; requests that "
         "name no class are of the first",
