@@ -149,9 +149,9 @@ class Intake:
                 _check_messages(prompt)
         caller = calling.get()
         salt = caller.salt(check_salt(spec.cache_salt))
+        caller.check_limits(num_streams)
         # Refused before the work of tokenising, and again by `start`, because others may have come meanwhile.
         self.dispatcher.check_capacity(num_streams)
-        caller.check_limits(num_streams)
         stop = tuple(spec.sampling.stop)
         form = AnswerForm(spec.chat, spec.include_usage, spec.keep_special_tokens, stop, n)
         request = Request(request_id, salt, form, resume_s)

@@ -28,7 +28,7 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -39,8 +39,6 @@ from coordinator.tenants.keys import Secret
 
 events = logging.getLogger("baton.events")
 MAX_WAITING_LINES = 8192
-MAX_WAITING_TOKENS = 1 << 20
-"""Of prompts whose digests are still to be made."""
 RETRY_S = 0.5
 CLOSE_S = 2.0
 SAY_AGAIN_S = 60.0
@@ -60,17 +58,6 @@ class _Head(msgspec.Struct):
 _decode = msgspec.json.Decoder(_Head).decode
 
 
-class _Line(NamedTuple):
-    """A request that waits to be written."""
-
-    fields: dict[str, Any]
-    prompts: list[list[int]]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(map(len, self.prompts))
-
-
 class AuditLog:
     def __init__(self, path: Path, model: str, secret: Secret) -> None:
         """Raises ConfigurationError for a file that cannot be opened."""
@@ -78,8 +65,8 @@ class AuditLog:
         self._model = model
         self.counts: Counter[str] = Counter({"written": 0, "failed": 0, "dropped": 0})
         """`dropped` belongs to the caller's thread, the others to the writer's."""
-        self._queue: queue.Queue[_Line | Secret] = queue.Queue(MAX_WAITING_LINES)
-        self._tokens_in = self._tokens_out = 0
+        self._queue: queue.Queue[dict[str, Any] | Secret] = queue.Queue(MAX_WAITING_LINES)
+        self._secret = secret
         self._told = 0
         """Of those that were dropped."""
         self._closing = threading.Event()
@@ -94,19 +81,17 @@ class AuditLog:
             "time": _now(), "event": "request", "request": request.id, "tenant": ended.tenant, "key": ended.key_id,
             "model": self._model, "version": request.version, "input": used.prompt, "cached": used.cached_prompt,
             "output": used.completion, "outcome": ended.outcome,
+            # Made here, because a prompt that waited for the disk would take much more room than its digest.
+            "prompts": [self._secret.digest(b"prompt", _packed(prompt)).hex() for prompt in _prompts(request)],
         }  # fmt: skip
-        line = _Line(fields, _prompts(request))
-        waiting = self._tokens_in - self._tokens_out
         try:
-            if waiting and waiting + line.num_tokens > MAX_WAITING_TOKENS:
-                raise queue.Full
-            self._queue.put_nowait(line)
-            self._tokens_in += line.num_tokens
+            self._queue.put_nowait(fields)
         except queue.Full:
             self.counts["dropped"] += 1
 
     def change_secret(self, secret: Secret) -> None:
         """What follows is chained anew with it."""
+        self._secret = secret
         with contextlib.suppress(queue.Full):  # then nothing is written anyway, and the next file has it
             self._queue.put_nowait(secret)
 
@@ -130,10 +115,8 @@ class AuditLog:
                 self._writer.begin(item)
                 self._write({"time": _now(), "event": "opened", "after": self._writer.after})
                 continue
-            digests = [self._writer.secret.digest(b"prompt", _packed(prompt)).hex() for prompt in item.prompts]
-            self._tokens_out += item.num_tokens
             self._tell_dropped()
-            self._write(item.fields | {"prompts": digests})
+            self._write(item)
         self._tell_dropped()
 
     def _tell_dropped(self) -> None:

@@ -138,6 +138,8 @@ def test_a_key_does_what_its_scopes_say(run, tmp_path: Path) -> None:
             error = await ask(system, keys.headers("boss"), 403)
             assert "scope 'infer'" in error["message"]
             assert (error["type"], error["code"]) == ("invalid_request_error", "insufficient_permissions")
+            with pytest.raises(openai.PermissionDeniedError):
+                await system.openai.with_options(api_key=keys.keys["boss"]).completions.create(**BODY)
             assert "may not use the model" in (await ask(system, keys.headers("other"), 403))["message"]
             pin = {"prompt": "word " * 40}
             async with system.http.post("/v1/cache/pins", json=pin, headers=keys.headers("plain")) as answer:
@@ -148,7 +150,7 @@ def test_a_key_does_what_its_scopes_say(run, tmp_path: Path) -> None:
             assert (await refused(call))[0] is grpc.StatusCode.PERMISSION_DENIED
             tokenize = system.inference.Tokenize(api.TokenizeRequest(text="a"), metadata=keys.metadata("pinner"))
             assert (await refused(tokenize))[0] is grpc.StatusCode.PERMISSION_DENIED
-            assert system.metric("baton_tenant_refused_total", tenant="boss", reason="forbidden") == 1
+            assert system.metric("baton_tenant_refused_total", tenant="boss", reason="forbidden") == 2
 
     run(main())
 
@@ -182,6 +184,9 @@ def test_limits_refuse_with_what_to_wait_and_are_paid_back(run, tmp_path: Path) 
             assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert 15_000 < int(trailing["grpc-retry-pushback-ms"]) <= 30_000
             assert system.metric("baton_tenant_refused_total", tenant="few", reason="rate_limited") == 3
+            with pytest.raises(openai.RateLimitError) as raised:
+                await system.openai.with_options(api_key=keys.keys["few"]).completions.create(**BODY)
+            assert raised.value.code == "rate_limit_exceeded"
 
             # An answer may go beyond what is left, and the next request waits until that is paid.
             short = keys.headers("short")

@@ -208,23 +208,6 @@ def test_a_torn_last_line_and_a_lost_line_end_do_no_harm(tmp_path: Path) -> None
     assert verify([path], SECRET) == (4, [])
 
 
-def test_prompts_that_wait_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audit, "MAX_WAITING_TOKENS", 10)
-    hold = threading.Event()
-    real = audit._packed
-    monkeypatch.setattr(audit, "_packed", lambda prompt: (hold.wait(5), real(prompt))[1])
-    path = tmp_path / "audit.jsonl"
-    log = AuditLog(path, "demo", SECRET)
-    for number in range(4):
-        log.write(ended(number, (1,) * 5))
-    assert log.counts["dropped"] == 2
-    hold.set()
-    until(lambda: log.counts["written"] == 4)
-    log.write(ended(9, (1,) * 50))  # alone it may be as long as it likes
-    log.close()
-    assert ids(path) == ["cmpl-0", "cmpl-1", "cmpl-9"]
-
-
 def test_another_secret_begins_another_chain(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     log = AuditLog(path, "demo", SECRET)
