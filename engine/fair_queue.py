@@ -73,6 +73,8 @@ class FairQueue:
         self._num_accounts = 0
         self._num_turns = 0
         self._num_waiting = 0
+        self._num_bounded = 0
+        """Requests whose tenants have a share of the blocks to keep to."""
 
     def __len__(self) -> int:
         return self._num_waiting
@@ -83,6 +85,7 @@ class FairQueue:
     def add(self, sequence: Sequence) -> None:
         """A new request waits."""
         standing = sequence.request.standing
+        self._num_bounded += standing.kv_share > 0
         self._enroll(sequence, standing.priority)
         self.wait(sequence)
 
@@ -101,6 +104,10 @@ class FairQueue:
 
     def forget(self, sequence: Sequence) -> None:
         """It has ended, and is not in the line."""
+        self._num_bounded -= sequence.request.standing.kv_share > 0
+        self._dismiss(sequence)
+
+    def _dismiss(self, sequence: Sequence) -> None:
         account = self._account_of.pop(sequence.id)
         account.num_requests -= 1
         if not account.num_requests:
@@ -113,13 +120,26 @@ class FairQueue:
         elif len(self._idle) > MAX_IDLE:
             del self._idle[next(iter(self._idle))]
 
-    def has_ranks(self) -> bool:
-        """Whether some requests here go before others."""
-        return len({account.rank for account in self._accounts.values()}) > 1
+    def somebody_yields(self) -> bool:
+        """Whether some that run may have to make way for one that waits."""
+        return self._num_waiting > 0 and (self._num_bounded > 0 or len({rank for rank, _ in self._accounts}) > 1)
 
-    def rank(self, sequence: Sequence) -> int:
-        """Its priority, or the greater one that it has moved up to."""
-        return self._account_of[sequence.id].rank
+    def yielding(self, running: Iterable[Sequence], head: Sequence, holdings: "KvHoldings") -> list[Sequence]:
+        """Those that make way for `head`, the first one last; `running` in the order of arrival.
+
+        They are of a lesser rank, or of a tenant that holds more than its share. GIVE requests are left alone.
+        """
+        rank, yielding = self._account_of[head.id].rank, []
+        for sequence in reversed(self.by_claim(running)):
+            lent = holdings.is_exceeded(sequence.request.standing)
+            if not sequence.gives and (lent or self._account_of[sequence.id].rank < rank):
+                yielding.append(sequence)
+                holdings.remove(sequence)
+        return yielding[::-1]
+
+    def holdings(self, holders: Iterable[Sequence], num_blocks: int) -> "KvHoldings":
+        """What tenants hold of the pool, of whom some have to keep to a share of it."""
+        return KvHoldings(holders if self._num_bounded else (), num_blocks)
 
     def serve_singles(self, singles: Iterable[Sequence]) -> None:
         """Each gets a token in the step that is planned."""
@@ -209,7 +229,7 @@ class FairQueue:
             del account.prompts[0]
         else:
             self.leave(sequence)
-        self.forget(sequence)
+        self._dismiss(sequence)
         self._enroll(sequence, rank)
         if is_prompt:
             target = self._account_of[sequence.id]

@@ -29,11 +29,11 @@ vain: what the step says about it is dropped, and the step keeps the blocks that
 
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
-from dataclasses import replace
 
 from baton.errors import BatonError, InvalidRequestError
+from engine.announcing import Announcer
 from engine.block_tables import BlockTables, fence_id
 from engine.blocks import BlockAccountingError, BlockAllocator, Owner, OwnerKind
 from engine.fair_queue import Account, FairQueue, KvHoldings, Turns
@@ -49,13 +49,13 @@ from engine.requests import (
     EngineRequest,
     Handover,
     LeasedBlocks,
-    Named,
     Reserved,
     Started,
     StepOutput,
     TokenLogprobs,
     TokenOutput,
 )
+from engine.saving import Saver
 from engine.sequence import Phase, Sequence
 from engine.steps import Step
 from engine.store import BlockStore
@@ -92,17 +92,14 @@ class Scheduler:
         )  # fmt: skip
         self._allocator = allocator
         self._limits = limits
-        self._store = store
-        self._save_ahead = _most_taken(limits, allocator.num_blocks) if store is not None and save_at_eviction else 0
-        """Blocks next to be evicted that are to be saved by then; 0: each is saved when it gets its name."""
+        self._saver = Saver(self.tables, limits, store is not None, save_at_eviction)
+        self._announcer = Announcer(allocator, limits.page_size)
         self._num_added = 0
         self._sequences: dict[str, Sequence] = {}
         self._queue = FairQueue()
         self._running: list[Sequence] = []
         """In the order of arrival."""
         self._receiving: dict[str, Sequence] = {}
-        self._num_bounded = 0
-        """Requests whose tenants have a share of the blocks to keep to."""
         self._num_planned = 0
         self._in_flight: deque[Step] = deque()
         self._stuck = False
@@ -128,7 +125,6 @@ class Scheduler:
         self._num_added += 1
         self._sequences[request.id] = sequence
         self._queue.add(sequence)
-        self._num_bounded += request.standing.kv_share > 0
 
     def receive(
         self,
@@ -175,7 +171,7 @@ class Scheduler:
         reason = None if first_token is None else self._emit_token(sequence, Sampled(first_token, first_logprobs))
         # The last token's KV is computed again when its logits are needed: its block must not be published before.
         sequence.settle(min(num_valid, len(sequence.token_ids) - 1))
-        self._publish(sequence)
+        self._events.named.extend(self._saver.publish(sequence))
         if fenced:
             self.tables.quarantine(sequence, fence_id(sequence.id))
         if reason is not None:
@@ -206,7 +202,7 @@ class Scheduler:
     def save_cached(self, names: Many[bytes], tenant: bytes) -> None:
         """Have the store keep those of these leading blocks that the pool holds."""
         blocks = self.tables.cache.lookup(names)
-        self._report(zip(names, blocks, strict=False), tenant)
+        self._events.named.extend(self._saver.named(zip(names, blocks, strict=False), tenant))
 
     def release_lease(self, request_id: str) -> bool:
         """The reader is done. False when there is no such lease (any more)."""
@@ -261,20 +257,12 @@ class Scheduler:
 
     def finishing(self) -> list[Computed]:
         """What the earliest plan in flight makes final for GIVE requests, in their own blocks."""
-        step, computed = self._in_flight[0], []
-        for sequence, planned in zip(step.sequences, step.planned, strict=True):
-            if sequence.gives and sequence.phase is not Phase.ENDED and sequence.request.placement is None:
-                end = planned.start + len(planned.token_ids)
-                if (each := self._final(sequence, end, planned.sample is not None)).block_ids:
-                    computed.append(each)
-        return computed
+        return self._announcer.finishing(self._in_flight[0])
 
     def announcing(self, computed: Many[Computed], whole: bool) -> None:
         """Readers are being told of what `finishing` stated: that layers of it are final, or `whole` blocks."""
         for each in computed:
-            sequence = self._sequences[each.request_id]
-            sequence.is_exposed = True
-            sequence.num_announced_blocks += len(each.block_ids) if whole else 0
+            self._announcer.told(self._sequences[each.request_id], each, whole)
 
     def apply(self, plan: StepPlan, result: StepResult) -> StepOutput:
         """Account for the earliest plan in flight. Returns everything that changed since the last output."""
@@ -284,10 +272,8 @@ class Scheduler:
             if sequence.phase is not Phase.ENDED:
                 sampled = result.sampled[sequence.id] if planned.sample is not None else []
                 self._apply(sequence, planned, sampled)
-        if self._save_ahead:
-            for name, block, tenant in self.tables.cache.newly_at_risk(self._save_ahead):
-                self._report([(name, block)], tenant)
-            self.counters["kv_saves_too_late"] = self.tables.cache.num_evicted_unsaid
+        self._events.named.extend(self._saver.at_risk())
+        self.counters["kv_saves_too_late"] = self._saver.num_too_late
         return self.take_events()
 
     def take_events(self) -> StepOutput:
@@ -338,29 +324,20 @@ class Scheduler:
         return request_id in self._sequences or any(self._allocator.owns_any(owner) for owner in outside)
 
     def _make_way(self) -> None:
-        """Preempt for the next in line those with less of a claim, where that is what it takes for it to start.
-
-        That is a lower rank, or a tenant that holds more than its share of the blocks. GIVE requests are left alone.
-        """
+        """Preempt for the next in line those who yield to it, where that is what it takes for it to start."""
         self._must_land = False
-        if not self._queue or not (self._num_bounded or self._queue.has_ranks()):
+        if not self._queue.somebody_yields():
             return
         holdings = self._holdings()
-        head = next((each for each in self._queue.heads() if not self._is_beyond(each, holdings)), None)
-        if head is None or self._fits(head):
+        head = next((each for each in self._queue.heads() if not self._is_kept_back(each, holdings)), None)
+        if head is None or self._can_start(head):
             return
-        rank = self._queue.rank(head)
-        victims = []
-        for sequence in reversed(self._queue.by_claim(self._running)):
-            yields = self._queue.rank(sequence) < rank or holdings.is_exceeded(sequence.request.standing)
-            if yields and not sequence.gives:
-                victims.append(sequence)
-                holdings.remove(sequence)
+        victims = self._queue.yielding(self._running, head, holdings)
         if sum(len(each.block_ids) for each in victims) < self.tables.shortfall(head):
             return
         self._must_land = any(victim.in_flight for victim in victims)
-        while victims and not self._must_land and not self._fits(head):
-            self._preempt(victims.pop(0))
+        while victims and not self._must_land and not self._can_start(head):
+            self._preempt(victims.pop())
 
     def _plan_singles(self, step: Step) -> None:
         """Schedule every running request that needs one token, preempting others, or itself, for blocks."""
@@ -394,7 +371,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         assert not sequence.in_flight, "see can_look_ahead"
         self._running.remove(sequence)
-        self._report(self.tables.final_blocks(sequence), sequence.request.tenant)
+        self._events.named.extend(self._saver.named(self.tables.final_blocks(sequence), sequence.request.tenant))
         self.tables.release(sequence)
         sequence.phase = Phase.WAITING
         self._queue.wait(sequence)
@@ -407,39 +384,38 @@ class Scheduler:
         """Whether somebody waits for nothing but blocks and room in the batch."""
         return bool(self._queue) and self._has_place()
 
-    def _fits(self, sequence: Sequence) -> bool:
+    def _can_start(self, sequence: Sequence) -> bool:
         return self._has_place() and self.tables.shortfall(sequence) <= 0
 
     def _holdings(self) -> KvHoldings:
-        holders = (*self._running, *self._receiving.values()) if self._num_bounded else ()
-        return KvHoldings(holders, self._allocator.num_blocks)
+        return self._queue.holdings((*self._running, *self._receiving.values()), self._allocator.num_blocks)
 
-    def _is_beyond(self, sequence: Sequence, holdings: KvHoldings) -> bool:
-        """Whether its tenant has no share of the blocks left for one that waits."""
+    def _is_kept_back(self, sequence: Sequence, holdings: KvHoldings) -> bool:
+        """Whether its tenant's share of the blocks does not allow for it while others wait."""
         num_blocks = self.tables.num_blocks_for(sequence.num_positions_at_start)
         return holdings.is_used_up(sequence.request.standing, num_blocks)
 
     def _plan_prompts(self, step: Step) -> None:
         """Prompts go on and requests start. More than its share of the blocks a tenant gets where nobody else waits."""
         turns = self._queue.turns([each for each in self._running if each.num_uncomputed > 1])
-        beyond = self._take_turns(step, turns, self._holdings())
-        if beyond and len(self._queue) == sum(len(account.line) for account in beyond):
-            self._take_turns(step, Turns(self._queue, beyond), None)
+        kept_back = self._take_turns(step, turns, self._holdings())
+        if kept_back and len(self._queue) == sum(len(account.line) for account in kept_back):
+            self._take_turns(step, Turns(self._queue, kept_back), None)
 
     def _take_turns(self, step: Step, turns: Turns, holdings: KvHoldings | None) -> list[Account]:
         """Until the batch is full or one that waits does not fit: that one lets nobody pass.
 
         Returns whom `holdings` kept from starting a request.
         """
-        beyond, may_start = [], self._can_admit()
+        kept_back, may_start = [], self._can_admit()
         while (may_start or step.prompt_budget) and (account := turns.account()) is not None:
             prompt = account.prompt()
             if prompt is not None and step.prompt_budget:
                 turns.serve(prompt, step.schedule(prompt))
             elif not may_start or not account.line:
                 turns.skip()
-            elif holdings is not None and self._is_beyond(account.line[0], holdings):
-                beyond.append(account)
+            elif holdings is not None and self._is_kept_back(account.line[0], holdings):
+                kept_back.append(account)
                 turns.skip()
             else:
                 sequence = account.line[0]
@@ -457,7 +433,7 @@ class Scheduler:
                 else:
                     sequence.awaits_kv = from_peer
                     may_start = False
-        return beyond
+        return kept_back
 
     def _start(self, sequence: Sequence, outside: Outside, from_peer: bool, step: Step) -> int:
         """It has its blocks. Returns how many tokens of it the step computes."""
@@ -485,23 +461,12 @@ class Scheduler:
         self._run(sequence)
         num_tokens = step.schedule(sequence)
         if sequence.gives and sequence.request.placement is None:
-            self._announce(sequence, last=False)
+            self._events.computed.extend(self._announcer.computed(sequence, last=False))
         return num_tokens
 
     def _run(self, sequence: Sequence) -> None:
         sequence.phase = Phase.RUNNING
         insort(self._running, sequence, key=_arrival)
-
-    def _publish(self, sequence: Sequence) -> None:
-        published = self.tables.publish(sequence)
-        if not self._save_ahead:
-            self._report(published, sequence.request.tenant)
-
-    def _report(self, named: Iterable[tuple[bytes, int]], tenant: bytes) -> None:
-        """Tell the store of blocks that are to be saved."""
-        if self._store is not None:
-            generations = self._allocator.generations
-            self._events.named.extend(Named(name, block, int(generations[block]), tenant) for name, block in named)
 
     def _apply(self, sequence: Sequence, planned: PlannedSequence, sampled: list[Sampled]) -> None:
         reason, num_tokens = None, 0
@@ -515,11 +480,11 @@ class Scheduler:
         if planned.num_drafts:
             self.counters["draft_tokens"] += planned.num_drafts
             self.counters["draft_tokens_accepted"] += min(num_tokens, len(sampled) - 1)
-        self._publish(sequence)
+        self._events.named.extend(self._saver.publish(sequence))
         if reason is not None:
             self._end(sequence, reason)
         elif sequence.gives:
-            self._announce(sequence, last=bool(sampled))
+            self._events.computed.extend(self._announcer.computed(sequence, last=bool(sampled)))
             if sampled:
                 self._end(sequence, EndReason.HANDED_OVER)
 
@@ -527,24 +492,6 @@ class Scheduler:
         index = len(sequence.output_token_ids)
         self._events.tokens.append(TokenOutput(sequence.id, index, token.token_id, token.logprobs))
         return sequence.append(token.token_id)
-
-    def _announce(self, sequence: Sequence, last: bool) -> None:
-        """Tell which further blocks of a GIVE request are final, the partial one only at the end."""
-        computed = self._final(sequence, sequence.num_computed, last)
-        if computed.block_ids or last:
-            self._events.computed.append(replace(computed, last=last))
-            sequence.num_announced_blocks += len(computed.block_ids)
-            sequence.is_exposed = True
-
-    def _final(self, sequence: Sequence, num_tokens: int, with_partial: bool) -> Computed:
-        """Those not announced yet of the blocks that the first `num_tokens` positions fill."""
-        first = sequence.num_announced_blocks
-        final = len(sequence.block_ids) if with_partial else num_tokens // self._limits.page_size
-        blocks = sequence.block_ids[first:final]
-        is_placed = sequence.request.placement is not None
-        generations = () if is_placed else tuple(self._allocator.generations[blocks].tolist())
-        covered = num_tokens if with_partial else final * self._limits.page_size
-        return Computed(sequence.id, first, tuple(blocks), generations, covered, last=False)
 
     def _end(self, sequence: Sequence, reason: EndReason) -> None:
         """The one place where a request ends: its blocks find their next owner, its client its reason."""
@@ -562,19 +509,12 @@ class Scheduler:
                 self.tables.release(sequence)
         sequence.phase = Phase.ENDED
         self._queue.forget(sequence)
-        self._num_bounded -= sequence.request.standing.kv_share > 0
         del self._sequences[sequence.id]
         self._events.ended.append(Ended(sequence.id, reason, len(sequence.output_token_ids)))
 
     def _count(self, counter: str, start: int, end: int, sequence: Sequence) -> None:
         """Add the positions from `start` to `end` that belong to the prompt."""
         self.counters[counter] += max(0, min(end, sequence.request.num_prompt_tokens) - start)
-
-
-def _most_taken(limits: SchedulerLimits, num_blocks: int) -> int:
-    """Blocks that a step may take at once: for the longest prompt, a batch and a token of everybody; at most half."""
-    num_tokens = limits.max_model_tokens + limits.max_batch_tokens
-    return min(num_tokens // limits.page_size + limits.max_running, num_blocks // 2)
 
 
 def _arrival(sequence: Sequence) -> int:

@@ -12,13 +12,14 @@ from tests.system.hang_ups import SHAPES, Freed
 NUM_CLIENTS = 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "gap_s"), [("prefill_is_busy", 0.0), ("decode_is_busy", 0.0), ("decode_is_busy", 0.005)]
 )
 def test_200_clients_hang_up_and_every_block_is_free_one_step_after_the_abort(shape: str, gap_s: float) -> None:
     """A step runs to its end; what the abort is about is free before the next one begins.
 
-    Only blocks that wait here for their reader are free a message later: its worker is the one that is told.
+    Where a transfer is under way, or a reader has yet to say that it wants nothing, it takes that message as well.
     """
     command = [sys.executable, "-m", "tests.system.hang_ups", "--shape", shape, "--gap-s", str(gap_s)]
     ended = subprocess.run(
@@ -40,6 +41,6 @@ def test_200_clients_hang_up_and_every_block_is_free_one_step_after_the_abort(sh
     assert seen["phases"].keys() >= SHAPES[shape].phases
     assert sum(len(group) for (worker, _), group in by_phase.items() if worker == "decode") == NUM_CLIENTS
     for (_, phase), group in by_phase.items():
-        assert max(each.steps for each in group) <= (3 if phase == "leased" else 1)
-        assert max(each.ms_from_hang_up for each in group) < 5000
+        assert phase in ("handing over", "leased") or max(each.steps for each in group) <= 1
+        assert max(each.ms_from_hang_up for each in group) < 5000, "not by a message, but when the lease ended"
     assert seen["coordinator_requests"] == 0
