@@ -21,32 +21,45 @@ ALIVE = b":\n"
 """A comment, which clients skip. Not a blank line more: some take that for an event without data."""
 
 
-class LifeSigns:
-    """Has each stream say that it lives once it has been silent for `interval_s`: one timer for all of them."""
+class EventStreams:
+    """What all streams of a coordinator share: a turn of the event loop for those that a step brought something, and a
+    timer for those that have been silent for `alive_s`, which then say that they live."""
 
-    def __init__(self, interval_s: float) -> None:
-        self.interval_s = interval_s
+    def __init__(self, alive_s: float) -> None:
+        self.alive_s = alive_s
+        self._with_news: list[EventStream] = []
         self._wrote_at: dict[EventStream, float] = {}
         """By the clock of the loop; whoever has been silent the longest first."""
         self._timer: asyncio.TimerHandle | None = None
+
+    def has_news(self, stream: "EventStream") -> None:
+        """Have it take them once whoever brought them has finished."""
+        if not self._with_news:
+            asyncio.get_running_loop().call_soon(self._turn)
+        self._with_news.append(stream)
+
+    def _turn(self) -> None:
+        streams, self._with_news = self._with_news, []
+        for stream in streams:
+            stream.take()
 
     def wrote(self, stream: "EventStream") -> None:
         loop = asyncio.get_running_loop()
         self._wrote_at.pop(stream, None)
         self._wrote_at[stream] = now = loop.time()
         if self._timer is None:
-            self._timer = loop.call_at(now + self.interval_s, self._tick)
+            self._timer = loop.call_at(now + self.alive_s, self._tick)
 
     def forget(self, stream: "EventStream") -> None:
         self._wrote_at.pop(stream, None)
 
     def _tick(self) -> None:
         loop, self._timer = asyncio.get_running_loop(), None
-        silent_since = loop.time() - self.interval_s
+        silent_since = loop.time() - self.alive_s
         while self._wrote_at:
             stream, at = next(iter(self._wrote_at.items()))
             if at > silent_since:
-                self._timer = loop.call_at(at + self.interval_s, self._tick)
+                self._timer = loop.call_at(at + self.alive_s, self._tick)
                 return
             self.wrote(stream)
             stream.say_alive()
@@ -62,15 +75,16 @@ class EventStream:
         request: Request,
         reader: int,
         writer: AnswerWriter,
-        signs: LifeSigns,
+        all: EventStreams,
         better_elsewhere: Callable[[Request], bool],
         reads: Callable[[Awaitable[None]], Awaitable[None]],
     ) -> None:
         self._http = http
+        self._connection, self._transport = http.protocol, http.transport
         self._request = request
         self._reader = reader
         self._writer = writer
-        self._signs = signs
+        self._all = all
         self._better_elsewhere = better_elsewhere
         self._reads = reads
         # Until HTTP/1.1 an answer of unknown length ended with its connection.
@@ -102,10 +116,10 @@ class EventStream:
                 if self._held_up and not self._over:
                     await self._reads(self._http.writer.drain())
                     self._held_up = False
-                    self._take()
+                    self.take()
         finally:
             self._over = True
-            self._signs.forget(self)
+            self._all.forget(self)
             if self._request.on_news == self._on_news:  # else it is that of a reader that came meanwhile
                 self._request.on_news = None
         if self._failure is not None:
@@ -115,9 +129,10 @@ class EventStream:
     def _on_news(self) -> None:
         if not self._due:
             self._due = True
-            asyncio.get_running_loop().call_soon(self._take)
+            self._all.has_news(self)
 
-    def _take(self) -> None:
+    def take(self) -> None:
+        """Write what is new."""
         self._due = False
         if self._over or self._held_up:
             return
@@ -137,12 +152,12 @@ class EventStream:
             self._write(data)
 
     def _write(self, data: bytes) -> None:
-        transport = self._http.transport
+        transport = self._transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client hung up")
         transport.write(self._frame(data))
-        self._signs.wrote(self)
-        if self._http.protocol.writing_paused:
+        self._all.wrote(self)
+        if self._connection.writing_paused:
             self._held_up = True
             self._wake()
 

@@ -25,7 +25,7 @@ from baton.errors import InvalidRequestError
 from coordinator import openai_api
 from coordinator.delivery import Delta, Position, Request
 from coordinator.drains import DrainRequest, Drains
-from coordinator.event_stream import EventStream, LifeSigns
+from coordinator.event_stream import EventStream, EventStreams
 from coordinator.failures import FailureKind, RequestFailed
 from coordinator.openai_answers import SSE_DONE, AnswerWriter, ErrorBody, ErrorDetail, json_body, positions_of, sse
 from coordinator.pins import CachePin
@@ -94,7 +94,7 @@ class HttpApi:
         self._max_body_bytes = max_body_bytes
         self._worker_status = worker_status
         self._drains = drains
-        self._signs = LifeSigns(alive_interval_s)
+        self._streams = EventStreams(alive_interval_s)
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[self._outermost], client_max_size=self._max_body_bytes)
@@ -167,12 +167,12 @@ class HttpApi:
         """Silence for longer than the interval means that this coordinator hangs, or is cut off from its client."""
         # Wait for the first token before saying 200: what fails until then gets a status of its own. A client that
         # resumes would rather know that somebody is here.
-        deltas = await request.news(reader, self._signs.interval_s if request.resume_s else None)
+        deltas = await request.news(reader, self._streams.alive_s if request.resume_s else None)
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Request-Id": request.id}
         response = web.StreamResponse(headers=headers)
         await response.prepare(http)
         events = EventStream(
-            http, request, reader, writer, self._signs, self._resumption.better_elsewhere, partial(self._reads, http)
+            http, request, reader, writer, self._streams, self._resumption.better_elsewhere, partial(self._reads, http)
         )
         try:
             try:

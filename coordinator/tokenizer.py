@@ -1,8 +1,10 @@
 """Text to tokens and back, and chats to text, from the files of a Hugging Face model folder."""
 
 import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ class ModelTokenizer:
         self._template = _chat_template(folder, config, special)
         self._vocabulary_bytes = _byte_alphabet() if isinstance(self._tokenizer.decoder, ByteLevel) else None
         added = self._tokenizer.get_added_tokens_decoder()
+        self._added_ids = frozenset(added)
+        self._alone: dict[int, str] = {}
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         eos = special.get("eos_token")
         self.facts: ModelFacts = read_facts(
@@ -71,8 +75,24 @@ class ModelTokenizer:
         """Turns the tokens that follow `prompt` into text."""
         tokenizer = self._tokenizer
         if keep_special_tokens:
-            return IncrementalDetokenizer(lambda ids: tokenizer.decode(ids, skip_special_tokens=False), prompt)
-        return IncrementalDetokenizer(tokenizer.decode, prompt, self.special_ids)
+            decode = partial(tokenizer.decode, skip_special_tokens=False)
+            return IncrementalDetokenizer(decode, prompt, alone=self._text_alone)
+        return IncrementalDetokenizer(tokenizer.decode, prompt, self.special_ids, self._text_alone)
+
+    def _text_alone(self, token_id: int) -> str:
+        """The text of a token that has it whatever stands before; empty for others.
+
+        Byte-level vocabularies join the bytes of all tokens, so that one of whole characters adds just these.
+        """
+        text = self._alone.get(token_id)
+        if text is None:
+            text = ""
+            if token_id not in self._added_ids:
+                with contextlib.suppress(UnicodeDecodeError):
+                    text = (self._mapped_bytes(self._tokenizer.id_to_token(token_id) or "") or b"").decode()
+            # A token may be the very sign that stands for what is not whole; those who read tell them apart by context.
+            self._alone[token_id] = text = "" if text.endswith("\ufffd") else text
+        return text
 
     def render_chat(
         self, messages: Sequence[Mapping[str, str]], extra: Mapping[str, Any], add_generation_prompt: bool = True
@@ -87,12 +107,18 @@ class ModelTokenizer:
         token = self._tokenizer.id_to_token(token_id)
         if token is None:
             return b""
-        alphabet = self._vocabulary_bytes
-        if alphabet is not None and all(character in alphabet for character in token):
-            return bytes(alphabet[character] for character in token)
+        if (mapped := self._mapped_bytes(token)) is not None:
+            return mapped
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes.fromhex(token[3:5])
         return token.replace("\u2581", " ").encode()
+
+    def _mapped_bytes(self, token: str) -> bytes | None:
+        """Of a token in the alphabet of a byte-level vocabulary."""
+        alphabet = self._vocabulary_bytes
+        if alphabet is None or not all(character in alphabet for character in token):
+            return None
+        return bytes(alphabet[character] for character in token)
 
 
 def _load(path: Path) -> Tokenizer:

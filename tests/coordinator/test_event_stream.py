@@ -16,7 +16,7 @@ from coordinator_harness import running
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import AnswerForm, Choice, Delta, Request
 from coordinator.detokenizer import IncrementalDetokenizer, TextStream
-from coordinator.event_stream import ALIVE, EventStream, LifeSigns
+from coordinator.event_stream import ALIVE, EventStream, EventStreams
 from coordinator.failures import FailureKind, RequestFailed
 from coordinator.openai_answers import (
     SSE_DONE,
@@ -41,10 +41,11 @@ class Connection:
         self.room.set()
         self.transport = SimpleNamespace(write=self.written.append, is_closing=lambda: self.closing)
         self.writer = SimpleNamespace(drain=self.room.wait)
+        self.protocol = self
 
     @property
-    def protocol(self) -> SimpleNamespace:
-        return SimpleNamespace(writing_paused=not self.room.is_set())
+    def writing_paused(self) -> bool:
+        return not self.room.is_set()
 
     def text(self) -> bytes:
         """What was in the chunks, each of which must be whole."""
@@ -82,12 +83,12 @@ def end(request: Request, failure: RequestFailed | None = None) -> None:
 
 
 def begin(
-    request: Request, http: Connection, signs: LifeSigns | None = None, deltas: Any = (), elsewhere: bool = False
+    request: Request, http: Connection, streams: EventStreams | None = None, deltas: Any = (), elsewhere: bool = False
 ) -> "asyncio.Task[bytes]":
     writer = AnswerWriter(request, "demo", lambda id: chr(id).encode())
     reader = request.reader or request.attach()
-    signs = signs or LifeSigns(60.0)
-    stream = EventStream(http, request, reader, writer, signs, lambda request: elsewhere, written)  # type: ignore[arg-type]
+    streams = streams or EventStreams(60.0)
+    stream = EventStream(http, request, reader, writer, streams, lambda request: elsewhere, written)  # type: ignore[arg-type]
     return asyncio.create_task(stream.run(deltas))
 
 
@@ -146,9 +147,9 @@ def test_a_slow_client_gets_all_of_it_and_what_waits_for_it_is_tokens(run: Run) 
 
 def test_silence_is_filled_with_signs_of_life_and_only_silence(run: Run) -> None:
     async def main() -> None:
-        silent, talking, signs = a_request(), a_request(), LifeSigns(0.05)
+        silent, talking, streams = a_request(), a_request(), EventStreams(0.05)
         quiet, loud = Connection(), Connection()
-        tasks = [begin(silent, quiet, signs, deltas=None), begin(talking, loud, signs)]
+        tasks = [begin(silent, quiet, streams, deltas=None), begin(talking, loud, streams)]
         for _ in range(20):
             say(talking, "x")
             await asyncio.sleep(0.01)
@@ -159,7 +160,7 @@ def test_silence_is_filled_with_signs_of_life_and_only_silence(run: Run) -> None
         end(talking)
         await asyncio.gather(*tasks)
         await asyncio.sleep(0.12)
-        assert signs._timer is None, "a timer of nobody runs"
+        assert streams._timer is None, "a timer of nobody runs"
 
     run(main())
 
@@ -167,7 +168,7 @@ def test_silence_is_filled_with_signs_of_life_and_only_silence(run: Run) -> None
 def test_a_client_that_another_coordinator_would_serve_is_let_go_at_its_next_silence(run: Run) -> None:
     async def main() -> None:
         request, http = a_request(), Connection()
-        assert await begin(request, http, LifeSigns(0.01), deltas=None, elsewhere=True) == b""
+        assert await begin(request, http, EventStreams(0.01), deltas=None, elsewhere=True) == b""
         assert http.written == []
 
     run(main())
