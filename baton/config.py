@@ -278,6 +278,10 @@ class FakeOptions:
 class CoordinatorOptions:
     host: str = setting("127.0.0.1", "address of HTTP and gRPC")
     port: int = setting(8000, "HTTP port; 0 takes a free one")
+    own_port: int = setting(
+        -1, "HTTP port of this process alone (0: a free one) where others listen at --port and --grpc-port, too; "
+        "-1: none does",
+    )  # fmt: skip
     grpc_port: int = setting(50051, "gRPC port; 0 takes a free one")
     link_host: str = setting("127.0.0.1", "address where workers connect")
     link_port: int = setting(50052, "port where workers connect; 0 takes a free one")
@@ -379,6 +383,8 @@ def validate(options: object) -> None:
         raise ConfigurationError(
             f"--heartbeat-timeout-s is {timeout}; it must be at least twice --heartbeat-interval-s ({interval})"
         )
+    if isinstance(options, CoordinatorOptions) and not -1 <= options.own_port <= 65535:
+        raise ConfigurationError(f"--own-port is {options.own_port}; a port is 0 to 65535, and -1 none")
     if isinstance(options, DiscoveryOptions):
         if options.discovery:
             parse_etcd(options.discovery)

@@ -81,7 +81,7 @@ class _Client(asyncio.Protocol):
             load.gaps_s.append(now - self._last_at)
         if events:
             self._last_at = now
-            if b'"error"' in text:
+            if b'data: {"error"' in text:
                 self._run.failed(text[:300])
         if self._run.counting:
             load.num_events += events
@@ -152,17 +152,24 @@ async def _measure(
 
 
 def measure(
-    host: str, port: int, body: dict[str, Any], num_streams: int, seconds: float,
+    host: str, port: int, bodies: Sequence[dict[str, Any]], num_streams: int, seconds: float,
     cpu_s: Callable[[], float] = lambda: 0.0,
 ) -> Load:  # fmt: skip
-    """`cpu_s`: what the gateway has used so far. Raises RuntimeError when it refuses, hangs up or hangs."""
-    return uvloop.run(_measure(host, port, _requests(host, port, body), num_streams, seconds, cpu_s))
+    """`bodies` are asked in turn. `cpu_s`: what the gateway has used so far.
+
+    Raises RuntimeError when it refuses, hangs up or hangs.
+    """
+    return uvloop.run(_measure(host, port, _requests(host, port, bodies), num_streams, seconds, cpu_s))
 
 
-def _requests(host: str, port: int, body: dict[str, Any]) -> Iterator[bytes]:
+def _requests(host: str, port: int, bodies: Sequence[dict[str, Any]]) -> Iterator[bytes]:
+    requests = [request_of(host, port, body) for body in bodies]
+    for count in itertools.count():
+        yield requests[count % len(requests)].replace(NUMBER.encode(), b"%0*d" % (len(NUMBER), count), 1)
+
+
+def request_of(host: str, port: int, body: dict[str, Any]) -> bytes:
+    """As it goes over a connection."""
     data = json.dumps({**body, "stream": True}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
-    request = head.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data
-    before, number, after = request.partition(NUMBER.encode())
-    for count in itertools.count():
-        yield b"%b%0*d%b" % (before, len(number), count, after) if number else request
+    return head.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data

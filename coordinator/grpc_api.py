@@ -193,14 +193,19 @@ class GrpcApi:
     """The server and its health. `host:port` is opened by `start`."""
 
     def __init__(
-        self, intake: Intake, resumption: Resumption, max_message_bytes: int, alive_interval_s: float,
+        self,
+        intake: Intake,
+        resumption: Resumption,
+        max_message_bytes: int,
+        alive_interval_s: float,
         tenants: Tenants | None = None,
-    ) -> None:  # fmt: skip
-        """`alive_interval_s`: how often a call without news looks whether another coordinator could do better."""
-        # Without so_reuseport=0 a second coordinator would share the port, and clients would meet either.
+        shares_port: bool = False,
+    ) -> None:
+        """`alive_interval_s`: how often a call without news looks whether another coordinator could do better.
+        `shares_port`: with other processes, of which clients meet any."""
         # Clients find out by pings that their coordinator hangs, as often as they like.
         options = [
-            ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.so_reuseport", int(shares_port)), ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.http2.max_ping_strikes", 0),
         ]  # fmt: skip
         self.server = grpc.aio.server(

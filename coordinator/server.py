@@ -6,8 +6,10 @@ clients --gRPC------> GrpcApi --+--> Intake --> Dispatcher --> Registry --+
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
+import ssl
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,8 @@ from coordinator.watched_file import WatchedFile
 from coordinator.workers import WorkerRegistry
 
 events = logging.getLogger("baton.events")
+MAX_LINK_MESSAGE_BYTES = 64 << 20
+"""From a worker, as it takes from a coordinator: an orphan has all tokens of its prompt."""
 _STOP_GRACE_S = 1.0
 _RETRACT_TIMEOUT_S = 2.0
 _NOWHERE, _NO_TLS, _NO_PUBLIC_TLS = DiscoveryOptions(), TlsOptions(), PublicTlsOptions()
@@ -55,6 +59,8 @@ class Ports:
     http: int
     grpc: int
     link: int
+    own: int = -1
+    """HTTP, where no other process listens; -1: nowhere does one."""
 
 
 class Coordinator:
@@ -106,15 +112,16 @@ class Coordinator:
         try:
             link = await self._start_link()
             self._grpc = GrpcApi(
-                self.intake, self.resumption, options.max_body_bytes, options.heartbeat_interval_s, self.tenants
-            )
+                self.intake, self.resumption, options.max_body_bytes, options.heartbeat_interval_s, self.tenants,
+                shares_port=options.own_port >= 0,
+            )  # fmt: skip
             credentials = server_credentials(self._public_tls) if self._public_tls else None
             grpc_port = _bind(self._grpc.server, options.host, options.grpc_port, "--grpc-port", credentials)
             await self._grpc.server.start()
             self._closing.push_async_callback(self._grpc.server.stop, _STOP_GRACE_S)
             await self._grpc.set_ready(False)
             self.registry.on_change = self._readiness_changed
-            http = await self._start_http()
+            http, own = await self._start_http()
             for tls in (self._tls, self._public_tls):
                 if tls is not None:
                     self._spawn(tls.watch())
@@ -122,11 +129,13 @@ class Coordinator:
         except BaseException:
             await self.stop()
             raise
-        return Ports(http, grpc_port, link)
+        return Ports(http, grpc_port, link, own)
 
     async def _start_link(self) -> int:
         options = self._options
-        self._link_server = server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        self._link_server = server = grpc.aio.server(
+            options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_LINK_MESSAGE_BYTES)]
+        )
         link_rpc.add_WorkerLinkServicer_to_server(self._link, server)
         credentials = server_credentials(self._tls, self._link.on_connection) if self._tls else None
         port = _bind(server, options.link_host, options.link_port, "--link-port", credentials)
@@ -140,7 +149,7 @@ class Coordinator:
             self._spawn(self.tenants.watch())
         return port
 
-    async def _start_http(self) -> int:
+    async def _start_http(self) -> tuple[int, int]:
         options = self._options
         api = HttpApi(
             self.intake,
@@ -157,12 +166,10 @@ class Coordinator:
         await runner.setup()
         self._closing.push_async_callback(runner.cleanup)
         context = self._public_tls.listener("http") if self._public_tls else None
-        site = web.TCPSite(runner, options.host, options.port, ssl_context=context, reuse_port=False)
-        try:
-            await site.start()
-        except OSError as error:
-            raise _port_error("--port", options.host, options.port, error.strerror or str(error)) from error
-        return int(runner.addresses[0][1])
+        shares = options.own_port >= 0
+        port = await _listen(runner, options.host, options.port, "--port", context, shares)
+        own = await _listen(runner, options.host, options.own_port, "--own-port", context) if shares else -1
+        return port, own
 
     def _status(self) -> dict[str, Any]:
         trouble = self._rollout.trouble if self._rollout is not None else ""
@@ -254,6 +261,9 @@ async def serve(
     watch_parent(options.parent_pid, stop.set)
     try:
         on_ready(await coordinator.start())
+        # What is here now stays: the collector of garbage need not look at it again and again.
+        gc.collect()
+        gc.freeze()
         await stop.wait()
         await coordinator.drain()
         if stop.by is signal.SIGTERM:
@@ -291,6 +301,18 @@ def _bind(server: grpc.aio.Server, host: str, port: int, flag: str, credentials:
     if not bound:
         raise _port_error(flag, host, port, "it may be in use")
     return bound
+
+
+async def _listen(
+    runner: web.AppRunner, host: str, port: int, flag: str, context: ssl.SSLContext | None, shares: bool = False
+) -> int:
+    """`shares`: with processes that do so as well."""
+    site = web.TCPSite(runner, host, port, ssl_context=context, reuse_port=shares)
+    try:
+        await site.start()
+    except OSError as error:
+        raise _port_error(flag, host, port, error.strerror or str(error)) from error
+    return int(runner.addresses[-1][1])
 
 
 def _port_error(flag: str, host: str, port: int, reason: str) -> ConfigurationError:
