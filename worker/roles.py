@@ -141,7 +141,7 @@ def engine_request(
         cache_root=root_name(model_fingerprint, assignment.adapter, assignment.cache_salt),
         handover=handover,
         placement=placement,
-        tenant=tenant_name(assignment.cache_salt),
+        tenant=tenant_name(assignment.tenant or assignment.cache_salt),
         standing=Standing(assignment.tenant, assignment.weight or 1.0, assignment.priority, assignment.kv_share),
     )
 
