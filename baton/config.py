@@ -216,8 +216,8 @@ class TierOptions:
         0.0, "seconds after which blocks there that nobody used are given up; 0: none, in a shared folder a week"
     )
     kv_tenant_share: float = setting(
-        1.0, "of each of these, what the requests of one tenant, or without --keys of one cache_salt, may have at most; "
-        "others are not limited",
+        1.0, "of each of these, what the requests of one tenant, or without --keys of one cache_salt, may have at "
+        "most; others are not limited",
     )  # fmt: skip
 
 
