@@ -1,11 +1,13 @@
 """Which workers serve a request: rules that hold under every policy, and no hand-over where it cannot pay."""
 
+import re
 from dataclasses import replace
 
 import pytest
 from routing_harness import Workers, decode, mixed, prefill, standby
 
-from baton.config import CoordinatorOptions
+from baton.config import CoordinatorOptions, validate
+from baton.errors import ConfigurationError
 from coordinator.policies import POLICIES
 from coordinator.policies.base import PrefillChoice, Work
 from coordinator.worker_table import IDLE
@@ -14,9 +16,16 @@ LONG = Work(num_tokens=500, total_tokens=600)
 every_policy = pytest.mark.parametrize("policy", POLICIES)
 
 
-def test_every_policy_can_be_asked_for() -> None:
-    (field,) = (each for each in CoordinatorOptions.__dataclass_fields__.values() if each.name == "routing")
-    assert set(field.metadata["choices"]) == set(POLICIES)
+def test_every_policy_can_be_asked_for_and_what_is_none_is_refused() -> None:
+    for name in POLICIES:
+        validate(CoordinatorOptions(routing=name))
+    for wrong, says in (
+        ({"routing": "nearest"}, "--routing is 'nearest'; choose one of cost_based, "),
+        ({"kv_routing": "off"}, "--kv-routing is 'off'; choose one of exact, approximate"),
+        ({"kv_index_blocks": 0}, "--kv-index-blocks is 0; it must be greater than 0"),
+    ):
+        with pytest.raises(ConfigurationError, match=re.escape(says)):
+            validate(CoordinatorOptions(**wrong))  # type: ignore[arg-type]
 
 
 @every_policy
