@@ -147,6 +147,10 @@ class FairQueue:
             for sequence in singles:
                 self._serve(self._account_of[sequence.id], sequence, 1)
 
+    def wants_nothing(self) -> bool:
+        """Whether nobody waits, and nobody had a prompt when the latest step was planned."""
+        return not (self._num_waiting or self._wanting)
+
     def turns(self, prompts: Iterable[Sequence]) -> "Turns":
         """Of a step that is planned now. `prompts`: all that run and have more than a token to compute, by arrival."""
         for account in self._wanting:

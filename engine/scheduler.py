@@ -6,9 +6,8 @@
    blocks for all its tokens at once, those in the prefix cache first. One that does not fit lets nobody pass.
 3. When a running request needs a block and none is left, the one with the least claim to its blocks gives all of them
    back and returns to the line, to be computed again, or loaded where a store has kept them. Somebody gets a token for
-   it, or all of the pool, so something always ends.
-   The next in line takes blocks in the same way from requests of a lesser priority, and from tenants that hold more
-   than their share of the blocks, which they may while nobody else waits.
+   it, so something always ends. The next in line gets blocks in the same way, from requests of a lesser priority and
+   from tenants beyond their share of the blocks.
 4. A TAKE request waits, with its blocks, until `receive` says what arrived; then it is one of the running. So does
    any request with blocks in the store, or in another worker, that come sooner than they are computed.
 5. `apply` turns the runner's result into tokens and endings. A GIVE request ends with its first token. Once it has
@@ -348,8 +347,7 @@ class Scheduler:
                 continue
             while not self.tables.make_writable(sequence, step.blocks):
                 # Never one already in this plan: those all come before `sequence`, the victim does not.
-                preemptible = (each for each in reversed(order) if each.phase is Phase.RUNNING and not each.gives)
-                victim = next(preemptible)
+                victim = next(each for each in reversed(order) if each.phase is Phase.RUNNING and not each.gives)
                 assert not sequence.gives, "a GIVE request has had all its blocks since its start"
                 self._preempt(victim)
                 if victim is sequence:
@@ -392,21 +390,20 @@ class Scheduler:
 
     def _is_kept_back(self, sequence: Sequence, holdings: KvHoldings) -> bool:
         """Whether its tenant's share of the blocks does not allow for it while others wait."""
-        num_blocks = self.tables.num_blocks_for(sequence.num_positions_at_start)
-        return holdings.is_used_up(sequence.request.standing, num_blocks)
+        needed = self.tables.num_blocks_for(sequence.num_positions_at_start)
+        return holdings.is_used_up(sequence.request.standing, needed)
 
     def _plan_prompts(self, step: Step) -> None:
         """Prompts go on and requests start. More than its share of the blocks a tenant gets where nobody else waits."""
-        turns = self._queue.turns([each for each in self._running if each.num_uncomputed > 1])
-        kept_back = self._take_turns(step, turns, self._holdings())
+        prompts = [each for each in self._running if each.num_uncomputed > 1]
+        if not prompts and self._queue.wants_nothing():
+            return
+        kept_back = self._take_turns(step, self._queue.turns(prompts), self._holdings())
         if kept_back and len(self._queue) == sum(len(account.line) for account in kept_back):
             self._take_turns(step, Turns(self._queue, kept_back), None)
 
     def _take_turns(self, step: Step, turns: Turns, holdings: KvHoldings | None) -> list[Account]:
-        """Until the batch is full or one that waits does not fit: that one lets nobody pass.
-
-        Returns whom `holdings` kept from starting a request.
-        """
+        """Until the batch is full or one that waits does not fit. Returns whom `holdings` kept from starting one."""
         kept_back, may_start = [], self._can_admit()
         while (may_start or step.prompt_budget) and (account := turns.account()) is not None:
             prompt = account.prompt()
@@ -431,8 +428,7 @@ class Scheduler:
                     if holdings is not None:
                         holdings.add(sequence)
                 else:
-                    sequence.awaits_kv = from_peer
-                    may_start = False
+                    sequence.awaits_kv, may_start = from_peer, False
         return kept_back
 
     def _start(self, sequence: Sequence, outside: Outside, from_peer: bool, step: Step) -> int:
