@@ -151,6 +151,25 @@ def test_assignments_aborts_and_drains_arrive_and_heartbeats_go_up() -> None:
     asyncio.run(run())
 
 
+def test_what_comes_as_one_is_heard_one_after_the_other() -> None:
+    id = wire.AttemptId(request_id="r", attempt=1)
+    said = [
+        wire.CoordinatorMessage(assignment=wire.Assignment(id=id)),
+        wire.CoordinatorMessage(reserve=wire.Reserve(token=5)),
+        wire.CoordinatorMessage(unreserve=wire.Unreserve(token=5)),
+        wire.CoordinatorMessage(abort=wire.AbortAttempt(id=id)),
+    ]
+
+    async def run() -> None:
+        coordinator = FakeCoordinator(lambda _, __: beating(wire.CoordinatorMessage(bundle=said)))
+        async with linked(coordinator) as (recorder, _, _):
+            assert await recorder.aborted.get() == "r"
+            assert recorder.assigned.get_nowait() == "r"
+            assert recorder.reserved == []
+
+    asyncio.run(run())
+
+
 async def welcome_then_hang_up(_: Any, __: Any) -> AsyncIterator[wire.CoordinatorMessage]:
     yield WELCOME
 
