@@ -30,6 +30,7 @@ from coordinator.workers import Worker, WorkerRegistry
 events = logging.getLogger("baton.events")
 
 _Context = grpc.aio.ServicerContext[wire.WorkerMessage, wire.CoordinatorMessage]
+_BUNDLE_BYTES = 64 << 10
 _HEARTBEAT = wire.CoordinatorMessage(heartbeat=wire.CoordinatorHeartbeat())
 
 
@@ -108,8 +109,14 @@ class LinkServicer(rpc.WorkerLinkServicer):
             raise
 
     async def _write(self, worker: Worker, context: _Context) -> None:
+        """What was said at once goes as one to a worker that reads that."""
         while True:
-            await context.write(await worker.outbox.get())
+            said = [await worker.outbox.get()]
+            size = said[0].ByteSize()
+            while worker.registration.bundles and not worker.outbox.empty() and size < _BUNDLE_BYTES:
+                said.append(worker.outbox.get_nowait())
+                size += said[-1].ByteSize()
+            await context.write(said[0] if len(said) == 1 else wire.CoordinatorMessage(bundle=said))
 
     def on_connection(self) -> None:
         """With TLS, for each connection that is accepted, on a thread of gRPC's. How its handshake ends is not told,

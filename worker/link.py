@@ -92,7 +92,8 @@ class CoordinatorLink:
         tls: Tls | None = None,
     ) -> None:
         self._address = address
-        self._registration = registration
+        self._registration = wire.Registration(bundles=True)
+        self._registration.MergeFrom(registration)
         self._handler = handler
         self._heartbeat = heartbeat
         self._tls = tls
@@ -238,7 +239,8 @@ class CoordinatorLink:
     async def _read(self, call: "grpc.aio.StreamStreamCall[wire.WorkerMessage, wire.CoordinatorMessage]") -> None:
         while isinstance(message := await call.read(), wire.CoordinatorMessage):
             self._heard = time.monotonic()
-            self._dispatch(message)
+            for each in message.bundle or (message,):
+                self._dispatch(each)
         raise ConnectionError("the coordinator closed the stream")
 
     async def _overflown(self) -> None:

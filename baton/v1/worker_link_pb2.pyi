@@ -180,6 +180,7 @@ class CoordinatorMessage(_message.Message):
     UNRESERVE_FIELD_NUMBER: _builtins.int
     CLAIM_FIELD_NUMBER: _builtins.int
     SEND_KV_SNAPSHOT_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -206,6 +207,10 @@ class CoordinatorMessage(_message.Message):
     def claim(self) -> Global___Claim: ...
     @_builtins.property
     def send_kv_snapshot(self) -> Global___SendKvSnapshot: ...
+    @_builtins.property
+    def bundle(self) -> _containers.RepeatedCompositeFieldContainer[Global___CoordinatorMessage]:
+        """As in WorkerMessage. Only to a worker whose Registration says that it reads them."""
+
     def __init__(
         self,
         *,
@@ -222,10 +227,11 @@ class CoordinatorMessage(_message.Message):
         unreserve: Global___Unreserve | None = ...,
         claim: Global___Claim | None = ...,
         send_kv_snapshot: Global___SendKvSnapshot | None = ...,
+        bundle: _abc.Iterable[Global___CoordinatorMessage] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "adopt", b"adopt", "assignment", b"assignment", "cached_tokens", b"cached_tokens", "claim", b"claim", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "pin", b"pin", "reserve", b"reserve", "send_kv_snapshot", b"send_kv_snapshot", "unpin", b"unpin", "unreserve", b"unreserve", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "adopt", b"adopt", "assignment", b"assignment", "cached_tokens", b"cached_tokens", "claim", b"claim", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "pin", b"pin", "reserve", b"reserve", "send_kv_snapshot", b"send_kv_snapshot", "unpin", b"unpin", "unreserve", b"unreserve", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "adopt", b"adopt", "assignment", b"assignment", "bundle", b"bundle", "cached_tokens", b"cached_tokens", "claim", b"claim", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "pin", b"pin", "reserve", b"reserve", "send_kv_snapshot", b"send_kv_snapshot", "unpin", b"unpin", "unreserve", b"unreserve", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "heartbeat", "assignment", "abort", "drain", "pin", "unpin", "adopt", "cached_tokens", "reserve", "unreserve", "claim", "send_kv_snapshot"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
@@ -283,6 +289,7 @@ class Registration(_message.Message):
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _builtins.int
     SOFTWARE_VERSION_FIELD_NUMBER: _builtins.int
+    BUNDLES_FIELD_NUMBER: _builtins.int
     STARTED_UNIX_S_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     worker_id: _builtins.str
@@ -313,6 +320,8 @@ class Registration(_message.Message):
     """equal fingerprints turn the same text into the same tokens; empty: not known"""
     software_version: _builtins.str
     """baton.__version__, for people"""
+    bundles: _builtins.bool
+    """this worker reads CoordinatorMessage.bundle"""
     started_unix_s: _builtins.float
     """of the process; the oldest version serves where nobody says which one should"""
     @_builtins.property
@@ -349,11 +358,12 @@ class Registration(_message.Message):
         model_version: _builtins.str = ...,
         tokenizer_fingerprint: _builtins.str = ...,
         software_version: _builtins.str = ...,
+        bundles: _builtins.bool = ...,
         started_unix_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "converts_kv_dtype", b"converts_kv_dtype", "handover_address", b"handover_address", "host", b"host", "incarnation", b"incarnation", "lanes", b"lanes", "max_model_tokens", b"max_model_tokens", "model", b"model", "model_fingerprint", b"model_fingerprint", "model_version", b"model_version", "page_size_tokens", b"page_size_tokens", "pid", b"pid", "pinnable_blocks", b"pinnable_blocks", "protocol_version", b"protocol_version", "roles", b"roles", "software_version", b"software_version", "standby_roles", b"standby_roles", "started_unix_s", b"started_unix_s", "tokenizer_fingerprint", b"tokenizer_fingerprint", "total_blocks", b"total_blocks", "weights_fingerprint", b"weights_fingerprint", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "bundles", b"bundles", "converts_kv_dtype", b"converts_kv_dtype", "handover_address", b"handover_address", "host", b"host", "incarnation", b"incarnation", "lanes", b"lanes", "max_model_tokens", b"max_model_tokens", "model", b"model", "model_fingerprint", b"model_fingerprint", "model_version", b"model_version", "page_size_tokens", b"page_size_tokens", "pid", b"pid", "pinnable_blocks", b"pinnable_blocks", "protocol_version", b"protocol_version", "roles", b"roles", "software_version", b"software_version", "standby_roles", b"standby_roles", "started_unix_s", b"started_unix_s", "tokenizer_fingerprint", b"tokenizer_fingerprint", "total_blocks", b"total_blocks", "weights_fingerprint", b"weights_fingerprint", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

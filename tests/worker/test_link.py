@@ -184,6 +184,25 @@ def test_a_coordinator_that_wants_to_know_of_caches_is_told_how_far_its_link_is(
     asyncio.run(run())
 
 
+def test_what_comes_as_one_is_heard_one_after_the_other() -> None:
+    id = wire.AttemptId(request_id="r", attempt=1)
+    said = [
+        wire.CoordinatorMessage(assignment=wire.Assignment(id=id)),
+        wire.CoordinatorMessage(reserve=wire.Reserve(token=5)),
+        wire.CoordinatorMessage(unreserve=wire.Unreserve(token=5)),
+        wire.CoordinatorMessage(abort=wire.AbortAttempt(id=id)),
+    ]
+
+    async def run() -> None:
+        coordinator = FakeCoordinator(lambda _, __: beating(wire.CoordinatorMessage(bundle=said)))
+        async with linked(coordinator) as (recorder, _, _):
+            assert await recorder.aborted.get() == "r"
+            assert recorder.assigned.get_nowait() == "r"
+            assert recorder.reserved == []
+
+    asyncio.run(run())
+
+
 async def welcome_then_hang_up(_: Any, __: Any) -> AsyncIterator[wire.CoordinatorMessage]:
     yield WELCOME
 
