@@ -4,7 +4,7 @@ from typing import Any
 
 from tests.system.cluster import Cluster
 
-WORDS = ("--mixed", "3", "--kv-memory", "64MiB", "--speculate", "off", "--no-restart")
+WORDS = ("--mixed", "3", "--kv-memory", "64MiB", "--speculate", "off", "--no-restart", "--routing", "cost_based")
 PROMPT = "What does the function do, and why does it do so? " * 24
 
 

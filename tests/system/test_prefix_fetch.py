@@ -12,10 +12,7 @@ import pytest
 
 from tests.system.cluster import Cluster, alive
 
-WORDS = (
-    "--mixed", "2", "--dtype", "float32", "--kv-memory", "64MiB", "--speculate", "off", "--no-restart",
-    "--routing", "least_loaded",
-)  # fmt: skip
+WORDS = ("--mixed", "2", "--dtype", "float32", "--kv-memory", "64MiB", "--speculate", "off", "--no-restart")
 PROMPT = "What does the function do, and why does it do so? " * 24
 MAX_TOKENS, LONG = 24, 400
 
