@@ -144,8 +144,9 @@ def measure(
     """By kind and length. Raises SystemExit when tokens are wrong."""
     pool_tokens = max(lengths) * 5 // 4 + 64
     words = (
-        "--model", str(folder), "--dtype", "bfloat16", "--speculate", "off", "--no-restart", "--routing", "least_loaded",
-        "--max-batch-tokens", str(CHUNK_TOKENS), "--kv-memory", str(pool_tokens * TOKEN_BYTES),
+        "--model", str(folder), "--dtype", "bfloat16", "--speculate", "off", "--no-restart",
+        "--routing", "least_loaded", "--max-batch-tokens", str(CHUNK_TOKENS),
+        "--kv-memory", str(pool_tokens * TOKEN_BYTES),
     )  # fmt: skip
     numbers = random.Random(1)
 
