@@ -1,11 +1,12 @@
 """What a gateway costs: Baton's coordinator, Dynamo's frontend and smg, each before engines that compute nothing.
 
-    python -m benchmarks.gateway [--quick] [--json FILE] [--streams 16,64,256,1024] [--seconds 8] [--only baton,smg]
+    python -m benchmarks.gateway [--quick] [--json FILE] [--shapes 64x32,64x256] [--seconds 8] [--only baton,smg]
                                  [--peers FOLDER]
 
-One client asks all of them the same: chats of about 1 kB, no two alike, 32 tokens each, as so many streams that each
-ask again when they have ended. The engines give every stream a token each 12 ms, as fast ones do, so that no gateway
-gets tokens faster than it can pass them on one by one; with 1024 streams that is more than two cores can carry.
+One client asks all of them the same: chats of about 1 kB, no two alike, as so many streams that each ask again when
+they have ended; 64x32: 64 streams, 32 tokens an answer. The engines give every stream a token each 12 ms, as fast ones
+do, so that no gateway gets tokens faster than it can pass them on one by one; with 1024 streams that is more than two
+cores can carry.
 
     Baton     `baton coordinator` before `baton fake`: a prefill and a decode worker
     Dynamo    its frontend, KV-aware, before its mockers, found through files: a prefill and a decode worker, or one
@@ -46,7 +47,8 @@ from benchmarks.sse_load import NUMBER, Load, measure, percentile
 HERE = Path(__file__).parent
 DEMO = HERE.parent / "engine" / "demo_model"
 STEP_MS = 12.0
-TOKENS = 32
+SHAPES = "16x32,64x32,256x32,1024x32,64x256"
+QUICK_SHAPES = "64x32"
 PROMPT_CHARACTERS = 1000
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
@@ -59,6 +61,9 @@ class Processes:
     def __init__(self) -> None:
         self._children: list[subprocess.Popen[str]] = []
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the processes
+        self._folder = tempfile.TemporaryDirectory(prefix="gateway-")
+        self.folder = Path(self._folder.name)
+        """For what they write."""
         self.gateway: list[int] = []
 
     def start(
@@ -119,6 +124,7 @@ class Processes:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(max(0.01, deadline - time.monotonic()))
         self._log.close()
+        self._folder.cleanup()
 
 
 def _cpu_s(pid: int) -> float:
@@ -162,10 +168,10 @@ class Side:
         with urllib.request.urlopen(request, timeout=10) as answer:
             return bool(answer.status == 200)
 
-    def load(self, num_streams: int, seconds: float) -> Load:
+    def load(self, num_streams: int, seconds: float, tokens: int = 32) -> Load:
         """Raises Unavailable when it fails under it."""
         text = f"{NUMBER} " + (DEMO / "smalltalk.txt").read_text()[:PROMPT_CHARACTERS]
-        body = {"model": self.model, "messages": [{"role": "user", "content": text}], "max_tokens": TOKENS}
+        body = {"model": self.model, "messages": [{"role": "user", "content": text}], "max_tokens": tokens}
         body["ignore_eos"] = True
         try:
             return measure("127.0.0.1", self.port, [body], num_streams, seconds, self.processes.cpu_s)
@@ -183,7 +189,8 @@ def baton(role: str, processes: Processes, step_ms: float, workers: int) -> Side
     read_fd, write_fd = os.pipe()
     processes.start(
         sys.executable, "-P", "-m", "cli.main", "coordinator", "--port", "0", "--grpc-port", "0", "--link-port", "0",
-        "--max-requests", "4096", "--announce-fd", str(write_fd), gateway=True, fds=[write_fd],
+        "--max-requests", "4096", "--heartbeat-timeout-s", "10", "--announce-fd", str(write_fd),
+        gateway=True, fds=[write_fd],
     )  # fmt: skip
     os.close(write_fd)
     with os.fdopen(read_fd) as pipe:
@@ -206,9 +213,13 @@ def baton(role: str, processes: Processes, step_ms: float, workers: int) -> Side
 
 
 def dynamo(python: Path, disaggregated: bool, processes: Processes, step_ms: float, workers: int) -> Side:
-    folder = Path(tempfile.mkdtemp(prefix="gateway-dynamo-"))
     local = ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HOST", "DYN_SYSTEM_HOST")
-    env = {"HF_HUB_OFFLINE": "1", "DYN_DISCOVERY_BACKEND": "file", "DYN_FILE_KV": str(folder / "kv"), "PYTHONPATH": ""}
+    env = {
+        "HF_HUB_OFFLINE": "1",
+        "DYN_DISCOVERY_BACKEND": "file",
+        "DYN_FILE_KV": str(processes.folder / "kv"),
+        "PYTHONPATH": "",
+    }
     env |= {"DYN_REQUEST_PLANE": "tcp", "DYN_EVENT_PLANE": "zmq", **dict.fromkeys(local, "127.0.0.1")}
     # At ratio 1 it takes 6 ms a token; "0: infinitely fast" runs at ratio 1.
     ratio = str(6.0 / step_ms if step_ms else 1e6)
@@ -270,11 +281,11 @@ class Figures:
     """Of one gateway."""
 
     ttft_s: float = 0.0
-    tokens_per_cpu_s: dict[int, float] = field(default_factory=dict)
-    tokens_per_s: dict[int, float] = field(default_factory=dict)
+    tokens_per_cpu_s: dict[str, float] = field(default_factory=dict)
+    """By shape."""
 
 
-def measure_side(report: Report, name: str, start: Start, streams: Sequence[int], seconds: float) -> Figures:
+def measure_side(report: Report, name: str, start: Start, shapes: Sequence[str], seconds: float) -> Figures:
     figures = Figures()
     try:
         with running(start, 0.0) as side:
@@ -284,20 +295,21 @@ def measure_side(report: Report, name: str, start: Start, streams: Sequence[int]
         tail = percentile(load.first_event_s, 0.99) * 1e3
         report.row(f"{name}: first token, 1 stream, p50", figures.ttft_s * 1e3, "ms", f"p99 {tail:.2f}")
         with running(start, STEP_MS) as side:
-            side.load(streams[0], 1.0)
-            for num_streams in streams:
-                _measure_streams(report, name, side, num_streams, seconds, figures)
+            side.load(16, 1.0)
+            for shape in shapes:
+                _measure_shape(report, name, side, shape, seconds, figures)
     except Unavailable as reason:
         report.note(f"{name}: not measured, or not all: {reason}")
     return figures
 
 
-def _measure_streams(report: Report, name: str, side: Side, num_streams: int, seconds: float, figures: Figures) -> None:
-    load = side.load(num_streams, seconds)
-    tokens, load.cpu_s = load.num_requests * TOKENS, max(load.cpu_s, 0.01)
-    what = f"{name}, {num_streams} streams"
-    figures.tokens_per_s[num_streams] = tokens / load.seconds
-    figures.tokens_per_cpu_s[num_streams] = tokens / load.cpu_s
+def _measure_shape(report: Report, name: str, side: Side, shape: str, seconds: float, figures: Figures) -> None:
+    num_streams, tokens_each = map(int, shape.split("x"))
+    load = side.load(num_streams, seconds, tokens_each)
+    # A token is an event; what else is said, as an event without text at the end, is none.
+    tokens, load.cpu_s = load.num_requests * tokens_each, max(load.cpu_s, 0.01)
+    what = f"{name}, {shape}"
+    figures.tokens_per_cpu_s[shape] = tokens / load.cpu_s
     ideal = num_streams / STEP_MS * 1e3
     report.row(f"{what}: requests", load.num_requests / load.seconds, "req/s")
     speed = tokens / load.seconds
@@ -356,26 +368,26 @@ def compare(report: Report, all: dict[str, Figures], engine_s: float) -> None:
         if theirs.ttft_s:
             added = theirs.ttft_s - (engine_s if name.startswith("smg") else 0.0)
             report.row(f"{name}: added to the first token", added * 1e3, "ms", "Baton's", added / ours.ttft_s)
-        for num_streams, speed in theirs.tokens_per_cpu_s.items():
-            mine = ours.tokens_per_cpu_s.get(num_streams)
+        for shape, speed in theirs.tokens_per_cpu_s.items():
+            mine = ours.tokens_per_cpu_s.get(shape)
             if mine is not None:
                 ratio = mine / speed
-                report.row(
-                    f"tokens a core, {num_streams} streams, Baton", mine, "tok/s", f"{name} {speed:.0f}", ratio, goal
-                )
+                report.row(f"tokens a core, {shape}, Baton", mine, "tok/s", f"{name} {speed:.0f}", ratio, goal)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)
     add_peers_argument(parser)
-    parser.add_argument("--streams", default="", help="numbers of streams (16,64,256,1024; with --quick 64)")
+    parser.add_argument("--shapes", default="", help=f"streams x tokens ({SHAPES}; with --quick {QUICK_SHAPES})")
     parser.add_argument("--seconds", type=float, default=0.0, help="of each figure (8; with --quick 3)")
     parser.add_argument("--only", default="baton,dynamo,smg", help="which gateways")
     arguments = parser.parse_args()
-    streams = [int(each) for each in (arguments.streams or ("64" if arguments.quick else "16,64,256,1024")).split(",")]
+    shapes = (arguments.shapes or (QUICK_SHAPES if arguments.quick else SHAPES)).split(",")
     seconds = arguments.seconds or (3.0 if arguments.quick else 8.0)
-    report = Report(f"Gateways before engines that compute nothing, {TOKENS} tokens a request, {STEP_MS:g} ms each")
+    report = Report(
+        f"Gateways before engines that compute nothing, {STEP_MS:g} ms a token; streams x tokens of an answer"
+    )
     sides: dict[str, Start] = {}
     wanted = arguments.only.split(",")
     if "baton" in wanted:
@@ -391,7 +403,7 @@ def main() -> None:
         for suffix, disaggregated in ((", disaggregated", True), ("", False)):
             sides[recipe.name + suffix] = partial(start, python, disaggregated)
     engine_s = measure_engine(report, "smg's engine without it", seconds / 2) if "smg" in sides else 0.0
-    figures = {name: measure_side(report, name, side, streams, seconds) for name, side in sides.items()}
+    figures = {name: measure_side(report, name, side, shapes, seconds) for name, side in sides.items()}
     for name, side in sides.items():
         if not arguments.quick and "disaggregated" not in name:
             measure_registration(report, name, partial(baton, "mixed") if name == "Baton" else side)

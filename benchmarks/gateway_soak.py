@@ -20,7 +20,7 @@ import urllib.request
 from functools import partial
 from typing import Any
 
-from benchmarks.gateway import Side, baton, rss_mib, running
+from benchmarks.gateway import Side, baton, get, rss_mib, running
 from benchmarks.report import Report, add_common_arguments
 from benchmarks.sse_load import NUMBER, measure, request_of
 
@@ -90,17 +90,17 @@ def idle(side: Side, pid: int, before: int) -> int:
     return now
 
 
-def soak(report: Report, num_requests: int, num_streams: int) -> None:
-    """Raises Unavailable when the coordinator fails."""
+def soak(report: Report, num_requests: int, num_streams: int, window_s: float = WINDOW_S) -> None:
+    """Memory is looked at after each `window_s`. Raises Unavailable or RuntimeError when the coordinator fails."""
     with running(partial(baton, "prefill+decode"), 0.0) as side:
         (pid,) = side.processes.gateway
-        _load(side, num_streams, 1.0)
+        _load(side, num_streams, window_s)
         started, before = time.monotonic(), descriptors(pid)
         memory: list[tuple[int, float]] = []
         with Disturbance(side.port) as disturbance:
             done = completed(side.port)
             while done < num_requests:
-                _load(side, num_streams, WINDOW_S)
+                _load(side, num_streams, window_s)
                 done = completed(side.port)
                 memory.append((done, rss_mib(pid)))
         seconds = time.monotonic() - started
@@ -114,6 +114,7 @@ def soak(report: Report, num_requests: int, num_streams: int) -> None:
             goal = GOAL if tenth == 10 else None
             report.row(f"memory after {count}", mib, "MiB", f"{settled:.1f} after a tenth", mib / settled, goal)
         after = idle(side, pid, before)
+        report.row("streams left", get(side.port, "/status")["streams"], "streams", None, None, "<= 0 streams")
         report.row("descriptors", after, "files", f"{before} before", after / before, "<= 1")
 
 

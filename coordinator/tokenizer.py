@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,6 +18,8 @@ from coordinator.detokenizer import IncrementalDetokenizer
 from coordinator.failures import FailureKind, RequestFailed
 from coordinator.model_files import ModelFacts, read_facts, read_json
 
+# One text at a time: to hand it to the library's own threads would take longer than a tenth of it.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MAX_ENCODING = 256
 """Long texts that may wait for a thread, each as large as a body may be."""
