@@ -5,10 +5,11 @@
     both     what the stream, and the longer steps of its neighbours, cost while it is decoded
 
 Computing counts once more for each request of that worker: the streams of a decode worker wait meanwhile, and as many
-prompts will queue behind this one as queue now. Mooncake's Conductor predicts TTFT in these terms; that the others'
-delay is weighed like the new one's own is ours. It is what decides between local and remote, and what keeps a busy
-worker for prompts that it has. Where nobody has measured a rate of prefill yet, the least loaded are taken, and the
-rule of short prompts holds.
+prompts will queue behind this one as queue now. At a worker that only decodes it counts once more for the stream that
+comes meanwhile: an idle one prefills where that is sooner, not where it is as good. Mooncake's Conductor predicts TTFT
+in these terms; that the others' delay is weighed like the new one's own is ours. It is what decides between local and
+remote, and what keeps a busy worker for prompts that it has. Where nobody has measured a rate of prefill yet, the least
+loaded are taken, and the rule of short prompts holds.
 """
 
 import numpy as np
@@ -35,10 +36,11 @@ class CostBased(LeastLoaded):
         self._turn += 1
         answer_tokens = min(ANSWER_TOKENS, work.total_tokens - work.num_tokens)
         stay = np.asarray(decode_s(filled(stream_s), requests, answer_tokens))
-        here = stay + waiting * local_s + (1 + requests) * self._compute_s(work, decoders, local_s, handover_s)
+        is_mixed = self._table.prefills[decoders] > 0
+        delayed = requests + ~is_mixed
+        here = stay + waiting * local_s + (1 + delayed) * self._compute_s(work, decoders, local_s, handover_s)
         best = self._least(here, requests)
         local = Placement(int(decoders[best]), None, PrefillChoice.LOCAL_SOONER)
-        is_mixed = self._table.prefills[decoders] > 0
         if is_mixed[best]:
             local = local._replace(choice=PrefillChoice.LOCAL_MIXED)
         if not len(prefillers):

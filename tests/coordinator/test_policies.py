@@ -133,6 +133,9 @@ def test_an_idle_decode_worker_prefills_when_the_prefill_workers_are_busy_and_no
         (20, 5000, PrefillChoice.REMOTE),
         (20, 50_000, PrefillChoice.LOCAL_SOONER),
         (1, 0, PrefillChoice.REMOTE),
+        (0, 0, PrefillChoice.REMOTE),
+        (0, 900, PrefillChoice.REMOTE),
+        (0, 1100, PrefillChoice.LOCAL_SOONER),
     ):
         workers = Workers(p=prefill(waiting_prefill_tokens=waiting, **FAST), d=decode(requests=requests, **FAST))
         assert workers.route(LONG, workers.router("cost_based")).choice is choice, (requests, waiting)

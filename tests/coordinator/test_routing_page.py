@@ -38,7 +38,7 @@ def rows() -> list[tuple[float, str]]:
             left = float(estimates.tail_s(TOKENS - HELD[decoder], TOKEN_BYTES * BYTE_S, compute))
             found.append((decoder, prefiller, queue, compute, others * compute, left, stay(decoder)))
         compute = seconds_to_compute(decoder)
-        found.append((decoder, "itself", 0.0, compute, streams * compute, 0.0, stay(decoder)))
+        found.append((decoder, "itself", 0.0, compute, (streams + 1) * compute, 0.0, stay(decoder)))
     costs = [sum(each[2:]) for each in found]
     texts = [" | ".join((*each[:2], *(f"{part:.2f}" for part in (*each[2:], sum(each[2:]))))) for each in found]
     return [(cost, f"| {text} |") for cost, text in zip(costs, texts, strict=True)]
