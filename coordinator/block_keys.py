@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from baton.block_names import block_name
+from baton.block_names import block_name, packed_block_name
 
 KEY_BYTES = 8
 RUN = 16
@@ -80,7 +80,11 @@ class BlockKeys:
                 return True
         if start + page_size > len(tokens):
             return False
-        self._last = block_name(self._last, tokens[start : start + page_size])
+        if self._place is not None:
+            at = 4 * page_size * (len(keys) % RUN)
+            self._last = packed_block_name(self._last, self._place.tokens[at : at + 4 * page_size])
+        else:
+            self._last = block_name(self._last, tokens[start : start + page_size])
         keys.append(int.from_bytes(self._last[:KEY_BYTES], "little"))
         if self._place and len(keys) % RUN == 0:
             self._memo.put(self._place, Run(keys[-RUN:], self._last))
