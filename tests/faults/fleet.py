@@ -147,9 +147,12 @@ class LinkTap(Connection):
                 message = wire.WorkerMessage.FromString(data)
                 if message.WhichOneof("message") == "registration":
                     frame = await self._register(message.registration, frame)
-                events += self._said(message)
+                for said in message.bundle or [message]:
+                    events += self._said(said)
             else:
-                events += self._told(wire.CoordinatorMessage.FromString(data))
+                order = wire.CoordinatorMessage.FromString(data)
+                for told in order.bundle or [order]:
+                    events += self._told(told)
         self._passing[from_client][:] = events
         for event in events:
             self._fleet.tell(event)
