@@ -305,7 +305,10 @@ def measure_side(report: Report, name: str, start: Start, shapes: Sequence[str],
 
 def _measure_shape(report: Report, name: str, side: Side, shape: str, seconds: float, figures: Figures) -> None:
     num_streams, tokens_each = map(int, shape.split("x"))
-    load = side.load(num_streams, seconds, tokens_each)
+    # For as long as several answers of each stream: those that are cut at both ends are then no matter.
+    load = side.load(num_streams, max(seconds, 3 * tokens_each * STEP_MS / 1e3), tokens_each)
+    if not load.num_requests:
+        raise Unavailable(f"{shape}: no answer ended in {load.seconds:.0f} s")
     # A token is an event; what else is said, as an event without text at the end, is none.
     tokens, load.cpu_s = load.num_requests * tokens_each, max(load.cpu_s, 0.01)
     what = f"{name}, {shape}"
