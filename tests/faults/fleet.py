@@ -33,7 +33,7 @@ from tests.faults.relay import (
     http2_frames,
     zmtp_frames,
 )
-from tests.system.cluster import ELSEWHERE
+from tests.system.cluster import ELSEWHERE, UNREFUSED
 from tests.system.etcd import Etcd
 
 LINK, PEERS, FRONT, STORE = "link", "peers", "front", "store"
@@ -377,7 +377,15 @@ class Fleet:
         if isinstance(process, Coordinator):
             ports = {"port": process.http_port, "grpc-port": process.grpc_port, "link-port": process.link.port}
             words += [word for flag, port in ports.items() for word in (f"--{flag}", str(port))]
-            words += ["--advertise-host", LINK_HOST, "--discovery-ttl-s", "2", *ELSEWHERE, *self._coordinator_options]
+            words += [
+                "--advertise-host",
+                LINK_HOST,
+                "--discovery-ttl-s",
+                "2",
+                *ELSEWHERE,
+                *UNREFUSED,
+                *self._coordinator_options,
+            ]
         else:
             if self.store is None:
                 links = [f"{LINK_HOST}:{each.link.port}" for each in self.coordinators.values()]

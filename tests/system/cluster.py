@@ -13,6 +13,8 @@ from benchmarks.serving import Serving
 
 ELSEWHERE = ("--routing", "least_loaded")
 """Prompts go to prefill workers also where the decode worker would be as soon: a test sees all of the relay."""
+UNREFUSED = ("--service-classes", "standard=0/0")
+"""However long requests may have to wait while workers die."""
 
 
 class Cluster(Serving):
