@@ -30,4 +30,9 @@ def tenant_name(cache_salt: str) -> bytes:
 
 def block_name(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """Name of a full block that holds `token_ids` and follows the block named `parent`."""
-    return blake2b(parent + array("I", token_ids).tobytes(), digest_size=NAME_BYTES).digest()
+    return packed_block_name(parent, array("I", token_ids).tobytes())
+
+
+def packed_block_name(parent: bytes, tokens: bytes) -> bytes:
+    """The same of token ids that are 32-bit numbers behind each other."""
+    return blake2b(parent + tokens, digest_size=NAME_BYTES).digest()

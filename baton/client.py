@@ -13,20 +13,23 @@ took its place at this address, or at another one of several addresses: no piece
 import asyncio
 import contextlib
 import json
+import os
 import ssl
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
 import aiohttp
 
 from baton.errors import BatonError, ConfigurationError
-from baton.tls import reason_of
+from baton.tls import check_secret, reason_of
 
 T = TypeVar("T")
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+API_KEY_VARIABLE = "BATON_API_KEY"
 SILENCE_S = 2.0
 """A coordinator that has nothing to say gives a sign of life every half second."""
 _TOKENISED_BYTES_S = 1 << 18
@@ -45,6 +48,10 @@ _HUNG_UP = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionEr
 _NO_TLS = -1
 """In place of a status of HTTP: trying again does not help."""
 _ID_IN_USE = "request_id_in_use"
+_NO_KEY = 401
+_OVERLOADED = 429
+_PATIENCE_S = 60.0
+"""All that a request waits for when it is refused again and again."""
 _UNAVAILABLE = 503
 """Shutting down, or without workers: it has taken nothing on."""
 _HINTS = ("; does it want https://?", "; does it want a certificate (--client-cert)?")
@@ -54,12 +61,13 @@ _READ_BUFFER_BYTES = 1 << 20  # an event with many logprobs is one long line
 
 class ClientError(BatonError):
     """The coordinator refused or failed, or nobody answers. `status` is that of HTTP, 0 without an answer; `code`: the
-    error's name."""
+    error's name; `retry_after_s`: when to try again, where the coordinator said that."""
 
-    def __init__(self, message: str, status: int = 0, code: str = "") -> None:
+    def __init__(self, message: str, status: int = 0, code: str = "", retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
+        self.retry_after_s = retry_after_s
 
 
 class TextDelta(NamedTuple):
@@ -83,12 +91,43 @@ def trusting(ca: str = "", cert: str = "", key: str = "") -> ssl.SSLContext:
     return context
 
 
+def read_api_key(path: str) -> str:
+    """From a file. Raises ConfigurationError for one that every user of this machine may read, without its contents."""
+    if path.startswith("sk-"):  # not repeated here
+        raise ConfigurationError("--api-key-file takes a file with the key: on the command line everybody sees it")
+    check_secret("--api-key-file", path)
+    try:
+        return _checked(Path(path).read_text(encoding="utf-8").strip(), f"'{path}'")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"'{path}' cannot be read: {reason_of(error)}") from None
+
+
+def _checked(key: str, where: str) -> str:
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigurationError(f"{where} holds no API key: that is one word, such as sk-baton-…")
+    return key
+
+
 class AsyncClient:
     """`url`: of a coordinator, or of several with commas between them, such as "http://a:8000,http://b:8000": asked is
     the one that answered last, or the next. `silence_s`: a coordinator that gives no sign of life for so long hangs, or
-    is cut off, and the answer goes on at whatever answers now. `tls`: see `trusting`."""
+    is cut off, and the answer goes on at whatever answers now. `tls`: see `trusting`. `api_key`: for coordinators that
+    want one; None: that of the environment. `refusals`: how often a request that was refused because too much is
+    waiting is asked again, each time when the coordinator said, for a minute at most; 0: not at all. `num_refused`
+    counts refusals."""
 
-    def __init__(self, url: str = DEFAULT_URL, silence_s: float = SILENCE_S, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        silence_s: float = SILENCE_S,
+        tls: ssl.SSLContext | None = None,
+        api_key: str | None = None,
+        refusals: int = 2,
+    ) -> None:
+        key = os.environ.get(API_KEY_VARIABLE, "") if api_key is None else api_key
+        self._headers = {"Authorization": f"Bearer {_checked(key, API_KEY_VARIABLE)}"} if key else {}
+        self._refusals = refusals
+        self.num_refused = 0
         self._urls = [each.strip().rstrip("/") for each in url.split(",")]
         self._silence_s = silence_s
         self._tls = tls
@@ -151,7 +190,7 @@ class AsyncClient:
             return await self._request("POST", path, patience_s, data=data, headers={**headers, **answer.had})
 
         try:
-            response: aiohttp.ClientResponse | None = await ask()
+            response: aiohttp.ClientResponse | None = await self._patiently(ask)
         except _BrokenOff:
             self._next_url()
             response = None
@@ -172,6 +211,23 @@ class AsyncClient:
                 response.close()
             if not answer.complete:
                 await self._abort(answer.id)
+
+    async def _patiently(
+        self, ask: Callable[[], Coroutine[Any, Any, aiohttp.ClientResponse]]
+    ) -> aiohttp.ClientResponse:
+        """Come back after a refusal when the coordinator said. Raises ClientError."""
+        left, left_s = self._refusals, _PATIENCE_S
+        while True:
+            try:
+                return await ask()
+            except ClientError as error:
+                if error.status != _OVERLOADED or error.retry_after_s is None:
+                    raise
+                self.num_refused += 1
+                left, left_s = left - 1, left_s - error.retry_after_s
+                if left < 0 or left_s < 0:
+                    raise
+                await asyncio.sleep(error.retry_after_s)
 
     async def _line(self, response: aiohttp.ClientResponse) -> bytes:
         """The next one of a stream; empty where it broke off or fell silent."""
@@ -232,7 +288,9 @@ class AsyncClient:
             timeout = aiohttp.ClientTimeout(sock_connect=self._silence_s)
             is_https = any(url.startswith("https://") for url in self._urls)
             connector = aiohttp.TCPConnector(ssl=self._tls or (trusting() if is_https else True))
-            self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=_READ_BUFFER_BYTES)
+            self._session = aiohttp.ClientSession(
+                connector=connector, timeout=timeout, read_bufsize=_READ_BUFFER_BYTES, headers=self._headers
+            )
         try:
             async with asyncio.timeout(patience_s):
                 response = await self._session.request(method, self.url + path, **options)
@@ -241,14 +299,16 @@ class AsyncClient:
         self._has_answered = True
         if response.status == 200:
             return response
-        code = ""
+        code, retry_after_s = "", _retry_after_s(response)
         async with response:
             try:
                 error_body = (await response.json())["error"]
                 message, code = error_body["message"], str(error_body.get("code") or "")
             except (aiohttp.ClientError, ValueError, LookupError, TypeError):
                 message = f"{self.url} answered {response.status} {response.reason}; is it a Baton coordinator?"
-        raise ClientError(message, response.status, code)
+        if response.status == _NO_KEY:
+            message += f" (for baton: --api-key-file, or {API_KEY_VARIABLE} in the environment)"
+        raise ClientError(message, response.status, code, retry_after_s)
 
     def _explained(self, error: Exception, patience_s: float) -> ClientError:
         """Why there was no answer at all."""
@@ -262,6 +322,13 @@ class AsyncClient:
             hint = "" if self._has_answered else _HINTS[self.url.startswith("https://")]
             return _BrokenOff(f"{self.url} hung up before its answer{hint}")
         return ClientError(f"{self.url} cannot be asked: {error}")
+
+
+def _retry_after_s(response: aiohttp.ClientResponse) -> float | None:
+    with contextlib.suppress(KeyError, ValueError):
+        seconds = int(response.headers["Retry-After-Ms"]) / 1e3
+        return seconds if seconds >= 0 else None
+    return None
 
 
 def _tls_problem(error: BaseException) -> str:
@@ -328,8 +395,15 @@ class _Answer:
 class Client:
     """The same without asyncio, in an event loop of its own."""
 
-    def __init__(self, url: str = DEFAULT_URL, silence_s: float = SILENCE_S, tls: ssl.SSLContext | None = None) -> None:
-        self._client = AsyncClient(url, silence_s, tls)
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        silence_s: float = SILENCE_S,
+        tls: ssl.SSLContext | None = None,
+        api_key: str | None = None,
+        refusals: int = 2,
+    ) -> None:
+        self._client = AsyncClient(url, silence_s, tls, api_key, refusals)
         self._runner = asyncio.Runner()
 
     def __enter__(self) -> Self:

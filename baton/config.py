@@ -73,6 +73,28 @@ def parse_etcd(text: str) -> EtcdAddress:
     return EtcdAddress(parse_addresses(match[1], "--discovery"), f"/{prefix}/")
 
 
+class ServiceClass(NamedTuple):
+    """How soon requests of one kind want their tokens; 0: no matter."""
+
+    name: str
+    ttft_s: float
+    itl_s: float
+
+
+def parse_classes(text: str) -> tuple[ServiceClass, ...]:
+    """From 'standard=30/0,interactive=2/0.2'; the first is that of requests that name none."""
+    classes: dict[str, ServiceClass] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"([a-z][a-z0-9_-]{0,31})=(\d+(?:\.\d+)?)/(\d+(?:\.\d+)?)", part.strip())
+        if not match or match[1] in classes:
+            raise ConfigurationError(
+                f"--service-classes has '{part.strip()}'; write name=TTFT/ITL in seconds, such as interactive=2/0.2, "
+                "each name once, several with commas between them; 0 sets no target"
+            )
+        classes[match[1]] = ServiceClass(match[1], float(match[2]), float(match[3]))
+    return tuple(classes.values())
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     model: str = setting(
@@ -194,8 +216,9 @@ class TierOptions:
         0.0, "seconds after which blocks there that nobody used are given up; 0: none, in a shared folder a week"
     )
     kv_tenant_share: float = setting(
-        1.0, "of each of these, what the requests of one cache_salt may have at most; those without one are not limited"
-    )
+        1.0, "of each of these, what the requests of one tenant, or without --keys of one cache_salt, may have at "
+        "most; others are not limited",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -239,17 +262,53 @@ class WorkerOptions:
 
 
 @dataclass(frozen=True)
+class FakeOptions:
+    """Workers that compute nothing."""
+
+    role: str = setting(
+        "prefill+decode", "what they do; prefill+decode makes two pools",
+        ("prefill+decode", "prefill", "decode", "mixed"),
+    )  # fmt: skip
+    workers: int = setting(1, "of each role, all in this process")
+    step_ms: float = setting(12.0, "from one token of a stream to the next; 0: as fast as they can be sent")
+    prefill_tokens_per_s: float = setting(0.0, "how fast a worker computes prompts, one after the other; 0: in no time")
+    blocks: int = setting(65536, "KV blocks of 16 tokens that each says it has")
+
+
+@dataclass(frozen=True)
 class CoordinatorOptions:
     host: str = setting("127.0.0.1", "address of HTTP and gRPC")
     port: int = setting(8000, "HTTP port; 0 takes a free one")
+    own_port: int = setting(
+        -1, "HTTP port of this process alone (0: a free one) where others listen at --port and --grpc-port, too; "
+        "-1: none does",
+    )  # fmt: skip
     grpc_port: int = setting(50051, "gRPC port; 0 takes a free one")
     link_host: str = setting("127.0.0.1", "address where workers connect")
     link_port: int = setting(50052, "port where workers connect; 0 takes a free one")
     advertise_host: str = setting("", "address announced to --discovery for workers to dial; empty: --link-host")
     heartbeat_interval_s: float = setting(0.5, "seconds between signs of life of coordinator and worker")
     heartbeat_timeout_s: float = setting(2.0, "silence after which a worker counts as dead")
-    local_prefill_tokens: int = setting(64, "decode prefills by itself when at most this many tokens are uncached")
+    routing: str = setting(
+        "cost_based", "how workers are chosen among those that may serve a request, see docs/routing.md",
+        choices=("cost_based", "prefix_aware", "session_affinity", "least_loaded", "power_of_two", "round_robin"),
+    )  # fmt: skip
+    kv_routing: str = setting(
+        "exact", "what workers' caches hold: exact, as they tell it; approximate, guessed from what was sent to them",
+        choices=("exact", "approximate"),
+    )  # fmt: skip
+    kv_index_blocks: int = setting(4_000_000, "blocks of all workers that are known at most, about 140 bytes each")
+    local_prefill_tokens: int = setting(
+        64, "decode prefills by itself when at most this many tokens are uncached; cost_based goes by it until workers "
+        "have measured how fast they are",
+    )  # fmt: skip
     max_requests: int = setting(1024, "streams in the system; more are refused with 429")
+    service_classes: str = setting(
+        "standard=30/0,interactive=2/0.2,batch=300/0",
+        "kinds of requests, each with the seconds to its first token and from token to token that it should see: "
+        "name=TTFT/ITL, 0 for no target. What is predicted to miss them is refused with 429 at once; requests that "
+        "name no class are of the first",
+    )  # fmt: skip
     max_body_bytes: int = setting(1 << 20, "largest HTTP body or gRPC message accepted")
     request_timeout_s: float = setting(600.0, "longest that one request may take")
     max_attempts: int = setting(
@@ -267,6 +326,11 @@ class CoordinatorOptions:
         "", "TOML file with the weights and shadow shares of model versions, read again when it changes; "
         "empty: the oldest version serves",
     )  # fmt: skip
+    keys: str = setting(
+        "", "TOML file with tenants, their limits and the hashes of their API keys, read again when it changes; "
+        "clients then need a key, see docs/tenants.md; empty: whoever reaches the port may ask",
+    )  # fmt: skip
+    audit_log: str = setting("", "file that a line is appended to for every request of a tenant; only with --keys")
     max_shadows: int = setting(8, "streams of copies that run at shadow versions side by side; more are dropped")
     parent_pid: int = setting(0, "exit when this process is gone; 0 watches nobody")
 
@@ -281,11 +345,11 @@ _POSITIVE = {
     "page_size", "gpu_share", "max_batch_tokens", "max_running", "lease_s", "heartbeat_interval_s",
     "heartbeat_timeout_s", "pull_timeout_s", "connect_timeout_s", "drain_timeout_s", "max_requests",
     "max_body_bytes", "request_timeout_s", "max_attempts", "speculate_tokens", "speculate_running", "seconds",
-    "discovery_ttl_s",
+    "discovery_ttl_s", "kv_index_blocks", "workers", "blocks",
 }  # fmt: skip
 _NOT_NEGATIVE = {
     "max_model_tokens", "threads", "local_prefill_tokens", "parent_pid", "worker_return_s", "orphan_s", "max_resume_s",
-    "max_shadows",
+    "max_shadows", "step_ms", "prefill_tokens_per_s",
 }  # fmt: skip
 _PORTS = {"port", "grpc_port", "link_port"}
 
@@ -320,6 +384,8 @@ def validate(options: object) -> None:
         raise ConfigurationError(
             f"--heartbeat-timeout-s is {timeout}; it must be at least twice --heartbeat-interval-s ({interval})"
         )
+    if isinstance(options, CoordinatorOptions) and not -1 <= options.own_port <= 65535:
+        raise ConfigurationError(f"--own-port is {options.own_port}; a port is 0 to 65535, and -1 none")
     if isinstance(options, DiscoveryOptions):
         if options.discovery:
             parse_etcd(options.discovery)
@@ -333,10 +399,14 @@ def validate(options: object) -> None:
         _all_or_none(options, ("public_tls_cert", "public_tls_key"))
         if options.public_tls_client_ca and not options.public_tls_cert:
             raise ConfigurationError("--public-tls-client-ca needs --public-tls-cert and --public-tls-key")
+    if isinstance(options, CoordinatorOptions) and options.audit_log and not options.keys:
+        raise ConfigurationError("--audit-log says what tenants did: it needs --keys")
     if isinstance(options, ModelOptions) and options.model_version:
         check_version_label(options.model_version, "--model-version")
     if isinstance(options, WorkerOptions) and options.coordinator:
         parse_addresses(options.coordinator, "--coordinator")
+    if isinstance(options, CoordinatorOptions):
+        parse_classes(options.service_classes)
     if isinstance(options, TierOptions):
         for text in (options.host_kv_memory, options.disk_kv_memory, options.shared_kv_memory):
             parse_bytes(text)

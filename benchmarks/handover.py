@@ -145,7 +145,8 @@ def measure(
     pool_tokens = max(lengths) * 5 // 4 + 64
     words = (
         "--model", str(folder), "--dtype", "bfloat16", "--speculate", "off", "--no-restart",
-        "--max-batch-tokens", str(CHUNK_TOKENS), "--kv-memory", str(pool_tokens * TOKEN_BYTES),
+        "--routing", "least_loaded", "--max-batch-tokens", str(CHUNK_TOKENS),
+        "--kv-memory", str(pool_tokens * TOKEN_BYTES),
     )  # fmt: skip
     numbers = random.Random(1)
 

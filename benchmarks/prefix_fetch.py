@@ -4,7 +4,8 @@
 
 Two mixed workers that take turns. Each prompt is sent several times: it is computed by the first worker that gets it,
 fetched by the other, and found by both from then on. What happened is read off the workers' counters. Then the pools
-are made small, so that workers are asked for prompts that they had and evicted: what a question in vain costs.
+are made small, so that workers are asked for prompts that they had and evicted: what a question in vain costs. The
+coordinator guesses what workers hold: from those that tell it would hear of the evictions.
 """
 
 import argparse
@@ -39,7 +40,7 @@ class Workers:
     def __init__(self, folder: Path, pool_tokens: int) -> None:
         self._serving = Serving(
             "--model", str(folder), "--mixed", "2", "--no-restart", "--speculate", "off",
-            "--kv-memory", str(pool_tokens * TOKEN_BYTES),
+            "--kv-memory", str(pool_tokens * TOKEN_BYTES), "--routing", "round_robin", "--kv-routing", "approximate",
         )  # fmt: skip
         self.client = Client(self._serving.grpc, random_model.VOCABULARY)
         self._before = dict.fromkeys(COUNTERS, 0.0)

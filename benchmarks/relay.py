@@ -133,7 +133,7 @@ class Figures:
 
 def measure_serving(words: Sequence[str], vocabulary: int, size: Size) -> Figures:
     """Best of several for rates, medians for times; warm before anything counts."""
-    with Serving(*words, "--no-restart", "--max-requests", "64") as serving:
+    with Serving(*words, "--no-restart", "--max-requests", "64", "--routing", "least_loaded") as serving:
         client = Client(serving.grpc, vocabulary)
         client.streams([client.prompt(PROMPT_TOKENS)] * 2, 4)
         decode = {

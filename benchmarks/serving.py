@@ -22,7 +22,8 @@ STOP_TIMEOUT_S = 60.0
 class Serving:
     """Runs while the context is open; its log is kept for when it fails.
 
-    `urls`: where its coordinators listen; `url` and `grpc` are the first one's.
+    `urls`: where its coordinators listen; `url` and `grpc` are the first one's. `alone`: where each process of them
+    listens that shares a port.
     """
 
     def __init__(self, *words: str, env: dict[str, str] | None = None, command: Sequence[str] = ("cli.main",)) -> None:
@@ -34,11 +35,11 @@ class Serving:
             [sys.executable, "-P", "-m", *command, "serve", *ports, *words],
             stdout=subprocess.PIPE, stderr=self._log, text=True, env={**os.environ, **(env or {})},
         )  # fmt: skip
-        self.urls, self.grpc = self._addresses()
+        self.urls, self.grpc, self.alone = self._addresses()
         self.url = self.urls[0]
         self.ready_after_s = time.monotonic() - started_at
 
-    def _addresses(self) -> tuple[list[str], str]:
+    def _addresses(self) -> tuple[list[str], str, list[str]]:
         lines: list[str] = []
         said = threading.Event()
 
@@ -57,7 +58,8 @@ class Serving:
         if not (http and grpc):
             self.stop()
             raise RuntimeError(f"baton serve did not get ready:\n{text}\n{self.log()}")
-        return re.findall(r"(\S+)/v1", http[0]), grpc[1]
+        alone = re.search(r"processes\s+(.*)", text)
+        return re.findall(r"(\S+)/v1", http[0]), grpc[1], alone[1].split() if alone else []
 
     def __enter__(self) -> Self:
         return self

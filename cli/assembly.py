@@ -306,6 +306,7 @@ async def wire_up(
         shell.lender = prefixes
         shell.prefixes = PrefixFetcher(me, intake, parts.memory.block_bytes, shell.counters)
         shell.lanes_in_use = intake.lanes_in_use
+        shell.handover_bytes_per_s = intake.bytes_per_s
         if wire.ROLE_DECODE in roles:
             shell.carry(DecodeRole(shell, intake, page_size, parts.model.config.vocab_size))
         stack.push_async_callback(intake.stop)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from baton.client import DEFAULT_URL, Client, trusting
+from baton.client import API_KEY_VARIABLE, DEFAULT_URL, Client, read_api_key, trusting
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,11 +26,16 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         help="PEM certificates of the authority of an https:// server; default: the system's, or SSL_CERT_FILE's",
     )  # fmt: skip
     parser.add_argument("--client-cert", default="", metavar="FILE", help="PEM certificate to show to it, if it asks")
+    parser.add_argument(
+        "--api-key-file", default="", metavar="FILE",
+        help=f"file with the API key, for nobody else to read; default: {API_KEY_VARIABLE} of the environment",
+    )  # fmt: skip
     parser.add_argument("--client-key", default="", metavar="FILE", help="PEM private key of that certificate")
 
 
 def client_of(arguments: argparse.Namespace) -> Client:
-    return Client(arguments.url, tls=trusting(arguments.ca, arguments.client_cert, arguments.client_key))
+    key = read_api_key(arguments.api_key_file) if arguments.api_key_file else None
+    return Client(arguments.url, tls=trusting(arguments.ca, arguments.client_cert, arguments.client_key), api_key=key)
 
 
 def sampling_of(arguments: argparse.Namespace) -> dict[str, float | int]:

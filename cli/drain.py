@@ -3,8 +3,9 @@
 import argparse
 import time
 
-from baton.client import DEFAULT_URL, Client, ClientError
+from baton.client import Client, ClientError
 from baton.errors import BatonError, ConfigurationError
+from cli.complete import add_server_arguments, client_of
 
 POLL_S = 0.2
 
@@ -12,7 +13,7 @@ POLL_S = 0.2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("workers", nargs="*", metavar="WORKER_ID", help="as in `baton status`")
     parser.add_argument("--version", dest="model_version", default="", metavar="LABEL", help="all of a model version")
-    parser.add_argument("--url", default=DEFAULT_URL, help="where a coordinator is (default: %(default)s)")
+    add_server_arguments(parser)
     parser.add_argument("--wait", action="store_true", help="until they have ended")
     parser.add_argument(
         "--timeout-s", type=float, default=900.0, help="longest that --wait takes (default: %(default)g)"
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if bool(arguments.workers) == bool(arguments.model_version):
         raise ConfigurationError("name workers, or give --version")
-    with Client(arguments.url) as client:
+    with client_of(arguments) as client:
         told = client.drain(arguments.workers, arguments.model_version)
         print(f"draining: {', '.join(told['draining'])}")
         if not told["left"]:

@@ -13,10 +13,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prefill": ("cli.worker", "run one prefill worker"),
     "decode": ("cli.worker", "run one decode worker"),
     "mixed": ("cli.worker", "run one worker that carries both roles"),
+    "fake": ("cli.fake", "run workers that compute nothing, to try or measure a coordinator alone"),
     "complete": ("cli.complete", "continue a text, streaming"),
     "chat": ("cli.chat", "talk to the model, streaming"),
     "status": ("cli.status", "show workers, roles, blocks and load"),
     "drain": ("cli.drain", "have workers finish what they run and end"),
+    "key": ("cli.key", "make API keys of tenants"),
+    "audit": ("cli.audit", "check the audit log of tenants' requests"),
     "profile": ("cli.profile", "measure a model on this machine: cost table, trace, and where each millisecond goes"),
     "doctor": ("cli.doctor", "show what this host offers for moving KV blocks, and measure every lane"),
 }

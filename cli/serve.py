@@ -9,15 +9,11 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import signal
 import ssl
-import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,8 +32,6 @@ from baton.config import (
     WorkerOptions,
     from_arguments,
     parse_bytes,
-    to_arguments,
-    validate,
 )
 from baton.config import (
     add_arguments as add_options,
@@ -46,18 +40,14 @@ from baton.errors import BatonError, ConfigurationError
 from baton.model_folder import served_name
 from baton.processes import log_to_stderr, stop_signals
 from baton.tls import COORDINATOR_NAME, check_secret, inside, outside, reason_of
+from cli.doors import KILL_AFTER_S, PORT_STRIDE, Child, Door, add_processes_argument, doors, stop_doors, watch, words_of
 from cli.model import cores_for, model_folder, own_cores, threads_for
 from engine.weights import check_model
 from kvtransfer.lanes.registry import parse_lanes
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-ANNOUNCE_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 600.0
-KILL_AFTER_S = 5.0
-FIRST_BACKOFF_S, MAX_BACKOFF_S = 1.0, 30.0
-EXIT_CONFIGURATION = 2
-PORT_STRIDE = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--coordinators", type=int, default=1,
         help=f"front doors to the same workers; each has its ports {PORT_STRIDE} above those before it (default: 1)",
     )  # fmt: skip
+    add_processes_argument(parser)
     group.add_argument("--no-restart", action="store_true", help="leave a process that died dead")
     group.add_argument(
         "--client-cert", default="", metavar="FILE",
@@ -79,109 +70,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser, CoordinatorOptions, DiscoveryOptions, ModelOptions, EngineOptions, HandoverOptions, TierOptions,
         TlsOptions, PublicTlsOptions,
     )  # fmt: skip
-
-
-@dataclass
-class Child:
-    """One process and the words that start it again."""
-
-    name: str
-    words: list[str]
-    process: asyncio.subprocess.Process | None = None
-    backoff_s: float = FIRST_BACKOFF_S
-    started_at: float = field(default_factory=time.monotonic)
-
-    @property
-    def is_running(self) -> bool:
-        return self.process is not None and self.process.returncode is None
-
-    async def ended(self) -> int:
-        """Its exit status."""
-        assert self.process is not None, "started before anybody waits for its end"
-        return await self.process.wait()
-
-    async def start(self, pass_fds: Sequence[int] = ()) -> None:
-        self.started_at = time.monotonic()
-        # A session of its own: a Ctrl-C at the terminal must reach this command alone, which then drains in order.
-        # -P: folders of the place where it was started must not pass for packages of ours.
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "cli.main", *self.words, pass_fds=pass_fds, start_new_session=True
-        )
-
-    async def stop(self, timeout_s: float, number: signal.Signals = signal.SIGTERM) -> None:
-        """The signal, then SIGKILL when the time is up."""
-        if self.process is None or self.process.returncode is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(number)
-        try:
-            await asyncio.wait_for(self.process.wait(), timeout_s)
-        except TimeoutError:
-            log.warning("%s did not stop in %.0f s and is killed", self.name, timeout_s)
-            self.process.kill()
-            await self.process.wait()
-
-
-@dataclass
-class Door:
-    """One coordinator."""
-
-    options: CoordinatorOptions
-    child: Child
-    scheme: str = "http"
-
-    async def start(self, *others: object) -> None:
-        """Raises BatonError when it does not come up. Started again, it has the ports that it got now."""
-        read_fd, write_fd = os.pipe()
-        self.child.words = ["coordinator", *words_of(self.options, *others), "--announce-fd", str(write_fd)]
-        await self.child.start(pass_fds=[write_fd])
-        os.close(write_fd)
-        with os.fdopen(read_fd) as pipe:
-            announced = await asyncio.wait_for(asyncio.to_thread(pipe.read), ANNOUNCE_TIMEOUT_S)
-        if not announced:
-            raise BatonError(f"the {self.child.name} did not start; its message is above")
-        ports = json.loads(announced)
-        self.options = dataclasses.replace(
-            self.options, port=ports["http"], grpc_port=ports["grpc"], link_port=ports["link"]
-        )
-        self.child.words = ["coordinator", *words_of(self.options, *others)]
-
-    @property
-    def base_url(self) -> str:
-        return f"{self.scheme}://{self._reached(self.options.host)}:{self.options.port}"
-
-    @property
-    def grpc(self) -> str:
-        return f"{self.options.host}:{self.options.grpc_port}"
-
-    @property
-    def link(self) -> str:
-        return f"{self._reached(self.options.link_host)}:{self.options.link_port}"
-
-    @staticmethod
-    def _reached(host: str) -> str:
-        """Where this machine reaches what listens there."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        return f"[{host}]" if ":" in host else host
-
-
-def doors(options: CoordinatorOptions, number: int, scheme: str) -> list[Door]:
-    """Coordinators beside each other; a port of 0 stays one. Raises ConfigurationError when ports run out."""
-    if number < 1:
-        raise ConfigurationError(f"--coordinators is {number}; it must be at least 1")
-    result = []
-    for index in range(number):
-        up = index * PORT_STRIDE
-        own = dataclasses.replace(
-            options,
-            port=options.port and options.port + up,
-            grpc_port=options.grpc_port and options.grpc_port + up,
-            link_port=options.link_port and options.link_port + up,
-            parent_pid=os.getpid(),
-        )
-        validate(own)
-        result.append(Door(own, Child("coordinator" if number == 1 else f"coordinator-{index}", []), scheme))
-    return result
 
 
 def pool_sizes(arguments: argparse.Namespace) -> dict[str, int]:
@@ -228,7 +116,9 @@ class Cluster:
         self.public_tls = from_arguments(PublicTlsOptions, arguments)
         self._trusted = trusted(self.public_tls, arguments.client_cert, arguments.client_key)
         scheme = "https" if self.public_tls.public_tls_cert else "http"
-        self.doors = doors(from_arguments(CoordinatorOptions, arguments), arguments.coordinators, scheme)
+        self.doors = doors(
+            from_arguments(CoordinatorOptions, arguments), arguments.coordinators, arguments.processes, scheme
+        )
         self.discovery = from_arguments(DiscoveryOptions, arguments)
         self.model = from_arguments(ModelOptions, arguments)
         self.handover = from_arguments(HandoverOptions, arguments)
@@ -282,7 +172,7 @@ class Cluster:
             await self._ready_at(door, stop, deadline)
 
     async def _ready_at(self, door: Door, stop: asyncio.Event, deadline: float) -> None:
-        async with AsyncClient(door.base_url, tls=self._trusted) as client:
+        async with AsyncClient(door.base_url, tls=self._trusted, api_key="") as client:
             while not stop.is_set():
                 status = await client.status()
                 if len(status["workers"]) >= len(self.workers):
@@ -297,47 +187,17 @@ class Cluster:
 
     async def watch(self, stop: asyncio.Event) -> int:
         """Until asked to stop, or no coordinator is left."""
-        keepers = [asyncio.create_task(self._keep(child)) for child in self.workers]
-        doors = [asyncio.create_task(self._keep(door.child)) for door in self.doors]
-        stopping = asyncio.create_task(stop.wait())
-        gone = asyncio.create_task(self._no_door())
-        await asyncio.wait({gone, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        for task in [*keepers, *doors, stopping, gone]:
+        keepers = [asyncio.create_task(child.keep(self.restart)) for child in self.workers]
+        status = await watch(self.doors, self.restart, stop)
+        for task in keepers:
             task.cancel()
-        if gone.done() and not stop.is_set():
-            log.error("no coordinator is left")
-            return 1
-        return 0
-
-    async def _no_door(self) -> None:
-        """Wait until no coordinator runs, be it for a moment."""
-        while running := next((door.child for door in self.doors if door.child.is_running), None):
-            await running.ended()
-
-    async def _keep(self, child: Child) -> None:
-        """Start a process again whenever it dies, later each time unless it lived long."""
-        while True:
-            status = await child.ended()
-            log.warning("%s exited with status %s", child.name, status)
-            if not self.restart or status == EXIT_CONFIGURATION:
-                return
-            if time.monotonic() - child.started_at > MAX_BACKOFF_S:
-                child.backoff_s = FIRST_BACKOFF_S
-            await asyncio.sleep(child.backoff_s)
-            child.backoff_s = min(child.backoff_s * 2, MAX_BACKOFF_S)
-            log.info("starting %s again", child.name)
-            await child.start()
+        return status
 
     async def stop(self) -> None:
         # Coordinators drain first, while workers still work for them; they have nothing to drain afterwards.
         # SIGINT: there will be no workers to hand anything on to.
-        limits = [(door.child, door.options.drain_timeout_s + KILL_AFTER_S) for door in self.doors]
-        await asyncio.gather(*(child.stop(limit_s, signal.SIGINT) for child, limit_s in limits))
+        await stop_doors(self.doors, signal.SIGINT)
         await asyncio.gather(*(child.stop(KILL_AFTER_S) for child in self.workers))
-
-
-def words_of(*options: object) -> list[str]:
-    return [word for each in options for word in to_arguments(each)]
 
 
 async def _serve(cluster: Cluster) -> int:
@@ -355,12 +215,15 @@ async def _serve(cluster: Cluster) -> int:
 
 def greet(cluster: Cluster, seconds: float) -> None:
     pools = ", ".join(f"{size} {kind}" for kind, size in cluster.sizes.items() if size)
-    urls = "  ".join(f"{door.base_url}/v1" for door in cluster.doors)
+    urls = "  ".join(f"{url}/v1" for url in dict.fromkeys(door.shared_url for door in cluster.doors))
+    grpc = dict.fromkeys(door.grpc for door in cluster.doors)
+    alone = [door.base_url for door in cluster.doors if door.base_url != door.shared_url]
     print(
         f"\nBaton is ready after {seconds:.1f} s: {cluster.model.served_name} on {pools}\n"
         f"  OpenAI API  {urls}\n"
-        f"  gRPC        {'  '.join(door.grpc for door in cluster.doors)}\n"
-        f"  try         baton chat --url {cluster.doors[0].base_url}\n",
+        f"  gRPC        {'  '.join(grpc)}\n"
+        + (f"  processes   {'  '.join(alone)}\n" if alone else "")
+        + f"  try         baton chat --url {cluster.doors[0].shared_url}\n",
         flush=True,
     )
 

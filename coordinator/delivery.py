@@ -8,8 +8,7 @@ max_tokens. The front end is woken once for all tokens that a step brought.
 
 import asyncio
 import time
-from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from baton.v1 import worker_link_pb2 as wire
 from coordinator.detokenizer import TextStream
 from coordinator.failures import FailureKind, RequestFailed, moved
 from coordinator.stream import TokenStream
+from coordinator.tenants.caller import ANYBODY, Caller
 from coordinator.version_metrics import Figures
 
 STOP, LENGTH, ABORTED = "stop", "length", "abort"
@@ -54,6 +54,18 @@ class AnswerForm:
     keep_special_tokens: bool = False
     stop: tuple[str, ...] = ()
     choices_per_prompt: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Urgency:
+    """How soon a client needs its answer: see `coordinator.admission`."""
+
+    service_class: str = ""
+    """Empty: the one of requests that name none."""
+    max_ttft_s: float | None = None
+    """Without a first token by then the client wants nothing."""
+    deadline_s: float | None = None
+    """Nor without the whole answer by then."""
 
 
 @dataclass(slots=True)
@@ -184,14 +196,14 @@ class Choice:
         if self._muted:
             return None
         new, self._taken = tokens[first:], max(first, len(tokens))
-        self._digest.update(array("I", new).tobytes())
+        self._digest.update(_digested(new))
         text, logprobs = "".join(self._pieces[first:]), self._logprobs[first:]
         digest = self._digest.hexdigest()
         return Delta(self.number, self.prompt_index, first, new, text, logprobs, self.finish_reason, digest)
 
     def _check(self, claimed: Position) -> None:
         tokens = self.stream.tokens[: claimed.num_tokens]
-        self._digest.update(array("I", tokens).tobytes())
+        self._digest.update(_digested(tokens))
         ended = self.finish_reason is not None and len(self.stream.tokens) == claimed.num_tokens
         if (
             len(tokens) < claimed.num_tokens
@@ -208,6 +220,10 @@ class Choice:
         self._digest, self._claimed = xxhash.xxh32(), position if position.num_tokens else None
         if len(self._pieces) > self._taken or self.finish_reason is not None:
             self._touch()
+
+
+def _digested(token_ids: Sequence[int]) -> bytes:
+    return b"".join([id.to_bytes(4, "little") for id in token_ids])
 
 
 def _token_logprob(token_id: int, entry: wire.StepLogprob | None, text_offset: int) -> TokenLogprob:
@@ -240,12 +256,19 @@ class Request:
         self.form = form
         self.resume_s = resume_s
         """How long it is kept for a client that hung up."""
+        self.user = ""
+        """Whom the client names: requests of one belong together."""
+        self.caller: Caller = ANYBODY
+        """Whose it is."""
         self.version = ""
         """Of the model, chosen when it is admitted: all attempts at all choices are its."""
         self.moved = False
         """To a second version, as nothing was delivered yet and the first one was gone."""
         self.adopted = False
         """Another coordinator began it, and may have delivered more than is known here."""
+        self.urgency = Urgency()
+        self.asked_again = False
+        """Its client has some of the answer; nobody knew the request any more."""
         self.shadow = False
         """A copy that nobody reads: see `coordinator.shadows`."""
         self.figures: Figures | None = None
@@ -262,6 +285,8 @@ class Request:
         """Number of the client that has it now: of two, the one that came later."""
         self.differs = False
         """From what its client has."""
+        self.on_news: Callable[[], None] | None = None
+        """Called whenever there may be something to take, and then by whoever has it: a stream of events."""
         self._dirty: list[Choice] = []
         self._waiter: asyncio.Future[None] | None = None
 
@@ -276,6 +301,8 @@ class Request:
         self.wake()
 
     def wake(self) -> None:
+        if self.on_news is not None:
+            self.on_news()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -296,7 +323,7 @@ class Request:
         latest, because the dispatcher then ends the request.
         """
         while True:
-            if found := self._take(reader):
+            if found := self.take(reader):
                 return found
             if self.failure is not None:
                 raise self.failure
@@ -309,7 +336,12 @@ class Request:
                 if self._waiter is waiter:  # else it is that of a reader that came meanwhile
                     self._waiter = None
 
-    def _take(self, reader: int) -> list[Delta]:
+    def take(self, reader: int) -> list[Delta]:
+        """What is new now, at most one delta a choice.
+
+        Raises RequestFailed for a reader that is not the latest, and where what its client has turns out to be other
+        tokens.
+        """
         if reader != self.reader:
             raise moved()
         dirty, self._dirty = self._dirty, []
@@ -331,5 +363,8 @@ class Request:
         cached: dict[int, int] = {}
         for choice in self.choices:
             cached[choice.prompt_index] = max(cached.get(choice.prompt_index, 0), choice.cached_tokens)
-        completion = sum(len(choice.stream.tokens) for choice in self.choices)
-        return UsageCounts(self.prompt_tokens, completion, sum(cached.values()))
+        return UsageCounts(self.prompt_tokens, self.output_tokens, sum(cached.values()))
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(len(choice.stream.tokens) for choice in self.choices)

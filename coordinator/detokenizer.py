@@ -20,14 +20,20 @@ class IncrementalDetokenizer:
 
     `decode` turns ids into text. `context` is what stands before the first token (the prompt): its text is not
     repeated, but decides, for instance, whether the first word begins with a space. `skip` are ids without text.
+    `alone` knows the text of a token that is the same whatever stands before it, and whole; empty for all others.
     """
 
-    __slots__ = ("_decode", "_num_shown", "_shown", "_skip", "_window")
+    __slots__ = ("_alone", "_decode", "_num_shown", "_shown", "_skip", "_window")
 
     def __init__(
-        self, decode: Callable[[list[int]], str], context: Sequence[int] = (), skip: Collection[int] = ()
+        self,
+        decode: Callable[[list[int]], str],
+        context: Sequence[int] = (),
+        skip: Collection[int] = (),
+        alone: Callable[[int], str] = lambda token_id: "",
     ) -> None:
         self._decode = decode
+        self._alone = alone
         self._skip = skip
         self._window = list(context[-_CONTEXT_TOKENS:])
         self._shown = decode(self._window) if self._window else ""
@@ -39,6 +45,9 @@ class IncrementalDetokenizer:
         if token_id in self._skip:
             return ""
         window = self._window
+        if len(window) == self._num_shown and (alone := self._alone(token_id)):
+            window[:], self._num_shown, self._shown = [token_id], 1, alone
+            return alone
         window.append(token_id)
         text = self._decode(window)
         nothing_whole = len(text) <= len(self._shown) or text.endswith(_INCOMPLETE)

@@ -14,32 +14,34 @@
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from baton.block_names import root_name
-from baton.config import CoordinatorOptions
+from baton.config import CoordinatorOptions, parse_classes
 from baton.v1 import worker_link_pb2 as wire
+from coordinator.admission import Admission
 from coordinator.breakers import Breakers
 from coordinator.delivery import ABORTED, LENGTH, STOP, Choice, Request
 from coordinator.failures import FailureKind, RequestFailed, handed_on, moved, poison, unavailable
+from coordinator.holders import holders, peer
+from coordinator.knowledge import Prompt, open_knowledge
 from coordinator.metrics import Metrics
-from coordinator.prefixes import Life, PrefixMemory, strides
+from coordinator.placing import Placer
 from coordinator.quarantine import Quarantine
 from coordinator.retries import RetryBudget
-from coordinator.routing import Route, RoutingPolicy, Work, WorkerLoad
+from coordinator.routing import Route, Router
 from coordinator.stream import ABANDON, COMPLETE, Outcome
 from coordinator.suspects import Suspects
 from coordinator.tickets import issue
 from coordinator.versions import Versions
+from coordinator.worker_table import Candidates
 from coordinator.workers import Leg, Worker, WorkerRegistry, work_together
 
 events = logging.getLogger("baton.events")
 log = logging.getLogger("baton.requests")
 RETURN_POLL_S = 0.1
-MAX_HOLDERS = 2
-"""Workers that an assignment names for the beginning of its prompt."""
 
 
 class Adoption(NamedTuple):
@@ -51,14 +53,12 @@ class Adoption(NamedTuple):
 
 
 class Dispatcher:
-    def __init__(
-        self, options: CoordinatorOptions, registry: WorkerRegistry, policy: RoutingPolicy, metrics: Metrics
-    ) -> None:
+    def __init__(self, options: CoordinatorOptions, registry: WorkerRegistry, metrics: Metrics) -> None:
         self._options = options
         self._registry = registry
-        self._policy = policy
+        self.policy = options.routing
         self._metrics = metrics
-        self._prefixes = PrefixMemory()
+        self.knowledge = open_knowledge(options.kv_routing, registry.table, options.kv_index_blocks)
         self._suspects = Suspects()
         self._retries = RetryBudget()
         self._delayed: dict[Choice, asyncio.TimerHandle] = {}
@@ -67,6 +67,9 @@ class Dispatcher:
         self.quarantine = Quarantine(self._suspects)
         self.breakers = Breakers(metrics.breaker)
         self.versions = Versions(registry, metrics)
+        router = Router(registry.table, options.routing, options.local_prefill_tokens)
+        self._route = Placer(router, self.knowledge, registry, self._suspects, self.breakers, metrics).route
+        self.admission = Admission(parse_classes(options.service_classes), metrics, metrics.itl_total)
         self._handles = itertools.count(1)
         self._legs: dict[Choice, list[Leg]] = {}
         """Of the current attempt at each choice."""
@@ -101,10 +104,11 @@ class Dispatcher:
 
     def start(self, request: Request) -> None:
         """Admit and route every choice. Raises RequestFailed if there is no room; later failures are the request's."""
-        self._admit(request)
+        route = self._admit(request)
         for choice in request.choices:
             if not request.ended:
-                self._begin_attempt(choice)
+                self._begin_attempt(choice, route)
+            route = None
 
     def adopt(self, request: Request, orphans: Mapping[Choice, Adoption]) -> None:
         """Go on with what another coordinator began; a choice without an orphan starts its next attempt.
@@ -128,12 +132,17 @@ class Dispatcher:
             orphan.worker.open(leg, len(choice.prompt) + orphan.num_tokens, 0)
             orphan.worker.send(wire.CoordinatorMessage(adopt=wire.Adopt(id=leg.id, handle=leg.handle)))
 
-    def _admit(self, request: Request) -> None:
+    def _admit(self, request: Request) -> Route | None:
+        """The route, where one was chosen, of the first attempt at the first choice."""
+        route: Route | None = None
         if not request.shadow:
             self.check_capacity(len(request.choices))
         if request.id in self.requests:
             raise RequestFailed(FailureKind.ID_IN_USE, "a request with this id is here already; choose another id")
         request.version = request.version or self.choose_version(request.id)
+        if not (request.shadow or request.adopted):
+            route = self._route(request.choices[0], self._registry.candidates(request.version))
+            self.admission.admit(request, route, self.num_streams, len(self._registry.workers))
         self.requests[request.id] = request
         self.idle.clear()
         if not request.shadow:
@@ -141,7 +150,8 @@ class Dispatcher:
             self._retries.admitted(len(request.choices))
             self._suspects.begin(request)
         loop = asyncio.get_running_loop()
-        request.deadline = loop.call_later(self._remaining_s(request), self._expire, request)
+        request.deadline = loop.call_later(self._patience_s(request), self._expire, request)
+        return route
 
     def abort(self, request: Request) -> None:
         """The client does not want the rest. Effective in every state, idempotent."""
@@ -163,6 +173,7 @@ class Dispatcher:
             self._drop_legs(choice)
         self._suspects.forget(request)
         self.quarantine.forget(request)
+        self.admission.ended(request)
         self._pump_soon()
         if self.requests.pop(request.id, None) is not None and not request.shadow:
             self.num_streams -= len(request.choices)
@@ -170,6 +181,7 @@ class Dispatcher:
             self.idle.set()
         self._metrics.request_ended(outcome, request, time.monotonic())
         request.wake()
+        request.caller.ended(request, outcome)
         self.on_end(request, outcome)
 
     def let_go(self) -> None:
@@ -179,46 +191,49 @@ class Dispatcher:
             self.end(request, "handed_on", handed_on())
 
     def _expire(self, request: Request) -> None:
-        message = f"the request took longer than {self._options.request_timeout_s:g} s"
+        if (left_s := self._patience_s(request)) > 0:  # the first token came in time
+            request.deadline = asyncio.get_running_loop().call_later(left_s, self._expire, request)
+            return
+        took_s = time.monotonic() - request.started_s
+        what = "the request took" if request.first_token_s is not None else "the first token took"
+        message = f"{what} longer than the {took_s:.3g} s that it could"
         self.end(request, "timeout", RequestFailed(FailureKind.TIMEOUT, message))
 
     def _remaining_s(self, request: Request) -> float:
-        return request.started_s + self._options.request_timeout_s - time.monotonic()
+        limit_s = min(self._options.request_timeout_s, request.urgency.deadline_s or math.inf)
+        return request.started_s + limit_s - time.monotonic()
+
+    def _patience_s(self, request: Request) -> float:
+        """Until the client does not want it any more, if nothing more comes."""
+        left_s, max_ttft_s = self._remaining_s(request), request.urgency.max_ttft_s
+        if request.first_token_s is not None or max_ttft_s is None:
+            return left_s
+        return min(left_s, request.started_s + max_ttft_s - time.monotonic())
 
     # Attempts
 
-    def _begin_attempt(self, choice: Choice) -> None:
+    def _begin_attempt(self, choice: Choice, route: Route | None = None) -> None:
+        """`route`: of any worker of its version, if that has been decided."""
         version = choice.request.version
         if self._suspects.isolated(choice.request) and version in self._registry.ready_versions():
             self._metrics.quarantine.labels("waited").inc()
             self.quarantine.park(choice)
             self._pump_soon()
             return
-        loads = self._registry.loads(version)
-        if not self.quarantine.closed:
-            self._attempt(choice, loads)
+        candidates, closed = self._registry.candidates(version), self.quarantine.closed
+        if not closed:
+            self._attempt(choice, candidates, route)
             return
-        open = [load for load in loads if load.id not in self.quarantine.closed]
-        if self._route(choice, open) is None and self._route(choice, loads) is not None:
+        open = self._registry.table.without(candidates, closed)
+        if self._route(choice, open) is None and self._route(choice, candidates) is not None:
             self._metrics.quarantine.labels("stranded_others").inc()
             self.quarantine.strand(choice)
         else:
             self._attempt(choice, open)
 
-    def _route(self, choice: Choice, loads: "Sequence[WorkerLoad]") -> Route | None:
-        tokens = len(choice.prompt) + len(choice.stream.tokens)
-        total = len(choice.prompt) + choice.stream.max_tokens
-        crowd: dict[str, int] = {}
-        if self._suspects.suspected(choice.request):
-            crowd = {
-                worker.id: sum(self._suspects.suspected(leg.choice.request) for leg in worker.legs.values())
-                for worker in self._registry.workers.values()
-            }
-        return self._policy.choose(Work(tokens, total, tokens, choice.avoid, self.breakers.trouble(), crowd), loads)
-
-    def _attempt(self, choice: Choice, loads: "Sequence[WorkerLoad]") -> None:
+    def _attempt(self, choice: Choice, candidates: Candidates, route: Route | None = None) -> None:
         """Start the next attempt on some of these workers. If none can take it, wait for one, or end the request."""
-        route = self._route(choice, loads)
+        route = route or self._route(choice, candidates)
         if route is None and self._may_wait_for_worker(choice):
             self._delayed[choice] = asyncio.get_running_loop().call_later(RETURN_POLL_S, self._retry, choice)
             return
@@ -239,7 +254,7 @@ class Dispatcher:
             self.breakers.chosen(worker_id)
             if worker_id in choice.avoid:
                 self._metrics.avoided_used.inc()
-        self._assign(choice, attempt, choice.prompt + choice.stream.tokens, route)
+        self._assign(choice, attempt, route)
 
     def _may_wait_for_worker(self, choice: Choice) -> bool:
         """The last worker that could go on with a stream died: others, or itself, may be back soon.
@@ -286,7 +301,7 @@ class Dispatcher:
                 continue
             if choice.request.shadow:
                 self.abort(choice.request)
-            elif self._route(choice, self._registry.loads(choice.request.version)) is None:
+            elif self._route(choice, self._registry.candidates(choice.request.version)) is None:
                 stay += 1
             else:
                 moved += 1
@@ -314,27 +329,26 @@ class Dispatcher:
         for choice, worker in turn.start:
             if not choice.request.ended:
                 self._metrics.quarantine.labels("ran_alone").inc()
-                self._attempt(choice, [worker.load()])
+                self._attempt(choice, self._registry.table.among([worker.row]))
         for choice in turn.resume:
             if not choice.request.ended:
                 self._begin_attempt(choice)
 
-    def _assign(self, choice: Choice, attempt: int, tokens: "Sequence[int]", route: Route) -> None:
+    def _assign(self, choice: Choice, attempt: int, route: Route) -> None:
         workers = self._registry.workers
         decode = workers[route.decode]
         prefill = workers[route.prefill] if route.prefill is not None else None
-        prefixes: dict[bytes, list[bytes]] = {}
+        tokens = choice.prompt + choice.stream.tokens
         parts = [(decode, wire.ROLE_DECODE)]
         if prefill is not None:
             parts.insert(0, (prefill, wire.ROLE_PREFILL))
         for worker, role in parts:
-            root = _root(choice, worker)  # workers whose dtypes differ share no blocks
-            prefix = prefixes[root] = prefixes.get(root) or strides(root, tokens)
-            leg = Leg(choice, attempt, worker, role == wire.ROLE_DECODE, next(self._handles), prefix)
+            leg = Leg(choice, attempt, worker, role == wire.ROLE_DECODE, next(self._handles))
             leg.first_index, leg.paired = len(choice.stream.tokens), prefill is not None
             self._legs.setdefault(choice, []).append(leg)
             computes = worker is prefill or prefill is None
-            worker.open(leg, len(tokens), len(tokens) if computes else 0)
+            leg.expected_tokens = route.cached_tokens if computes else None
+            worker.open(leg, len(tokens), len(tokens) - route.cached_tokens if computes else 0)
             message = wire.CoordinatorMessage()
             assignment = message.assignment
             assignment.id.CopyFrom(leg.id)
@@ -344,35 +358,23 @@ class Dispatcher:
             assignment.num_prompt_tokens = len(choice.prompt)
             assignment.sampling.CopyFrom(choice.sampling)
             assignment.cache_salt = choice.request.cache_salt
+            choice.request.caller.assign(assignment)
             assignment.deadline_s = max(0.001, self._remaining_s(choice.request))
             if prefill is not None:
-                peer = assignment.decode if worker is prefill else assignment.prefill
-                peer.CopyFrom(_peer(decode if worker is prefill else prefill))
+                (assignment.decode if worker is prefill else assignment.prefill).CopyFrom(
+                    peer(decode if worker is prefill else prefill)
+                )
             if computes:
-                assignment.holders.extend(self._holders(leg))
+                assignment.holders.extend(holders(route.work, worker, self._registry, choice.avoid))
             if role == wire.ROLE_DECODE and not choice.request.shadow:
                 assignment.ticket = issue(choice, self.model)
             worker.send(message)
 
-    def _holders(self, leg: Leg) -> list[wire.PrefixHolder]:
-        """Workers that should hold more of the leg's beginning than its own."""
-        holders: list[wire.PrefixHolder] = []
-        for held in self._prefixes.holders(leg.prefix):
-            worker = self._registry.workers.get(held.life.worker_id)
-            if worker is leg.worker and held.life == _life(worker):
-                break  # what follows is not longer
-            if worker is None or held.life != _life(worker) or worker.id in leg.choice.avoid:
-                continue
-            if worker.version != leg.worker.version or worker.lost.is_set():
-                continue  # one that drains may be asked: what it has is all that a moved stream need not compute again
-            holders.append(wire.PrefixHolder(worker=_peer(worker), num_tokens=held.num_tokens))
-        return holders[:MAX_HOLDERS]
-
-    def _remember(self, leg: Leg, tokens: "Sequence[int]") -> None:
-        """The leg's worker has these tokens in its KV cache, of which the first are those of its prefix."""
-        leg.prefix = strides(_root(leg.choice, leg.worker), tokens, leg.prefix)
+    def _computed(self, leg: Leg, tokens: "Sequence[int]") -> None:
+        """The leg's worker has these tokens in its KV cache."""
         leg.remembered = True
-        self._prefixes.record(leg.prefix, _life(leg.worker))
+        request = leg.choice.request
+        self.knowledge.computed(leg.worker, Prompt(tokens, request.cache_salt, request.version))
 
     def _abandon(self, leg: Leg, cause: str, own_fault: bool = True) -> None:
         """The attempt cannot go on: the next one starts elsewhere. `own_fault`: a living worker failed it."""
@@ -410,7 +412,8 @@ class Dispatcher:
         """Abort the current attempt in every worker that has a part in it, or the wait for the next one."""
         if choice in self._delayed:
             self._delayed.pop(choice).cancel()
-        for leg in self._legs.pop(choice, ()):
+        # Who decodes is told first: it would take the end of its prefill for a loss, and compute the prompt itself.
+        for leg in reversed(self._legs.pop(choice, [])):
             if leg.handle in leg.worker.legs:
                 leg.worker.abort(leg)
 
@@ -429,7 +432,7 @@ class Dispatcher:
                     leg.worker.close(leg)
         self._drop_legs(choice)
         if by.decode:
-            self._remember(by, choice.prompt + choice.stream.tokens[:-1])
+            self._computed(by, choice.prompt + choice.stream.tokens[:-1])
         choice.end(reason)
         request = choice.request
         if all(other.finish_reason is not None for other in request.choices):
@@ -444,6 +447,7 @@ class Dispatcher:
             self._on_tokens(worker, message.tokens)
         elif kind == "heartbeat":
             worker.beat(message.heartbeat)
+            self.knowledge.on_beat(worker)
             self._registry.on_change()
             self._pump_soon(worker.heartbeat.reservation != 0)
         elif kind == "admission":
@@ -452,12 +456,14 @@ class Dispatcher:
             leg = worker.leg(message.progress.id)
             if leg is not None:
                 computed = message.progress.computed_tokens
-                leg.waiting_tokens = max(0, len(leg.choice.prompt) + len(leg.choice.stream.tokens) - computed)
+                worker.waits(leg, max(0, len(leg.choice.prompt) + len(leg.choice.stream.tokens) - computed))
                 if message.progress.prefill_failed and leg.paired:
                     self._blame_peers(leg)
                     self._alone_now(leg.choice)
         elif kind == "ending":
             self._on_ending(worker, message.ending)
+        elif kind == "kv_events":
+            self.knowledge.on_events(worker, message.kv_events)
         elif kind == "orphan":
             self.on_orphan(worker, message.orphan)
         else:
@@ -487,9 +493,11 @@ class Dispatcher:
                     self._blame_peers(leg)
                 self._abandon(leg, outcome.value)
                 continue
-            leg.waiting_tokens = 0
+            if leg.waiting_tokens:
+                worker.waits(leg, 0)
             if not leg.remembered:
-                self._remember(leg, choice.prompt)
+                self._computed(leg, choice.prompt)
+                self.admission.first_token(choice, now)
             self._metrics.token(choice, now)
             stopped = choice.add(token_id, logprobs.get(entry) if logprobs else None, outcome is Outcome.STOP)
             if outcome is not Outcome.DELIVERED:
@@ -499,7 +507,7 @@ class Dispatcher:
 
     def _on_admission(self, worker: Worker, admission: wire.Admission) -> None:
         if admission.draining:
-            worker.heartbeat.draining = True
+            worker.drains()
         leg = worker.leg(admission.id)
         if leg is None:
             return
@@ -512,7 +520,10 @@ class Dispatcher:
                     if other.decode and other is not leg and choice.cached_tokens:
                         cached = wire.CachedTokens(id=other.id, num_tokens=choice.cached_tokens)
                         other.worker.send(wire.CoordinatorMessage(cached_tokens=cached))
-            leg.waiting_tokens = max(0, leg.waiting_tokens - admission.cached_tokens)
+            if leg.expected_tokens is not None and not leg.admitted:
+                num_tokens = len(choice.prompt) + len(choice.stream.tokens)
+                worker.waits(leg, max(0, num_tokens - admission.cached_tokens))
+                self._metrics.cached(num_tokens, leg.expected_tokens, admission.cached_tokens)
             leg.admitted = True
             return
         if choice.stream.refused(leg.attempt) is Outcome.FAILED:
@@ -550,6 +561,7 @@ class Dispatcher:
         self.end(choice.request, "moved", moved())
 
     def _on_lost(self, worker: Worker) -> None:
+        self.knowledge.forget(worker)
         legs = list(worker.legs.values())
         convicted = self._charge_death(worker, legs) if worker.died else []
         for leg in legs:
@@ -586,18 +598,3 @@ class Dispatcher:
 
 
 _REASONS = {Outcome.STOP: STOP, Outcome.LENGTH: LENGTH}
-
-
-def _root(choice: Choice, worker: Worker) -> bytes:
-    return root_name(worker.registration.model_fingerprint, cache_salt=choice.request.cache_salt)
-
-
-def _life(worker: Worker) -> Life:
-    return Life(worker.id, worker.registration.incarnation)
-
-
-def _peer(worker: Worker) -> wire.HandoverPeer:
-    registration = worker.registration
-    return wire.HandoverPeer(
-        worker_id=worker.id, incarnation=registration.incarnation, handover_address=registration.handover_address
-    )

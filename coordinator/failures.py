@@ -9,6 +9,9 @@ class FailureKind(Enum):
     """Each front end maps these to its own status codes."""
 
     UNKNOWN_MODEL = "unknown_model"
+    UNAUTHENTICATED = "unauthenticated"
+    FORBIDDEN = "forbidden"
+    RATE_LIMITED = "rate_limited"
     OVERLOADED = "overloaded"
     UNKNOWN_PIN = "unknown_pin"
     UNKNOWN_REQUEST = "unknown_request"
@@ -26,9 +29,11 @@ class FailureKind(Enum):
 class RequestFailed(BatonError):
     """The message is shown to the client: no text of the prompt, no worker's name or address."""
 
-    def __init__(self, kind: FailureKind, message: str) -> None:
+    def __init__(self, kind: FailureKind, message: str, retry_after_s: float | None = None) -> None:
+        """`retry_after_s`: when it would be worth trying again; None where the kind alone says that."""
         super().__init__(message)
         self.kind = kind
+        self.retry_after_s = retry_after_s
 
 
 def poison() -> RequestFailed:
@@ -43,6 +48,10 @@ def handed_on() -> RequestFailed:
 
 def moved() -> RequestFailed:
     return RequestFailed(FailureKind.SUPERSEDED, "another connection goes on with this request")
+
+
+def revoked() -> RequestFailed:
+    return RequestFailed(FailureKind.FORBIDDEN, "the tenant of this API key was removed")
 
 
 def cut_off() -> RequestFailed:

@@ -5,11 +5,10 @@ asked that it be kept.
 """
 
 import asyncio
-import contextlib
 import logging
 import math
 import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -19,7 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from baton.errors import InvalidRequestError
 from baton.v1 import inference_pb2 as api
 from baton.v1 import inference_pb2_grpc as rpc
-from coordinator.delivery import ABORTED, LENGTH, STOP, Delta, Position, Request
+from coordinator.delivery import ABORTED, LENGTH, STOP, Delta, Position, Request, Urgency
 from coordinator.failures import FailureKind, RequestFailed, cut_off
 from coordinator.pins import CachePin
 from coordinator.requests import (
@@ -33,12 +32,17 @@ from coordinator.requests import (
 )
 from coordinator.resumption import Resumption
 from coordinator.sampling import SamplingRequest
+from coordinator.tenants.gate import GrpcGate
+from coordinator.tenants.tenants import Tenants
 
 access = logging.getLogger("baton.access")
 
 _SERVICE = api.DESCRIPTOR.services_by_name["Inference"].full_name
 _CODES = {
     FailureKind.UNKNOWN_MODEL: grpc.StatusCode.NOT_FOUND,
+    FailureKind.UNAUTHENTICATED: grpc.StatusCode.UNAUTHENTICATED,
+    FailureKind.FORBIDDEN: grpc.StatusCode.PERMISSION_DENIED,
+    FailureKind.RATE_LIMITED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     FailureKind.UNKNOWN_PIN: grpc.StatusCode.NOT_FOUND,
     FailureKind.UNKNOWN_REQUEST: grpc.StatusCode.NOT_FOUND,
     FailureKind.ID_IN_USE: grpc.StatusCode.ALREADY_EXISTS,
@@ -58,6 +62,10 @@ _FINISH: dict[str | None, api.FinishReason.ValueType] = {
     ABORTED: api.FINISH_REASON_ABORTED,
 }
 
+MAX_CALLS = 8192
+"""At one time; more are RESOURCE_EXHAUSTED."""
+_READ_TIMEOUT_S = 30.0
+"""A client that makes no room for the next response for so long is not reading."""
 _Answer = TypeVar("_Answer")
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -68,7 +76,7 @@ class InferenceServicer(rpc.InferenceServicer):
         self._resumption = resumption
         self._alive_interval_s = alive_interval_s
 
-    async def Generate(self, request: api.GenerateRequest, context: _Context) -> AsyncIterator[api.GenerateResponse]:
+    async def Generate(self, request: api.GenerateRequest, context: _Context) -> None:  # type: ignore[override]
         async def start() -> Request:
             if not 0 <= request.resume_s < math.inf:
                 raise InvalidRequestError("resume_s must be a number of seconds, such as 30", "resume_s")
@@ -76,22 +84,18 @@ class InferenceServicer(rpc.InferenceServicer):
                 self._resumption.check_free(check_request_id(request.request_id))
             _check_digests(request.positions)
             id = request.request_id or new_request_id("gen")
-            running = await self._intake.submit(_spec(request), id, request.resume_s)
+            spec = _spec(request, None if request.resume_s else context.time_remaining())
+            running = await self._intake.submit(spec, id, request.resume_s, asked_again=bool(request.positions))
             if request.positions:
                 self._intake.metrics.resumed.labels("asked_again").inc()
             return running
 
         positions = [Position(each.num_tokens, each.ended, each.digest) for each in request.positions]
-        async with contextlib.aclosing(self._answer("Generate", context, start(), positions)) as responses:
-            async for response in responses:
-                yield response
+        await self._answer("Generate", context, start(), positions)
 
-    async def Resume(self, request: api.ResumeRequest, context: _Context) -> AsyncIterator[api.GenerateResponse]:
+    async def Resume(self, request: api.ResumeRequest, context: _Context) -> None:  # type: ignore[override]
         positions = [Position(each.num_tokens, each.ended, each.digest) for each in request.positions]
-        found = self._resume(request, positions)
-        async with contextlib.aclosing(self._answer("Resume", context, found, positions)) as responses:
-            async for response in responses:
-                yield response
+        await self._answer("Resume", context, self._resume(request, positions), positions)
 
     async def _resume(self, request: api.ResumeRequest, positions: Sequence[Position]) -> Request:
         _check_digests(request.positions)
@@ -99,7 +103,7 @@ class InferenceServicer(rpc.InferenceServicer):
 
     async def _answer(
         self, method: str, context: _Context, start: Awaitable[Request], positions: Sequence[Position] = ()
-    ) -> AsyncGenerator[api.GenerateResponse]:
+    ) -> None:
         running: Request | None = None
         reader = 0
         code = "CANCELLED"
@@ -111,11 +115,18 @@ class InferenceServicer(rpc.InferenceServicer):
                     raise cut_off()
                 for delta in deltas or ():
                     last = running.drained and deltas is not None and delta is deltas[-1]
-                    yield _response(running, delta, last)
+                    async with asyncio.timeout(_READ_TIMEOUT_S):
+                        await context.write(_response(running, delta, last))
             code = "OK"
+        except TimeoutError:
+            # The call lasts until its client goes, whatever is done here; the request does not.
+            self._intake.metrics.slow_readers.inc()
+            if running is not None:
+                self._resumption.left(running, reader)
+            await context.abort(grpc.StatusCode.CANCELLED, "the client does not read its answer")
         except (InvalidRequestError, RequestFailed) as error:
             code = _code(error).name
-            await context.abort(_code(error), str(error))
+            await context.abort(_code(error), str(error), _pushback(error))
         except Exception as error:  # noqa: BLE001 - logged, without its message
             code = "INTERNAL"
             await _internal(context, error)
@@ -181,15 +192,27 @@ class InferenceServicer(rpc.InferenceServicer):
 class GrpcApi:
     """The server and its health. `host:port` is opened by `start`."""
 
-    def __init__(self, intake: Intake, resumption: Resumption, max_message_bytes: int, alive_interval_s: float) -> None:
-        """`alive_interval_s`: how often a call without news looks whether another coordinator could do better."""
-        # Without so_reuseport=0 a second coordinator would share the port, and clients would meet either.
+    def __init__(
+        self,
+        intake: Intake,
+        resumption: Resumption,
+        max_message_bytes: int,
+        alive_interval_s: float,
+        tenants: Tenants | None = None,
+        shares_port: bool = False,
+    ) -> None:
+        """`alive_interval_s`: how often a call without news looks whether another coordinator could do better.
+        `shares_port`: with other processes, of which clients meet any."""
         # Clients find out by pings that their coordinator hangs, as often as they like.
         options = [
-            ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.so_reuseport", int(shares_port)), ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.http2.max_ping_strikes", 0),
         ]  # fmt: skip
-        self.server = grpc.aio.server(options=options)
+        self.server = grpc.aio.server(
+            options=options,
+            interceptors=[GrpcGate(tenants)] if tenants else None,
+            maximum_concurrent_rpcs=MAX_CALLS,
+        )
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         rpc.add_InferenceServicer_to_server(InferenceServicer(intake, resumption, alive_interval_s), self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
@@ -213,7 +236,8 @@ def _prompt(request: api.GenerateRequest | api.CreatePinRequest, add_generation_
     return request.token_ids.ids if kind == "token_ids" else _chat(request.chat, add_generation_prompt)
 
 
-def _spec(request: api.GenerateRequest) -> GenerateSpec:
+def _spec(request: api.GenerateRequest, call_s: float | None) -> GenerateSpec:
+    """`call_s`: what is left of the call's own deadline, if it ends the request as well."""
     prompt = _prompt(request)
     sampling = request.sampling
 
@@ -240,7 +264,12 @@ def _spec(request: api.GenerateRequest) -> GenerateSpec:
     )
     salt = request.cache_salt if request.HasField("cache_salt") else None
     keep_special_tokens = request.keep_special_tokens
-    return GenerateSpec(request.model, [prompt], asked, keep_special_tokens=keep_special_tokens, cache_salt=salt)
+    max_ttft_s = request.max_ttft_s if request.HasField("max_ttft_s") else None
+    deadline_s = request.deadline_s if request.HasField("deadline_s") else call_s
+    return GenerateSpec(
+        request.model, [prompt], asked, keep_special_tokens=keep_special_tokens, cache_salt=salt,
+        urgency=Urgency(request.service_class, max_ttft_s, deadline_s),
+    )  # fmt: skip
 
 
 def _chat(chat: api.Chat, add_generation_prompt: bool = True) -> ChatPrompt:
@@ -290,7 +319,7 @@ async def _unary(context: _Context, answer: Callable[[], Awaitable[_Answer]]) ->
     try:
         return await answer()
     except (InvalidRequestError, RequestFailed) as error:
-        await context.abort(_code(error), str(error))
+        await context.abort(_code(error), str(error), _pushback(error))
     except Exception as error:  # noqa: BLE001 - logged, without its message
         await _internal(context, error)
     raise AssertionError("abort always raises")
@@ -298,6 +327,12 @@ async def _unary(context: _Context, answer: Callable[[], Awaitable[_Answer]]) ->
 
 def _code(error: InvalidRequestError | RequestFailed) -> grpc.StatusCode:
     return _CODES[error.kind] if isinstance(error, RequestFailed) else grpc.StatusCode.INVALID_ARGUMENT
+
+
+def _pushback(error: InvalidRequestError | RequestFailed) -> tuple[tuple[str, str], ...]:
+    """When to try again, as gRPC's own clients understand it."""
+    retry_after_s = getattr(error, "retry_after_s", None)
+    return () if retry_after_s is None else (("grpc-retry-pushback-ms", str(math.ceil(retry_after_s * 1e3))),)
 
 
 async def _internal(context: _Context, error: Exception) -> NoReturn:

@@ -6,6 +6,7 @@ client asked that it be kept (`coordinator.resumption`). A coordinator that is s
 """
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
 import math
@@ -14,6 +15,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -23,16 +25,24 @@ from baton.errors import InvalidRequestError
 from coordinator import openai_api
 from coordinator.delivery import Delta, Position, Request
 from coordinator.drains import DrainRequest, Drains
+from coordinator.event_stream import EventStream, EventStreams
 from coordinator.failures import FailureKind, RequestFailed
 from coordinator.openai_answers import SSE_DONE, AnswerWriter, ErrorBody, ErrorDetail, json_body, positions_of, sse
 from coordinator.pins import CachePin
 from coordinator.requests import GenerateSpec, Intake, check_request_id, new_request_id
 from coordinator.resumption import Resumption
+from coordinator.tenants.accounts import KeyHolder
+from coordinator.tenants.caller import calling
+from coordinator.tenants.gate import HttpGate
+from coordinator.tenants.tenants import Tenants
 
 access = logging.getLogger("baton.access")
 
 _HTTP_STATUS = {
     FailureKind.UNKNOWN_MODEL: (404, "invalid_request_error", "model_not_found"),
+    FailureKind.UNAUTHENTICATED: (401, "invalid_request_error", "invalid_api_key"),
+    FailureKind.FORBIDDEN: (403, "invalid_request_error", "insufficient_permissions"),
+    FailureKind.RATE_LIMITED: (429, "rate_limit_error", "rate_limit_exceeded"),
     FailureKind.UNKNOWN_PIN: (404, "invalid_request_error", "pin_not_found"),
     FailureKind.UNKNOWN_REQUEST: (404, "invalid_request_error", "request_not_found"),
     FailureKind.ID_IN_USE: (409, "invalid_request_error", "request_id_in_use"),
@@ -47,10 +57,10 @@ _HTTP_STATUS = {
     FailureKind.INTERNAL: (500, "server_error", "internal_error"),
 }
 _BODY_TIMEOUT_S = 30.0
-ALIVE = b":\n"
-"""A comment, which clients skip. Not a blank line more: some take that for an event without data."""
+_READ_TIMEOUT_S = 30.0
+"""A client that makes no room for the next piece for so long is not reading, and is hung up on."""
 _PROBES = {"/health", "/ready", "/metrics", "/status"}  # asked every few seconds by somebody's monitor
-_RETRY_AFTER_S = {FailureKind.OVERLOADED: "1", FailureKind.UNAVAILABLE: "5"}
+_RETRY_AFTER_S = {FailureKind.OVERLOADED: 1.0, FailureKind.UNAVAILABLE: 5.0}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -75,14 +85,16 @@ class HttpApi:
         worker_status: Callable[[], Mapping[str, Any]],
         drains: Drains,
         alive_interval_s: float,
+        tenants: Tenants | None = None,
     ) -> None:
         """`alive_interval_s`: of signs of life, while a stream has nothing else to say."""
+        self._tenants = tenants
         self._intake = intake
         self._resumption = resumption
         self._max_body_bytes = max_body_bytes
         self._worker_status = worker_status
         self._drains = drains
-        self._alive_interval_s = alive_interval_s
+        self._streams = EventStreams(alive_interval_s)
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[self._outermost], client_max_size=self._max_body_bytes)
@@ -105,6 +117,8 @@ class HttpApi:
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/status", self._status)
         app.router.add_post("/drain", self._drain)
+        if self._tenants is not None:
+            HttpGate(self._tenants, _is_local).install(app)
         return app
 
     # Generation
@@ -127,7 +141,7 @@ class HttpApi:
         positions = positions_of(http.headers.get("Last-Event-ID", "") if stream else "", call.id)
         if positions is None:
             return web.Response(body=SSE_DONE, content_type="text/event-stream")
-        call.request = await self._intake.submit(spec, call.id, resume_s)
+        call.request = await self._intake.submit(spec, call.id, resume_s, asked_again=bool(positions))
         if positions:
             self._intake.metrics.resumed.labels("asked_again").inc()
         return await self._answer(http, call.request, stream, positions)
@@ -153,33 +167,36 @@ class HttpApi:
         """Silence for longer than the interval means that this coordinator hangs, or is cut off from its client."""
         # Wait for the first token before saying 200: what fails until then gets a status of its own. A client that
         # resumes would rather know that somebody is here.
-        deltas = await request.news(reader, self._alive_interval_s if request.resume_s else None)
+        deltas = await request.news(reader, self._streams.alive_s if request.resume_s else None)
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Request-Id": request.id}
         response = web.StreamResponse(headers=headers)
         await response.prepare(http)
+        events = EventStream(
+            http, request, reader, writer, self._streams, self._resumption.better_elsewhere, partial(self._reads, http)
+        )
         try:
             try:
-                complete = False
-                while not complete:
-                    if deltas is None and self._resumption.better_elsewhere(request):
-                        break
-                    data = ALIVE if deltas is None else b"".join([writer.chunk(delta) for delta in deltas])
-                    complete = deltas is not None and request.drained and request.failure is None
-                    if complete:
-                        data += writer.last()
-                    if data:
-                        await response.write(data)
-                    if not complete:
-                        deltas = await request.news(reader, self._alive_interval_s)
+                rest = await events.run(deltas)
             except RequestFailed as failure:
                 if failure.kind is FailureKind.HANDED_ON:
                     raise
-                await response.write(sse(_failure_body(failure)))
-            await response.write_eof()
+                rest = sse(_failure_body(failure))
+            await self._reads(http, response.write_eof(rest))
         except ConnectionError:
             # The client hung up while we wrote; the caller decides what becomes of the request.
             return response
         return response
+
+    async def _reads(self, http: web.Request, writing: Awaitable[None]) -> None:
+        """Raises ConnectionError when the client does not read what is written to it: it is hung up on."""
+        try:
+            async with asyncio.timeout(_READ_TIMEOUT_S):
+                await writing
+        except TimeoutError:
+            self._intake.metrics.slow_readers.inc()
+            if http.transport is not None:
+                http.transport.abort()
+            raise ConnectionResetError("the client does not read") from None
 
     # Clients that come back
 
@@ -241,8 +258,12 @@ class HttpApi:
         return _json(json_body(_pin_card(await self._intake.pin(body.spec()))))
 
     async def _pins(self, http: web.Request) -> web.Response:
-        _operators_only(http)  # whoever knows the id of a pin may delete it
-        return _json(json_body({"object": "list", "data": [_pin_card(pin) for pin in self._intake.pins.all()]}))
+        caller, pins = calling.get(), self._intake.pins.all()
+        if isinstance(caller, KeyHolder) and not caller.operates:
+            pins = [pin for pin in pins if caller.owns(pin.tenant)]
+        else:
+            _operators_only(http)  # whoever knows the id of a pin may delete it
+        return _json(json_body({"object": "list", "data": [_pin_card(pin) for pin in pins]}))
 
     async def _pin(self, http: web.Request) -> web.Response:
         return _json(json_body(_pin_card(self._intake.pins.get(http.match_info["id"]))))
@@ -293,6 +314,10 @@ class HttpApi:
                 code = response.status
                 if self._intake.dispatcher.draining:
                     response.force_close()  # what this client asks next, another coordinator answers
+                if not response.prepared:
+                    with contextlib.suppress(ConnectionError):  # aiohttp finds out by itself that nobody is there
+                        await response.prepare(http)
+                        await self._reads(http, response.write_eof())
                 return response
             finally:
                 _log_access(http, call, code, started_s)
@@ -311,8 +336,10 @@ async def _answered(http: web.Request, handler: Handler, call: _Call) -> web.Str
             http.transport.close()  # as when this process dies: a client knows that its answer is not complete
         code = _HTTP_STATUS[failure.kind][0]
         response = _json(json_body(_failure_body(failure)), code)
-        if failure.kind in _RETRY_AFTER_S:
-            response.headers["Retry-After"] = _RETRY_AFTER_S[failure.kind]
+        retry_after_s = failure.retry_after_s or _RETRY_AFTER_S.get(failure.kind)
+        if retry_after_s is not None:
+            response.headers["Retry-After"] = str(math.ceil(retry_after_s))
+            response.headers["Retry-After-Ms"] = str(math.ceil(retry_after_s * 1e3))  # which OpenAI's clients prefer
     except web.HTTPException as error:
         response = _http_error(http, error)
     except Exception as error:  # noqa: BLE001 - logged, without its message
@@ -388,11 +415,16 @@ def _resume_s(http: web.Request) -> float:
 
 
 def _operators_only(http: web.Request) -> None:
-    """Only this machine sees workers, and not through a proxy that speaks for somebody else."""
+    """Only this machine sees workers, and whoever has a key that says so."""
+    if not (calling.get().operates or _is_local(http)):
+        raise web.HTTPForbidden(reason="this path answers only on the machine itself, or to an operator's key")
+
+
+def _is_local(http: web.Request) -> bool:
+    """From this machine, and not through a proxy that speaks for somebody else."""
     peer = http.transport.get_extra_info("peername") if http.transport is not None else None
     forwarded = "X-Forwarded-For" in http.headers or "Forwarded" in http.headers
-    if peer is None or forwarded or not _is_loopback(peer[0]):
-        raise web.HTTPForbidden(reason="this path answers only on the machine itself")
+    return peer is not None and not forwarded and _is_loopback(peer[0])
 
 
 def _is_loopback(host: str) -> bool:

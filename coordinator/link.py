@@ -30,6 +30,7 @@ from coordinator.workers import Worker, WorkerRegistry
 events = logging.getLogger("baton.events")
 
 _Context = grpc.aio.ServicerContext[wire.WorkerMessage, wire.CoordinatorMessage]
+_BUNDLE_BYTES = 64 << 10
 _HEARTBEAT = wire.CoordinatorMessage(heartbeat=wire.CoordinatorHeartbeat())
 
 
@@ -82,6 +83,8 @@ class LinkServicer(rpc.WorkerLinkServicer):
             coordinator_incarnation=self._incarnation,
             heartbeat_interval_s=self._options.heartbeat_interval_s,
             heartbeat_timeout_s=self._options.heartbeat_timeout_s,
+            kv_events=self._dispatcher.knowledge.wants_events,
+            bundles=True,
         )
         worker.send(wire.CoordinatorMessage(welcome=welcome))
         self._registry.on_joined(worker)
@@ -94,7 +97,9 @@ class LinkServicer(rpc.WorkerLinkServicer):
                 if not isinstance(message, wire.WorkerMessage):
                     return
                 worker.last_seen_s = time.monotonic()
-                self._dispatcher.on_message(worker, message)
+                for each in message.bundle or (message,):
+                    if not worker.lost.is_set():
+                        self._dispatcher.on_message(worker, each)
         except (grpc.RpcError, grpc.aio.UsageError):
             return
         except Exception as error:
@@ -104,8 +109,14 @@ class LinkServicer(rpc.WorkerLinkServicer):
             raise
 
     async def _write(self, worker: Worker, context: _Context) -> None:
+        """What was said at once goes as one to a worker that reads that."""
         while True:
-            await context.write(await worker.outbox.get())
+            said = [await worker.outbox.get()]
+            size = said[0].ByteSize()
+            while worker.registration.bundles and not worker.outbox.empty() and size < _BUNDLE_BYTES:
+                said.append(worker.outbox.get_nowait())
+                size += said[-1].ByteSize()
+            await context.write(said[0] if len(said) == 1 else wire.CoordinatorMessage(bundle=said))
 
     def on_connection(self) -> None:
         """With TLS, for each connection that is accepted, on a thread of gRPC's. How its handshake ends is not told,

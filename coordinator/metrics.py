@@ -1,6 +1,6 @@
 """What the coordinator counts, in Prometheus' terms. Names begin with baton_, units are in the name."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -12,18 +12,21 @@ from coordinator.delivery import Choice, Request
 from coordinator.version_metrics import SECONDS, Buckets, VersionMetrics
 from coordinator.workers import Worker, WorkerRegistry
 
+DECISION_SECONDS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+RATIOS = (0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0)
 _BLOCK_STATES = ("free", "cached", "held", "leased", "quarantined")
 
 
 class _Histogram(Collector):
-    def __init__(self, name: str, help: str, bounds: Sequence[float], registry: CollectorRegistry) -> None:
+    """`buckets` has its figures when somebody asks."""
+
+    def __init__(self, name: str, help: str, buckets: Callable[[], Buckets], registry: CollectorRegistry) -> None:
         self._name, self._help = name, help
-        self._buckets = Buckets(bounds)
-        self.observe = self._buckets.observe
+        self._buckets = buckets
         registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        buckets = self._buckets
+        buckets = self._buckets()
         yield HistogramMetricFamily(self._name, self._help, buckets=buckets.cumulative(), sum_value=buckets.sum)
 
 
@@ -66,13 +69,40 @@ class Metrics:
             "baton_version_moves", "Requests begun anew at another version: theirs was gone", registry=registry
         )
         self.rollout_errors = Counter("baton_rollout_errors", "Broken --rollout files, each time", registry=registry)
+        self.admission_refused = Counter(
+            "baton_admission_refused", "Requests refused by prediction", ["service_class", "cause"], registry=registry
+        )
+        self.admission_pressure = Gauge(
+            "baton_admission_pressure", "Predicted wait of a request, over its target", ["service_class"],
+            registry=registry,
+        )  # fmt: skip
+        self.class_first_tokens = Counter(
+            "baton_class_first_tokens", "First tokens by whether the target was met", ["service_class", "in_time"],
+            registry=registry,
+        )  # fmt: skip
+        self.ttft_ratio = Buckets(RATIOS)
+        self.slow_readers = Counter(
+            "baton_slow_readers", "Clients hung up on: they did not read their answers", registry=registry
+        )
         self.shadows = Counter("baton_shadows", "Copies of requests by event", ["event"], registry=registry)
         self.drains = Counter("baton_drains", "Draining workers and their streams", ["event"], registry=registry)
         self.versions = VersionMetrics()
         registry.register(self.versions)
-        self._ttft = _Histogram("baton_ttft_seconds", "Arrival to first token", SECONDS, registry)
-        self._itl = _Histogram("baton_itl_seconds", "Token to next token of a stream", SECONDS, registry)
-        self._e2e = _Histogram("baton_request_seconds", "Arrival to end of completed requests", SECONDS, registry)
+        self._routed_tokens = Counter("baton_routed_tokens", "Of prompts sent to workers", registry=registry)
+        self._cached_tokens = Counter(
+            "baton_routed_cached_tokens", "Of these, in caches of whoever computes them", ["who"], registry=registry
+        )
+        match, choose, self._e2e = Buckets(DECISION_SECONDS), Buckets(DECISION_SECONDS), Buckets(SECONDS)
+        self.match_s, self.choose_s = match.observe, choose.observe
+        for name, help, buckets in (
+            ("baton_ttft_seconds", "Arrival to first token", lambda: self.versions.of_clients(lambda each: each.ttft)),
+            ("baton_itl_seconds", "Token to next token of a stream", self._itl),
+            ("baton_request_seconds", "Arrival to end of completed requests", lambda: self._e2e),
+            ("baton_ttft_ratio", "Time to first token: measured over predicted", lambda: self.ttft_ratio),
+            ("baton_routing_match_seconds", "Looking for who holds a prompt", lambda: match),
+            ("baton_routing_choose_seconds", "Choosing workers for it", lambda: choose),
+        ):
+            _Histogram(name, help, buckets, registry)
         self._first_attempts = self.attempts.labels("first")
         self._other_attempts = self.attempts.labels("again")
         for cause in ("diverged", "gap", "refused", "ended", "expired", "worker_lost", "moved"):
@@ -88,14 +118,23 @@ class Metrics:
             figures = request.figures = self.versions.of(request.version, request.shadow)
         if choice.last_token_s is not None:
             figures.itl.observe(now_s - choice.last_token_s)
-            if not request.shadow:
-                self._itl.observe(now_s - choice.last_token_s)
         elif request.first_token_s is None:
             request.first_token_s = now_s
             figures.ttft.observe(now_s - request.started_s)
-            if not request.shadow:
-                self._ttft.observe(now_s - request.started_s)
         choice.last_token_s = now_s
+
+    def cached(self, num_tokens: int, expected: int, found: int) -> None:
+        """A worker has said what it found of a prompt that it computes."""
+        self._routed_tokens.inc(num_tokens)
+        self._cached_tokens.labels("coordinator").inc(expected)
+        self._cached_tokens.labels("worker").inc(min(found, num_tokens))
+
+    def itl_total(self) -> tuple[float, int]:
+        """Of clients' streams: the sum of all times between tokens, and their number."""
+        return self._itl().total()
+
+    def _itl(self) -> Buckets:
+        return self.versions.of_clients(lambda each: each.itl)
 
     def attempt_started(self, prefill_choice: str, again: bool) -> None:
         (self._other_attempts if again else self._first_attempts).inc()

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
@@ -121,6 +121,19 @@ def usage_of(counts: UsageCounts) -> Usage:
     return Usage(counts.prompt, counts.completion, total, CachedDetails(counts.cached_prompt))
 
 
+_MARK = "\0"  # a character that nothing else in an event has
+
+
+class _Frame(NamedTuple):
+    """An event as it is encoded, around its text: all that changes from one token to the next is that, and the id."""
+
+    head: bytes
+    tail: bytes
+
+    def event(self, id: str, text: str) -> bytes:
+        return b"id: %b\ndata: %b%b%b\n\n" % (id.encode(), self.head, _encode(text), self.tail)
+
+
 class AnswerWriter:
     """Turns the deltas of one request, of a client that has what `positions` say, into bodies.
 
@@ -138,6 +151,8 @@ class AnswerWriter:
         self._include_usage = request.form.include_usage
         self._token_bytes = token_bytes
         had = [*positions, *[Position()] * len(request.choices)][: len(request.choices)]
+        self._frames: dict[int, _Frame] = {}
+        """By choice: of its events that carry text and nothing else."""
         self._introduced = {number for number, position in enumerate(had) if position != Position()}
         self._had = [_written(position) for position in had]
 
@@ -160,6 +175,10 @@ class AnswerWriter:
         """An event, or nothing for a delta that shows nothing (half a character, or text held back)."""
         first = delta.choice not in self._introduced
         self._had[delta.choice] = _written(delta.position)
+        plain = delta.text and not delta.finish_reason and not delta.logprobs and not (first and self._chat)
+        if plain:
+            frame = self._frames.get(delta.choice) or self._frame(delta.choice)
+            return frame.event(self._event_id(), delta.text)
         if not (delta.text or delta.finish_reason or delta.logprobs or (first and self._chat)):
             return b""
         usage = None if self._include_usage else UNSET
@@ -169,6 +188,17 @@ class AnswerWriter:
         text = ChatText("assistant" if first else UNSET, delta.text if delta.text or first else UNSET)
         body = ChatChunkChoice(delta.choice, text, self._logprobs(delta), delta.finish_reason)
         return sse(self._answer("chat.completion.chunk", [body], usage), self._event_id())
+
+    def _frame(self, choice: int) -> "_Frame":
+        usage = None if self._include_usage else UNSET
+        if self._chat:
+            kind = "chat.completion.chunk"
+            body: Any = ChatChunkChoice(choice, ChatText(content=_MARK), None, None)
+        else:
+            kind, body = "text_completion", CompletionChoice(choice, _MARK, None, None)
+        head, tail = _encode(self._answer(kind, [body], usage)).split(_encode(_MARK))
+        frame = self._frames[choice] = _Frame(head, tail)
+        return frame
 
     def _event_id(self) -> str:
         return f"{self._request.id}:{'.'.join(self._had)}"

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from baton.errors import InvalidRequestError
+from coordinator.delivery import Urgency
 from coordinator.requests import ChatPrompt, GenerateSpec, PinSpec, Prompt
 from coordinator.sampling import MAX_LOGIT_BIAS, SamplingRequest
 
@@ -52,6 +53,10 @@ class _Sampled(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
     cache_salt: str | None = None
+    # How soon the answer is needed.
+    service_class: str | None = None
+    max_ttft_s: float | None = None
+    deadline_s: float | None = None
     # Where versions of the model share the traffic, the same user always gets the same one.
     user: str | None = None
     # Accepted, and without effect here.
@@ -61,6 +66,10 @@ class _Sampled(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def urgency(self) -> Urgency:
+        return Urgency(self.service_class or "", self.max_ttft_s, self.deadline_s)
 
     def sampling(self, max_tokens: int | None, logprobs: int | None) -> SamplingRequest:
         if self.stream_options is not None and not self.stream:
@@ -103,7 +112,7 @@ class CompletionRequest(_Sampled, forbid_unknown_fields=True, kw_only=True):
         sampling = self.sampling(self.max_tokens, self.logprobs)
         return GenerateSpec(
             self.model or "", _prompts(self.prompt), sampling, COMPLETION_DEFAULT_TOKENS, cache_salt=self.cache_salt,
-            include_usage=self.include_usage, user=self.user or "",
+            include_usage=self.include_usage, user=self.user or "", urgency=self.urgency,
         )  # fmt: skip
 
 
@@ -156,6 +165,7 @@ class ChatRequest(_Sampled, forbid_unknown_fields=True, kw_only=True):
             cache_salt=self.cache_salt,
             chat=True,
             include_usage=self.include_usage,
+            urgency=self.urgency,
         )
 
 

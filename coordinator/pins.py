@@ -15,6 +15,7 @@ from baton.errors import InvalidRequestError
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.failures import FailureKind, RequestFailed
 from coordinator.metrics import Metrics
+from coordinator.tenants.caller import calling
 from coordinator.workers import Worker, WorkerRegistry
 
 MAX_PINS = 256
@@ -29,6 +30,8 @@ class CachePin:
     cache_salt: str
     blocks: int
     """That the prefix fills, where pages are smallest."""
+    tenant: str
+    """Whose it is; empty: nobody's in particular."""
     expires_at: int
     """Unix seconds, for the client."""
     ends_s: float
@@ -57,7 +60,7 @@ class Pins:
             raise
         id = f"pin-{secrets.token_hex(16)}"  # unguessable, because whoever knows it may delete the pin
         ends_at, ends_s = int(time.time() + ttl_s), self._clock() + ttl_s
-        pin = CachePin(id, array("I", token_ids), cache_salt, num_blocks, ends_at, ends_s)
+        pin = CachePin(id, array("I", token_ids), cache_salt, num_blocks, calling.get().tenant, ends_at, ends_s)
         self._pins[id] = pin
         self._metrics.pins.labels("created").inc()
         for worker in self._keepers():
@@ -73,9 +76,9 @@ class Pins:
         return list(self._pins.values())
 
     def get(self, id: str) -> CachePin:
-        """Raises RequestFailed for a pin that is not there, or no more."""
+        """Raises RequestFailed for a pin that is not there, or no more, or that is not the caller's."""
         self.all()
-        if id not in self._pins:
+        if id not in self._pins or not calling.get().owns(self._pins[id].tenant):
             raise RequestFailed(FailureKind.UNKNOWN_PIN, "there is no such pin; it may have expired, or been deleted")
         return self._pins[id]
 

@@ -1,7 +1,8 @@
-"""Which worker should hold the KV of which beginning of a prompt: what was sent to it lately. A hint, never a promise.
+"""What workers should hold of the beginnings of prompts: a guess, from what was sent to them lately.
 
-Tokens are named in strides, chained as blocks are (`baton.block_names`), whatever page size a worker has. What a worker
-has evicted since is not known here: it is asked, and says so.
+For clusters whose workers do not tell (`coordinator.kv_index`), by choice only: `--kv-routing approximate`. Tokens are
+named in strides, chained as blocks are (`baton.block_names`), whatever page size a worker has. What a worker has
+evicted since is not known here: it is asked, and says so.
 """
 
 from collections import OrderedDict
@@ -30,10 +31,10 @@ class Held(NamedTuple):
     """Leading tokens that it should hold."""
 
 
-def strides(root: bytes, tokens: Sequence[int], known: Sequence[bytes] = ()) -> list[bytes]:
-    """Names of the full strides of `tokens` below `root`, a tenant's own; `known` are those of its beginning."""
-    names = list(known)
-    for start in range(len(names) * STRIDE_TOKENS, len(tokens) - STRIDE_TOKENS + 1, STRIDE_TOKENS):
+def strides(root: bytes, tokens: Sequence[int]) -> list[bytes]:
+    """Names of the full strides of `tokens` below `root`, a tenant's own."""
+    names: list[bytes] = []
+    for start in range(0, len(tokens) - STRIDE_TOKENS + 1, STRIDE_TOKENS):
         parent = names[-1] if names else root
         names.append(block_name(parent, tokens[start : start + STRIDE_TOKENS]))
     return names

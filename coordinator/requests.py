@@ -13,13 +13,14 @@ from typing import Any
 from baton.config import CoordinatorOptions
 from baton.errors import InvalidRequestError
 from baton.v1 import worker_link_pb2 as wire
-from coordinator.delivery import AnswerForm, Choice, Request
+from coordinator.delivery import AnswerForm, Choice, Request, Urgency
 from coordinator.detokenizer import TextStream
 from coordinator.dispatch import Dispatcher
 from coordinator.failures import FailureKind, RequestFailed, unavailable
 from coordinator.metrics import Metrics
 from coordinator.pins import CachePin, Pins
 from coordinator.sampling import SamplingRequest, check, for_choice, resolve
+from coordinator.tenants.caller import ANYBODY, calling
 from coordinator.tokenizer import ModelTokenizer
 from coordinator.workers import WorkerRegistry
 
@@ -61,6 +62,7 @@ class GenerateSpec:
     include_usage: bool = False
     user: str = ""
     """Whose requests all go to one version of the model, where several share the traffic."""
+    urgency: Urgency = field(default_factory=Urgency)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,8 @@ class Intake:
         self.dispatcher = dispatcher
         self.metrics = metrics
         self.pins = Pins(registry, metrics)
+        self.needs_key = False
+        """A call that came by no gate is refused, whatever door somebody may build."""
         self.created_unix_s = int(time.time())
         self.on_started: Callable[[Request], None] = lambda request: None
         """Set by the shadows."""
@@ -105,23 +109,33 @@ class Intake:
             raise RequestFailed(
                 FailureKind.UNKNOWN_MODEL, f"the model does not exist here; '{self.model_name}' is served"
             )
+        if self.needs_key and calling.get() is ANYBODY:
+            raise RequestFailed(FailureKind.UNAUTHENTICATED, "an API key is needed here")  # who forgot the gate?
+        calling.get().check_model(self.model_name)
 
-    async def submit(self, spec: GenerateSpec, request_id: str, resume_s: float = 0.0) -> Request:
-        """Start a request, kept for `resume_s` when its client hangs up.
+    async def submit(
+        self, spec: GenerateSpec, request_id: str, resume_s: float = 0.0, asked_again: bool = False
+    ) -> Request:
+        """Start a request, kept for `resume_s` when its client hangs up. `asked_again`: it has some of the answer.
 
         Raises InvalidRequestError, or RequestFailed if it cannot be taken now.
         """
         try:
-            return await self._submit(spec, request_id, resume_s)
+            return await self._submit(spec, request_id, resume_s, asked_again)
         except InvalidRequestError:
-            self.metrics.refused.labels("invalid_request").inc()
+            self._refused("invalid_request")
             raise
         except RequestFailed as failure:
-            self.metrics.refused.labels(failure.kind.value).inc()
+            self._refused(failure.kind.value)
             raise
 
-    async def _submit(self, spec: GenerateSpec, request_id: str, resume_s: float) -> Request:
+    def _refused(self, reason: str) -> None:
+        self.metrics.refused.labels(reason).inc()
+        calling.get().refused(reason)
+
+    async def _submit(self, spec: GenerateSpec, request_id: str, resume_s: float, asked_again: bool) -> Request:
         self.check_model(spec.model)
+        self.dispatcher.admission.check(spec.urgency)
         check(spec.sampling, self.tokenizer.facts.vocab_size)
         if not 1 <= len(spec.prompts) <= MAX_PROMPTS:
             raise InvalidRequestError(f"prompt must hold 1 to {MAX_PROMPTS} prompts", "prompt")
@@ -133,19 +147,24 @@ class Intake:
         for prompt in spec.prompts:
             if isinstance(prompt, ChatPrompt):
                 _check_messages(prompt)
-        salt = check_salt(spec.cache_salt)
+        caller = calling.get()
+        salt = caller.salt(check_salt(spec.cache_salt))
+        caller.check_limits(num_streams)
         # Refused before the work of tokenising, and again by `start`, because others may have come meanwhile.
         self.dispatcher.check_capacity(num_streams)
         stop = tuple(spec.sampling.stop)
         form = AnswerForm(spec.chat, spec.include_usage, spec.keep_special_tokens, stop, n)
         request = Request(request_id, salt, form, resume_s)
+        request.user = spec.user
+        request.urgency, request.asked_again = spec.urgency, asked_again
         request.version = self.dispatcher.choose_version(spec.user or request_id)
         for index, prompt in enumerate(spec.prompts):
             token_ids = await self.token_ids(prompt)
             param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
             max_tokens = self._max_tokens(spec, len(token_ids), param, request.version)
             self.add_choices(request, index, token_ids, resolve(spec.sampling, self.tokenizer.facts, max_tokens))
-        self.dispatcher.start(request)
+        with caller.admitting(request):
+            self.dispatcher.start(request)
         self.on_started(request)
         return request
 
@@ -173,7 +192,7 @@ class Intake:
     async def pin(self, spec: PinSpec) -> CachePin:
         """Keep the KV of a prefix. Raises InvalidRequestError, or RequestFailed when it cannot be kept."""
         self.check_model(spec.model)
-        salt = check_salt(spec.cache_salt)
+        salt = calling.get().salt(check_salt(spec.cache_salt))
         token_ids = await self.token_ids(spec.prompt)
         context = self.registry.context_tokens
         if context and len(token_ids) >= context:

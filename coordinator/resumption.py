@@ -30,6 +30,7 @@ from coordinator.dispatch import Adoption, Dispatcher
 from coordinator.failures import FailureKind, RequestFailed, cut_off, unavailable
 from coordinator.metrics import Metrics
 from coordinator.requests import Intake
+from coordinator.tenants.caller import calling
 from coordinator.tickets import Ticket, TicketError, num_choices, read, same_request
 from coordinator.workers import Worker
 
@@ -111,8 +112,20 @@ class Resumption:
             self._metrics.resumed.labels("given_up").inc()
         self._dispatcher.abort(left.request)
 
+    def _foreign(self, id: str) -> bool:
+        """Somebody has this request here, and it is not the caller."""
+        if (request := self._here(id)) is not None:
+            tenant = request.caller.tenant
+        elif found := self._orphans.get(id):
+            tenant = _any(found).ticket.tenant
+        else:
+            return False
+        return not calling.get().owns(tenant)
+
     def abort(self, id: str) -> None:
-        """The client does not want the rest. Idempotent: an unknown or ended id is not an error."""
+        """The client does not want the rest. Idempotent: an unknown or ended id is not an error, nor is another's."""
+        if self._foreign(id):
+            return
         if id in self._left:
             self._give_up(id)
         elif id in self._orphans:
@@ -129,6 +142,8 @@ class Resumption:
         deadline = loop.time() + self._search_s()
         claimed: set[Worker] = set()
         while True:
+            if self._foreign(id):
+                raise _unknown()
             if (request := self._here(id)) is not None:
                 if self.better_elsewhere(request):
                     raise cut_off()
@@ -146,8 +161,7 @@ class Resumption:
                 raise cut_off()  # nobody could be asked
             if late:
                 self._metrics.resumed.labels("unknown").inc()
-                message = "no request with this id is kept here: it never was, or it waited too long; send it again"
-                raise RequestFailed(FailureKind.UNKNOWN_REQUEST, message)
+                raise _unknown()
             await self._news(id, deadline)
 
     def _search_s(self) -> float:
@@ -178,7 +192,7 @@ class Resumption:
         """Ask the workers that have not been asked for what they have of a request; all that have been."""
         workers = set(self._registry.workers.values())
         for worker in workers - asked:
-            worker.send(wire.CoordinatorMessage(claim=wire.Claim(request_id=id)))
+            worker.send(wire.CoordinatorMessage(claim=wire.Claim(request_id=id, tenant=calling.get().opaque)))
         return workers
 
     async def _news(self, id: str, deadline: float) -> None:
@@ -281,7 +295,8 @@ class Resumption:
                 given_up.append(orphan)
             else:
                 adoptions[choice] = Adoption(orphan.worker, attempt, orphan.message.num_tokens)
-        self._dispatcher.adopt(request, adoptions)
+        with calling.get().admitting(request, sum(adoption.num_tokens for adoption in adoptions.values())):
+            self._dispatcher.adopt(request, adoptions)
         for orphan in found.values():
             orphan.timer.cancel()
         for orphan in given_up:
@@ -308,6 +323,11 @@ class Resumption:
             token_ids = list(assignment.token_ids[: assignment.num_prompt_tokens]) if index == own else prompt.token_ids
             self._intake.add_choices(request, index, token_ids, sampling)
         return request
+
+
+def _unknown() -> RequestFailed:
+    message = "no request with this id is kept here: it never was, or it waited too long; send it again"
+    return RequestFailed(FailureKind.UNKNOWN_REQUEST, message)
 
 
 def _any(found: dict[int, _Orphan]) -> _Orphan:

@@ -1,54 +1,16 @@
-"""Which workers serve an attempt. Pure: a description of the work and of each worker in, their ids out."""
+"""Which workers serve an attempt: the rules that hold under every policy. What is best of the rest a policy says.
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+In this order, and each rule only among what the ones before leave: able to hold the request; not one that failed it;
+not one that fails everybody lately; not where suspects crowd; for decode, one whose pool has room now. No I/O.
+"""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-@dataclass(frozen=True, slots=True)
-class WorkerLoad:
-    """A worker that accepts new work, what it told in its last heartbeat, and what it was assigned since."""
-
-    id: str
-    prefills: bool
-    decodes: bool
-    stands_in: bool
-    """Decodes while no decode worker accepts work, or all of them failed the request."""
-    requests: int
-    """Running or waiting."""
-    waiting_prefill_tokens: int
-    free_blocks: int
-    """Free, or cached and evictable, less those that assignments since the last heartbeat will take."""
-    context_tokens: int
-    """Longest prompt plus output that it can hold."""
-    page_size_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    num_tokens: int
-    """To be in the KV cache before the next token: the prompt and what earlier attempts delivered."""
-    total_tokens: int
-    """The prompt and the longest answer."""
-    uncached_tokens: int
-    """An estimate of how many of them no cache of the decode worker holds."""
-    avoid: Collection[str] = ()
-    """Workers that failed this request; taken only if there is no other."""
-    trouble: Mapping[str, int] = field(default_factory=dict)
-    """How bad the workers are that fail everybody lately; those left out are good."""
-    crowd: Mapping[str, int] = field(default_factory=dict)
-    """What this work should keep away from: how much of it each worker has."""
-
-
-class PrefillChoice(Enum):
-    """Who computes the prompt, and why: label of the metric."""
-
-    REMOTE = "remote"
-    LOCAL_MIXED = "local_mixed_worker"
-    LOCAL_SHORT = "local_short_prompt"
-    LOCAL_NO_WORKER = "local_no_prefill_worker"
-    STAND_IN = "local_no_decode_worker"
+from coordinator.estimates import compute_s, fetch_saves_s, itl_s, load_s
+from coordinator.policies import POLICIES
+from coordinator.policies.base import Placement, PrefillChoice, Work
+from coordinator.worker_table import Candidates, Rows, Vector, WorkerTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,80 +19,81 @@ class Route:
     prefill: str | None
     """None: the decode worker prefills by itself."""
     choice: PrefillChoice
+    work: Work
+    """What was to be routed."""
+    cached_tokens: int = 0
+    """That whoever computes the prompt should find in its caches."""
+    ttft_s: float = 0.0
+    """Predicted for this request there, from now to its first token; 0 where nothing is known."""
+    itl_s: float = 0.0
+    """Predicted from one of its tokens to the next; 0 where nothing is known."""
+    own_s: float = 0.0
+    """Of `ttft_s`, what it would also take with nothing else there; 0 where nothing is known."""
 
 
-class RoutingPolicy(ABC):
-    @abstractmethod
-    def choose(self, work: Work, workers: Sequence[WorkerLoad]) -> Route | None:
-        """None if no worker can decode this."""
+class Router:
+    """`policy` is a name of `POLICIES`. A prompt of which at most `local_prefill_tokens` are uncached is prefilled by
+    its decode worker, where no prediction says who does it sooner."""
 
+    def __init__(self, table: WorkerTable, policy: str, local_prefill_tokens: int) -> None:
+        self._table = table
+        self.policy = POLICIES[policy](table, local_prefill_tokens)
 
-class LeastLoaded(RoutingPolicy):
-    """Decode: enough free blocks first, then fewest requests, then most free blocks. Prefill: shortest queue of tokens.
-
-    Equals take turns. A prompt of which at most `local_prefill_tokens` are uncached is not worth a hand-over.
-    """
-
-    def __init__(self, local_prefill_tokens: int) -> None:
-        self._local_prefill_tokens = local_prefill_tokens
-        self._turn = 0
-
-    def choose(self, work: Work, workers: Sequence[WorkerLoad]) -> Route | None:
-        self._turn += 1
-        if not any(worker.decodes and worker.id not in work.avoid for worker in workers):
-            route = self._stand_in(work, workers)
-            if route is not None:
-                return route
-        able = [worker for worker in workers if worker.decodes and work.total_tokens <= worker.context_tokens]
-        decode = self._pick(work, able, _decode_cost)
-        if decode is None:
+    def choose(self, work: Work, candidates: Candidates) -> Route | None:
+        """None if none of these workers can decode this."""
+        table, (decoders, prefillers, stand_ins, context_tokens) = self._table, candidates
+        if not len(decoders) or (work.avoid and all(table.ids[row] in work.avoid for row in decoders.tolist())):
+            able = stand_ins[table.context_tokens[stand_ins] >= work.total_tokens]
+            able = able[[table.ids[row] not in work.avoid for row in able.tolist()]] if work.avoid else able
+            if len(able):
+                return self._route(work, self.policy.stand_in(work, self._with_room(work, self._kept(work, able))))
+        if work.total_tokens > context_tokens:
+            decoders = decoders[table.context_tokens[decoders] >= work.total_tokens]
+            prefillers = prefillers[table.context_tokens[prefillers] > work.num_tokens]
+        if not len(decoders):
             return None
-        if decode.prefills:
-            return Route(decode.id, None, PrefillChoice.LOCAL_MIXED)
-        if work.uncached_tokens <= self._local_prefill_tokens:
-            return Route(decode.id, None, PrefillChoice.LOCAL_SHORT)
-        fit = [worker for worker in workers if worker.prefills and work.num_tokens < worker.context_tokens]
-        prefill = self._pick(work, fit, _prefill_cost)
-        if prefill is None:
-            return Route(decode.id, None, PrefillChoice.LOCAL_NO_WORKER)
-        return Route(decode.id, prefill.id, PrefillChoice.REMOTE)
+        decoders = self._with_room(work, self._kept(work, decoders))
+        return self._route(work, self.policy.place(work, decoders, self._kept(work, prefillers)))
 
-    def _stand_in(self, work: Work, workers: Sequence[WorkerLoad]) -> Route | None:
-        able = [
-            worker
-            for worker in workers
-            if worker.stands_in and worker.id not in work.avoid and work.total_tokens <= worker.context_tokens
-        ]
-        decode = self._pick(work, able, _decode_cost)
-        return None if decode is None else Route(decode.id, None, PrefillChoice.STAND_IN)
+    def _kept(self, work: Work, rows: Rows) -> Rows:
+        """Those that failed nobody, as far as there are any."""
+        if work.avoid:
+            rows = self._least(rows, dict.fromkeys(work.avoid, 1))
+        for bad in (work.trouble, work.crowd):
+            if bad:
+                rows = self._least(rows, bad)
+        return rows
 
-    def _pick(
-        self, work: Work, workers: list[WorkerLoad], cost: Callable[[Work, WorkerLoad], tuple[int, ...]]
-    ) -> WorkerLoad | None:
-        if not workers:
-            return None
-        costs = [
-            (worker.id in work.avoid, work.trouble.get(worker.id, 0), work.crowd.get(worker.id, 0), *cost(work, worker))
-            for worker in workers
-        ]
-        best = min(costs)
-        equals = sorted((worker for worker, its in zip(workers, costs, strict=True) if its == best), key=_id)
-        return equals[self._turn % len(equals)]
+    def _least(self, rows: Rows, by_id: Mapping[str, int]) -> Rows:
+        bad = self._table.spread(by_id)[rows]
+        return rows[bad == bad.min()] if len(rows) else rows
 
+    def _with_room(self, work: Work, rows: Rows) -> Rows:
+        """Those with blocks for the known tokens and the next one, as far as there are any."""
+        fits = self._table.free_tokens[rows] > work.num_tokens
+        return rows[fits] if fits.any() else rows
 
-def _id(worker: WorkerLoad) -> str:
-    return worker.id
-
-
-def _blocks(work: Work, worker: WorkerLoad) -> int:
-    """Blocks for the known tokens and the next one."""
-    return work.num_tokens // worker.page_size_tokens + 1
+    def _route(self, work: Work, placement: Placement) -> Route:
+        table, decode = self._table, placement.decode
+        computes = decode if placement.prefill is None else placement.prefill
+        waiting, handover_s = float(table.waiting_prefill_tokens[computes]), float(table.handover_s[computes])
+        pool, host, disk = work.cached.at(computes)
+        token_s = _known(table.prefill_s, computes)
+        own_s = compute_s(work.num_tokens - disk, token_s)
+        if work.cached.most > disk:
+            own_s -= fetch_saves_s(work.cached.most - disk, token_s, handover_s)
+        if disk > pool:
+            own_s += load_s(host - pool, disk - host, float(table.kv_bytes_per_token[computes]), token_s)
+        ttft_s = waiting * token_s + own_s
+        each_s = itl_s(_known(table.stream_s, decode), float(table.requests[decode]) + 1)
+        prefill = None if placement.prefill is None else table.ids[placement.prefill]
+        return Route(
+            table.ids[decode], prefill, placement.choice, work, disk, float(ttft_s), float(each_s), float(own_s)
+        )
 
 
-def _decode_cost(work: Work, worker: WorkerLoad) -> tuple[int, ...]:
-    crowded = _blocks(work, worker) > worker.free_blocks
-    return (crowded, worker.requests, -worker.free_blocks)
-
-
-def _prefill_cost(work: Work, worker: WorkerLoad) -> tuple[int, ...]:
-    return (worker.waiting_prefill_tokens, worker.requests)
+def _known(rates: Vector, row: int) -> float:
+    """What this worker has measured, or else the mean of those that have."""
+    if rates[row] or not rates.any():
+        return float(rates[row])
+    return float(rates[rates > 0].mean())

@@ -6,8 +6,10 @@ clients --gRPC------> GrpcApi --+--> Intake --> Dispatcher --> Registry --+
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
+import ssl
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,21 +28,25 @@ from baton.tls import COORDINATOR_NAME, inside, outside
 from baton.v1 import worker_link_pb2_grpc as link_rpc
 from coordinator.dispatch import Dispatcher
 from coordinator.drains import Drains
-from coordinator.failures import unavailable
+from coordinator.failures import revoked, unavailable
 from coordinator.grpc_api import GrpcApi
 from coordinator.http_api import HttpApi
 from coordinator.link import LinkServicer
 from coordinator.metrics import Metrics
 from coordinator.requests import Intake
 from coordinator.resumption import Resumption
-from coordinator.rollout import Rollout, RolloutFile
-from coordinator.routing import LeastLoaded
+from coordinator.rollout import Rollout, parse_rollout
+from coordinator.routing_metrics import RoutingMetrics
 from coordinator.shadows import Shadows
 from coordinator.status import cluster_status
+from coordinator.tenants.tenants import Tenants
 from coordinator.tokenizer import ModelTokenizer
+from coordinator.watched_file import WatchedFile
 from coordinator.workers import WorkerRegistry
 
 events = logging.getLogger("baton.events")
+MAX_LINK_MESSAGE_BYTES = 64 << 20
+"""From a worker, as it takes from a coordinator: an orphan has all tokens of its prompt."""
 _STOP_GRACE_S = 1.0
 _RETRACT_TIMEOUT_S = 2.0
 _NOWHERE, _NO_TLS, _NO_PUBLIC_TLS = DiscoveryOptions(), TlsOptions(), PublicTlsOptions()
@@ -53,6 +59,8 @@ class Ports:
     http: int
     grpc: int
     link: int
+    own: int = -1
+    """HTTP, where no other process listens; -1: nowhere does one."""
 
 
 class Coordinator:
@@ -74,8 +82,8 @@ class Coordinator:
         self.metrics.discovery_up.set_function(lambda: float(not self._discovery.trouble))
         self.registry = WorkerRegistry(name, tokenizer_fingerprint(model_folder))
         self.metrics.watch_workers(self.registry)
-        policy = LeastLoaded(options.local_prefill_tokens)
-        self.dispatcher = Dispatcher(options, self.registry, policy, self.metrics)
+        self.dispatcher = Dispatcher(options, self.registry, self.metrics)
+        self.metrics.registry.register(RoutingMetrics(options.routing, self.dispatcher.knowledge))
         self.intake = Intake(options, name, self._tokenizer, self.registry, self.dispatcher, self.metrics)
         self.dispatcher.model = name
         self.resumption = Resumption(options, self.intake, self.dispatcher, self.metrics)
@@ -84,9 +92,14 @@ class Coordinator:
             self.dispatcher, self.metrics, options.max_shadows, options.max_requests, self.intake.copy_choices
         )
         self.intake.on_started = self.shadows.started
-        self._rollout = RolloutFile(Path(options.rollout)) if options.rollout else None
+        self.tenants = _tenants(options, name)
+        if self.tenants is not None:
+            self.intake.needs_key = True
+            self.tenants.revoke = lambda request: self.dispatcher.end(request, "revoked", revoked())
+            self.metrics.registry.register(self.tenants)
+        self._rollout = WatchedFile("--rollout", Path(options.rollout), parse_rollout) if options.rollout else None
         if self._rollout is not None:
-            self.dispatcher.versions.rollout = self._rollout.rollout
+            self.dispatcher.versions.rollout = self._rollout.content
         self._link = LinkServicer(options, self.registry, self.dispatcher, self._tls)
         self.metrics.watch_tls({"inside": self._tls, "public": self._public_tls})
         self._tasks: set[asyncio.Task[None]] = set()
@@ -98,14 +111,17 @@ class Coordinator:
         options = self._options
         try:
             link = await self._start_link()
-            self._grpc = GrpcApi(self.intake, self.resumption, options.max_body_bytes, options.heartbeat_interval_s)
+            self._grpc = GrpcApi(
+                self.intake, self.resumption, options.max_body_bytes, options.heartbeat_interval_s, self.tenants,
+                shares_port=options.own_port >= 0,
+            )  # fmt: skip
             credentials = server_credentials(self._public_tls) if self._public_tls else None
             grpc_port = _bind(self._grpc.server, options.host, options.grpc_port, "--grpc-port", credentials)
             await self._grpc.server.start()
             self._closing.push_async_callback(self._grpc.server.stop, _STOP_GRACE_S)
             await self._grpc.set_ready(False)
             self.registry.on_change = self._readiness_changed
-            http = await self._start_http()
+            http, own = await self._start_http()
             for tls in (self._tls, self._public_tls):
                 if tls is not None:
                     self._spawn(tls.watch())
@@ -113,11 +129,13 @@ class Coordinator:
         except BaseException:
             await self.stop()
             raise
-        return Ports(http, grpc_port, link)
+        return Ports(http, grpc_port, link, own)
 
     async def _start_link(self) -> int:
         options = self._options
-        self._link_server = server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        self._link_server = server = grpc.aio.server(
+            options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_LINK_MESSAGE_BYTES)]
+        )
         link_rpc.add_WorkerLinkServicer_to_server(self._link, server)
         credentials = server_credentials(self._tls, self._link.on_connection) if self._tls else None
         port = _bind(server, options.link_host, options.link_port, "--link-port", credentials)
@@ -127,9 +145,11 @@ class Coordinator:
         self._spawn(self._drains.watch())
         if self._rollout is not None:
             self._spawn(self._rollout.watch(self._roll_out, self.metrics.rollout_errors.inc))
+        if self.tenants is not None:
+            self._spawn(self.tenants.watch())
         return port
 
-    async def _start_http(self) -> int:
+    async def _start_http(self) -> tuple[int, int]:
         options = self._options
         api = HttpApi(
             self.intake,
@@ -138,6 +158,7 @@ class Coordinator:
             self._status,
             self._drains,
             options.heartbeat_interval_s,
+            self.tenants,
         )
         runner = web.AppRunner(
             api.application(), access_log=None, handler_cancellation=True, shutdown_timeout=_STOP_GRACE_S
@@ -145,18 +166,17 @@ class Coordinator:
         await runner.setup()
         self._closing.push_async_callback(runner.cleanup)
         context = self._public_tls.listener("http") if self._public_tls else None
-        site = web.TCPSite(runner, options.host, options.port, ssl_context=context, reuse_port=False)
-        try:
-            await site.start()
-        except OSError as error:
-            raise _port_error("--port", options.host, options.port, error.strerror or str(error)) from error
-        return int(runner.addresses[0][1])
+        shares = options.own_port >= 0
+        port = await _listen(runner, options.host, options.port, "--port", context, shares)
+        own = await _listen(runner, options.host, options.own_port, "--own-port", context) if shares else -1
+        return port, own
 
     def _status(self) -> dict[str, Any]:
         trouble = self._rollout.trouble if self._rollout is not None else ""
         return cluster_status(self.intake.model_name, self.registry, self.dispatcher, trouble)
 
     def _roll_out(self, rollout: Rollout) -> None:
+        events.info("rollout: weights %s, shadow %s", dict(rollout.weights), dict(rollout.shadow))
         self.dispatcher.versions.rollout = rollout
         self.shadows.rolled_out(rollout)
         self._readiness_changed()
@@ -218,6 +238,8 @@ class Coordinator:
             task.cancel()
         await self._closing.aclose()
         self._tokenizer.close()
+        if self.tenants is not None:
+            await asyncio.to_thread(self.tenants.close)
 
 
 async def serve(
@@ -239,12 +261,24 @@ async def serve(
     watch_parent(options.parent_pid, stop.set)
     try:
         on_ready(await coordinator.start())
+        # What is here now stays: the collector of garbage need not look at it again and again.
+        gc.collect()
+        gc.freeze()
         await stop.wait()
         await coordinator.drain()
         if stop.by is signal.SIGTERM:
             await coordinator.hand_on()
     finally:
         await coordinator.stop()
+
+
+def _tenants(options: CoordinatorOptions, model: str) -> Tenants | None:
+    """Raises ConfigurationError."""
+    if not options.keys:
+        return None
+    if options.host not in ("127.0.0.1", "::1", "localhost"):
+        events.info("--keys: clients send their keys as they are; where others can listen, use --public-tls-cert")
+    return Tenants(Path(options.keys), Path(options.audit_log) if options.audit_log else None, model)
 
 
 def _address(host: str, port: int) -> str:
@@ -267,6 +301,18 @@ def _bind(server: grpc.aio.Server, host: str, port: int, flag: str, credentials:
     if not bound:
         raise _port_error(flag, host, port, "it may be in use")
     return bound
+
+
+async def _listen(
+    runner: web.AppRunner, host: str, port: int, flag: str, context: ssl.SSLContext | None, shares: bool = False
+) -> int:
+    """`shares`: with processes that do so as well."""
+    site = web.TCPSite(runner, host, port, ssl_context=context, reuse_port=shares)
+    try:
+        await site.start()
+    except OSError as error:
+        raise _port_error(flag, host, port, error.strerror or str(error)) from error
+    return int(runner.addresses[-1][1])
 
 
 def _port_error(flag: str, host: str, port: int, reason: str) -> ConfigurationError:

@@ -4,7 +4,8 @@
    The copy has the same tokens, sampling and seeds, no ticket and no reader.
 2. It is nobody's concern: it has no part in admission, retries or suspicion, its first failure ends it, and its workers
    serve no client (`coordinator.rollout` sees to that). At most `max_shadows` streams of copies run. What is beyond
-   them, and all of them once clients take LOAD_SHARE of the streams that may run, is dropped and counted.
+   them, and all of them once clients take LOAD_SHARE of the streams that may run or have to wait, is dropped and
+   counted.
 3. When both have ended their tokens are compared. A copy whose original failed or was aborted is aborted.
 """
 
@@ -57,7 +58,7 @@ class Shadows:
         rollout = self._dispatcher.versions.rollout
         if self._closed or not rollout.shadow:
             return
-        if self._dispatcher.num_streams > self._max_clients:
+        if self._overloaded:
             self._drop_all("dropped_load")
         for version in rollout.shadow:
             if version != client.version and rollout.wants_shadow(client.id, version):
@@ -75,7 +76,7 @@ class Shadows:
     def _start(self, client: Request, version: str) -> None:
         if self._closed or client.ended:
             self._count("useless")
-        elif self._dispatcher.num_streams > self._max_clients:
+        elif self._overloaded:
             self._count("dropped_load")
         elif self._num_streams + len(client.choices) > self._max_shadows:
             self._count("dropped_limit")
@@ -117,6 +118,10 @@ class Shadows:
             figures.answers["equal" if first is None else "different"] += 1
             if first is not None:
                 figures.first_difference.observe(first)
+
+    @property
+    def _overloaded(self) -> bool:
+        return self._dispatcher.num_streams > self._max_clients or self._dispatcher.admission.pressed
 
     @property
     def _num_streams(self) -> int:

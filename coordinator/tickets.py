@@ -14,7 +14,8 @@ import msgspec
 from baton.errors import BatonError
 from coordinator.delivery import AnswerForm, Choice
 
-VERSION = 1
+VERSIONS = (1, 2)
+"""Of those that belong to nobody in particular, which every coordinator can read, and of those of a tenant."""
 MAX_TICKETS_BYTES = 4 << 20
 """All tickets of one request together; a larger one ends with its coordinator."""
 TOKEN_BYTES = 5
@@ -48,6 +49,8 @@ class Ticket(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     form: AnswerForm
     resume_s: float
     prompts: list[TicketPrompt]
+    tenant: str = ""
+    """Whose it is; not in version 1."""
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -65,10 +68,13 @@ def issue(choice: Choice, model: str) -> bytes:
     form, salt = request.form, request.cache_salt
     ticket = Ticket(
         request.id, choice.number, choice.cached_tokens, request.created_unix_s, model, salt, form, request.resume_s,
-        prompts,
+        prompts, request.caller.tenant,
     )  # fmt: skip
-    body = _encode(ticket)
-    return bytes([VERSION]) + zlib.crc32(body).to_bytes(4, "little") + body
+    version, fields = (
+        (2, msgspec.structs.astuple(ticket)) if ticket.tenant else (1, msgspec.structs.astuple(ticket)[:-1])
+    )
+    body = _encode(fields)
+    return bytes([version]) + zlib.crc32(body).to_bytes(4, "little") + body
 
 
 def _prompt(first: Choice, known: bool) -> TicketPrompt:
@@ -81,8 +87,8 @@ def read(data: bytes) -> Ticket:
         raise TicketError("the attempt came without a ticket")
     if len(data) > MAX_TICKETS_BYTES:
         raise TicketError(f"the ticket has {len(data)} bytes; at most {MAX_TICKETS_BYTES} are possible")
-    if data[0] != VERSION:
-        raise TicketError(f"the ticket has version {data[0]}, this coordinator reads {VERSION}")
+    if data[0] not in VERSIONS:
+        raise TicketError(f"the ticket has version {data[0]}, this coordinator reads {VERSIONS}")
     body = data[_HEAD_BYTES:]
     if zlib.crc32(body).to_bytes(4, "little") != data[1:_HEAD_BYTES]:
         raise TicketError("the ticket is damaged")
@@ -105,6 +111,6 @@ def same_request(one: Ticket, other: Ticket) -> bool:
     def shape(prompts: Sequence[TicketPrompt]) -> list[tuple[int, int]]:
         return [(prompt.max_tokens, prompt.seed) for prompt in prompts]
 
-    return (one.request_id, one.created_unix_s, one.cache_salt, one.form) == (
-        other.request_id, other.created_unix_s, other.cache_salt, other.form,
+    return (one.request_id, one.created_unix_s, one.cache_salt, one.form, one.tenant) == (
+        other.request_id, other.created_unix_s, other.cache_salt, other.form, other.tenant,
     ) and shape(one.prompts) == shape(other.prompts)  # fmt: skip

@@ -1,8 +1,11 @@
 """Text to tokens and back, and chats to text, from the files of a Hugging Face model folder."""
 
 import asyncio
+import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,14 @@ from tokenizers.decoders import ByteLevel
 from baton.errors import InvalidRequestError, ModelError
 from coordinator.chat_template import ChatTemplate
 from coordinator.detokenizer import IncrementalDetokenizer
+from coordinator.failures import FailureKind, RequestFailed
 from coordinator.model_files import ModelFacts, read_facts, read_json
 
+# One text at a time: to hand it to the library's own threads would take longer than a tenth of it.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MAX_ENCODING = 256
+"""Long texts that may wait for a thread, each as large as a body may be."""
 _INLINE_CHARACTERS = 4096  # longer texts are encoded in a thread: a millisecond here is one for every stream
 
 
@@ -29,6 +37,8 @@ class ModelTokenizer:
         self._template = _chat_template(folder, config, special)
         self._vocabulary_bytes = _byte_alphabet() if isinstance(self._tokenizer.decoder, ByteLevel) else None
         added = self._tokenizer.get_added_tokens_decoder()
+        self._added_ids = frozenset(added)
+        self._alone: dict[int, str] = {}
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         eos = special.get("eos_token")
         self.facts: ModelFacts = read_facts(
@@ -37,18 +47,29 @@ class ModelTokenizer:
             self._tokenizer.token_to_id(eos) if eos is not None else None,
         )
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenizer")
+        self._num_encoding = 0
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Raises RequestFailed when too many long texts wait already."""
         if len(text) <= _INLINE_CHARACTERS:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        # The batch form releases the interpreter lock, the single one does not.
-        work = asyncio.get_running_loop().run_in_executor(
-            self._threads, lambda: self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
-        )
-        return (await work)[0].ids
+            return self._encode(text, add_special_tokens)
+        if self._num_encoding >= MAX_ENCODING:
+            message = "too many long prompts wait to be turned into tokens; try again later"
+            raise RequestFailed(FailureKind.OVERLOADED, message)
+        loop = asyncio.get_running_loop()
+        self._num_encoding += 1
+        try:
+            return await loop.run_in_executor(self._threads, self._encode, text, add_special_tokens)
+        finally:
+            self._num_encoding -= 1
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        # The batch form releases the interpreter lock, the single one does not; and this one finds no offsets, which
+        # takes a quarter of the time.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, token_ids: Sequence[int], keep_special_tokens: bool = False) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=not keep_special_tokens)
@@ -57,8 +78,24 @@ class ModelTokenizer:
         """Turns the tokens that follow `prompt` into text."""
         tokenizer = self._tokenizer
         if keep_special_tokens:
-            return IncrementalDetokenizer(lambda ids: tokenizer.decode(ids, skip_special_tokens=False), prompt)
-        return IncrementalDetokenizer(tokenizer.decode, prompt, self.special_ids)
+            decode = partial(tokenizer.decode, skip_special_tokens=False)
+            return IncrementalDetokenizer(decode, prompt, alone=self._text_alone)
+        return IncrementalDetokenizer(tokenizer.decode, prompt, self.special_ids, self._text_alone)
+
+    def _text_alone(self, token_id: int) -> str:
+        """The text of a token that has it whatever stands before; empty for others.
+
+        Byte-level vocabularies join the bytes of all tokens, so that one of whole characters adds just these.
+        """
+        text = self._alone.get(token_id)
+        if text is None:
+            text = ""
+            if token_id not in self._added_ids:
+                with contextlib.suppress(UnicodeDecodeError):
+                    text = (self._mapped_bytes(self._tokenizer.id_to_token(token_id) or "") or b"").decode()
+            # A token may be the very sign that stands for what is not whole; those who read tell them apart by context.
+            self._alone[token_id] = text = "" if text.endswith("\ufffd") else text
+        return text
 
     def render_chat(
         self, messages: Sequence[Mapping[str, str]], extra: Mapping[str, Any], add_generation_prompt: bool = True
@@ -73,12 +110,18 @@ class ModelTokenizer:
         token = self._tokenizer.id_to_token(token_id)
         if token is None:
             return b""
-        alphabet = self._vocabulary_bytes
-        if alphabet is not None and all(character in alphabet for character in token):
-            return bytes(alphabet[character] for character in token)
+        if (mapped := self._mapped_bytes(token)) is not None:
+            return mapped
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes.fromhex(token[3:5])
         return token.replace("\u2581", " ").encode()
+
+    def _mapped_bytes(self, token: str) -> bytes | None:
+        """Of a token in the alphabet of a byte-level vocabulary."""
+        alphabet = self._vocabulary_bytes
+        if alphabet is None or not all(character in alphabet for character in token):
+            return None
+        return bytes(alphabet[character] for character in token)
 
 
 def _load(path: Path) -> Tokenizer:

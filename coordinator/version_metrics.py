@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -25,6 +25,15 @@ class Buckets:
     def observe(self, value: float) -> None:
         self._counts[bisect_left(self._bounds, value)] += 1
         self.sum += value
+
+    def total(self) -> tuple[float, int]:
+        """(sum, number) of the values."""
+        return self.sum, sum(self._counts)
+
+    def add(self, other: "Buckets") -> None:
+        """What was observed there, too. Both have the same bounds."""
+        self._counts = [own + others for own, others in zip(self._counts, other._counts, strict=True)]
+        self.sum += other.sum
 
     def cumulative(self) -> list[tuple[str, float]]:
         """As Prometheus has it: (upper bound, values up to it)."""
@@ -56,6 +65,14 @@ class VersionMetrics(Collector):
 
     def of(self, version: str, shadow: bool) -> Figures:
         return self._figures.setdefault((version, "shadow" if shadow else "clients"), Figures())
+
+    def of_clients(self, of: Callable[[Figures], Buckets]) -> Buckets:
+        """Of all versions together."""
+        total = Buckets(SECONDS)
+        for (_, traffic), figures in self._figures.items():
+            if traffic == "clients":
+                total.add(of(figures))
+        return total
 
     def collect(self) -> Iterator[Metric]:
         ended = CounterMetricFamily("baton_version_requests", "Requests ended", labels=[*_LABELS, "outcome"])

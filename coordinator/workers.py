@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import baton
 from baton.config import check_version_label
@@ -12,7 +13,8 @@ from baton.errors import ConfigurationError, PeerError
 from baton.model_folder import VERSION_DIGITS
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import Choice
-from coordinator.routing import WorkerLoad
+from coordinator.estimates import stream_s
+from coordinator.worker_table import Candidates, Fixed, Group, Load, WorkerTable
 
 AFTERMATH_S = 1.0
 """So long after an abort a worker may still be busy with what was aborted, and die of it."""
@@ -32,10 +34,10 @@ class Leg:
         "attempt",
         "choice",
         "decode",
+        "expected_tokens",
         "first_index",
         "handle",
         "paired",
-        "prefix",
         "remembered",
         "waiting_tokens",
         "worker",
@@ -48,7 +50,6 @@ class Leg:
         worker: "Worker",
         decode: bool,
         handle: int,
-        prefix: Sequence[bytes] = (),
     ) -> None:
         self.choice = choice
         self.attempt = attempt
@@ -60,10 +61,10 @@ class Leg:
         """In the stream, of the attempt's first token."""
         self.paired = False
         """Another worker has the other part of the attempt; false once it is gone."""
-        self.prefix = prefix
-        """Names of the strides of what it is to have in its KV cache; see `coordinator.prefixes`."""
         self.remembered = False
-        """Whether it has that, and will be asked for it on behalf of others."""
+        """Whether its prompt has been computed, and was said to be."""
+        self.expected_tokens: int | None = None
+        """That this worker should find in its caches; None if another one computes the prompt."""
         self.waiting_tokens = 0
         """Prompt tokens this worker still has to compute, as far as it told."""
 
@@ -75,7 +76,12 @@ class Leg:
 class Worker:
     """A registered worker behind its link. Does no I/O: messages wait in `outbox` for the link to write them."""
 
-    def __init__(self, registration: wire.Registration, on_lost: Callable[["Worker"], None]) -> None:
+    def __init__(
+        self,
+        registration: wire.Registration,
+        on_lost: Callable[["Worker"], None],
+        on_load: Callable[["Worker"], None] = lambda worker: None,
+    ) -> None:
         self.id = registration.worker_id
         self.registration = registration
         self.version = version_of(registration)
@@ -86,6 +92,8 @@ class Worker:
         """Decodes while no decode worker accepts work."""
         self.heartbeat = wire.WorkerHeartbeat()
         self.heartbeat.blocks.total = self.heartbeat.blocks.free = registration.total_blocks
+        self.row = -1
+        """In the registry's table."""
         self.joined_s = self.last_seen_s = time.monotonic()
         self.outbox: asyncio.Queue[wire.CoordinatorMessage] = asyncio.Queue(OUTBOX_MESSAGES)
         self.legs: dict[int, Leg] = {}
@@ -99,7 +107,9 @@ class Worker:
         self._idle_beats = 0
         self._others_requests = 0
         self._others_tokens = 0
+        self._own_tokens = 0
         self._on_lost = on_lost
+        self._on_load = on_load
 
     @property
     def context_tokens(self) -> int:
@@ -133,6 +143,7 @@ class Worker:
         if self.lost.is_set():
             return
         self.lost.set()
+        self._on_load(self)
         self.died = died and not self.heartbeat.draining
         expected = self.heartbeat.draining and not self.legs
         level = logging.INFO if expected else logging.WARNING
@@ -141,15 +152,22 @@ class Worker:
 
     def open(self, leg: Leg, num_tokens: int, waiting_tokens: int) -> None:
         """`num_tokens` need blocks here; `waiting_tokens` of them are to be computed."""
-        leg.waiting_tokens = waiting_tokens
         self._idle_beats = 0
         self.legs[leg.handle] = leg
         self._legs_by_attempt[leg.choice.stream_id, leg.attempt] = leg
         self._blocks_assigned += num_tokens // self.registration.page_size_tokens + 1
+        self.waits(leg, waiting_tokens)
+
+    def waits(self, leg: Leg, tokens: int) -> None:
+        """So many tokens of the leg's prompt are still to be computed here."""
+        self._own_tokens += tokens - leg.waiting_tokens
+        leg.waiting_tokens = tokens
+        self._on_load(self)
 
     def close(self, leg: Leg) -> None:
         """Nothing more is expected of this leg. Idempotent."""
-        self.legs.pop(leg.handle, None)
+        if self.legs.pop(leg.handle, None) is not None:
+            self.waits(leg, 0)
         self._legs_by_attempt.pop((leg.choice.stream_id, leg.attempt), None)
 
     def abort(self, leg: Leg) -> None:
@@ -180,25 +198,47 @@ class Worker:
         requests = heartbeat.running_requests + heartbeat.waiting_requests
         self._others_requests = max(0, requests - len(self.legs))
         self._others_tokens = max(0, heartbeat.waiting_prefill_tokens - self._own_tokens)
+        self._on_load(self)
 
-    @property
-    def _own_tokens(self) -> int:
-        return sum(leg.waiting_tokens for leg in self.legs.values()) if self.prefills else 0
-
-    def load(self) -> WorkerLoad:
+    def load(self) -> Load:
         """Of the last heartbeat and, at least, of what others gave it by then and this coordinator by now."""
-        beat = self.heartbeat
-        return WorkerLoad(
-            id=self.id,
-            prefills=self.prefills,
-            decodes=self.decodes,
-            stands_in=self.stands_in,
+        beat, registration = self.heartbeat, self.registration
+        bytes_per_token = registration.block_bytes / registration.page_size_tokens
+        return Load(
+            accepts=self.accepts,
             requests=max(len(self.legs) + self._others_requests, beat.running_requests + beat.waiting_requests),
             waiting_prefill_tokens=max(self._own_tokens + self._others_tokens, beat.waiting_prefill_tokens),
-            free_blocks=beat.blocks.free + beat.blocks.cached - self._blocks_assigned,
-            context_tokens=self.context_tokens,
-            page_size_tokens=self.registration.page_size_tokens,
+            free_tokens=(beat.blocks.free + beat.blocks.cached - self._blocks_assigned) * registration.page_size_tokens,
+            stream_s=stream_s(_seconds(beat.step_s), beat.running_requests),
+            prefill_s=_seconds(1 / (beat.prefill_tokens_per_s or math.inf)),
+            handover_s=_seconds(bytes_per_token / (beat.handover_bytes_per_s or math.inf)),
         )
+
+    def drains(self) -> None:
+        """It said so before its next heartbeat does."""
+        self.heartbeat.draining = True
+        self._on_load(self)
+
+
+def _seconds(measured: float) -> float:
+    """0 where nothing was measured, or nothing that can be."""
+    return min(measured, 3600.0) if measured > 0 else 0.0
+
+
+def _fixed(worker: Worker) -> Fixed:
+    registration = worker.registration
+    return Fixed(
+        prefills=worker.prefills,
+        decodes=worker.decodes,
+        stands_in=worker.stands_in,
+        context_tokens=worker.context_tokens,
+        kv_bytes_per_token=registration.block_bytes / registration.page_size_tokens,
+    )
+
+
+def _group(worker: Worker) -> Group:
+    registration = worker.registration
+    return Group(worker.version, registration.model_fingerprint, registration.page_size_tokens)
 
 
 def version_of(registration: wire.Registration) -> str:
@@ -223,6 +263,8 @@ class WorkerRegistry:
         self._served_model = served_model
         self._tokenizer_fingerprint = tokenizer_fingerprint
         self.workers: dict[str, Worker] = {}
+        self.table = WorkerTable()
+        """Of these workers, for routing."""
         self.version_starts: dict[str, float] = {}
         """When the first worker of each version was started that was ever here; Unix seconds."""
         self.on_lost: Callable[[Worker], None] = lambda worker: None
@@ -241,7 +283,9 @@ class WorkerRegistry:
         if old is not None:
             same = old.registration.incarnation == registration.incarnation
             old.lose("it dialled again" if same else "it was started anew", died=not same)
-        worker = self.workers[registration.worker_id] = Worker(registration, self._lost)
+        worker = self.workers[registration.worker_id] = Worker(registration, self._lost, self._changed)
+        worker.row = self.table.add(worker.id, _group(worker), _fixed(worker))
+        self._changed(worker)
         self.empty_since_s = None
         started = registration.started_unix_s
         self.version_starts[worker.version] = min(self.version_starts.get(worker.version, started), started)
@@ -299,11 +343,15 @@ class WorkerRegistry:
             if not self.workers:
                 self.empty_since_s = time.monotonic()
         self.on_lost(worker)
+        self.table.remove(worker.row)
         self.on_change()
 
-    def loads(self, version: str) -> list[WorkerLoad]:
-        """Of the workers of one model version that accept new work."""
-        return [worker.load() for worker in self.workers.values() if worker.version == version and worker.accepts]
+    def _changed(self, worker: Worker) -> None:
+        self.table.put(worker.row, worker.load())
+
+    def candidates(self, version: str) -> Candidates:
+        """The workers of one model version that accept new work."""
+        return self.table.candidates(version)
 
     def ready_versions(self) -> list[str]:
         """Those of which a worker that decodes, or stands in for those that do, accepts work."""

@@ -73,8 +73,8 @@ class DecodeRole(RoleHandler):
         return Arrived(verified, first_token, result.same_bits, result.fence, _logprobs(result.first_logprob))
 
     def abort(self, attempt: Attempt) -> None:
-        self._shell.arrivals.abort(attempt.key)
-        self._intake.cancel(attempt.key)
+        untouched = self._intake.cancel(attempt.key)
+        self._shell.arrivals.abort(attempt.key, untouched)
 
     def on_ended(self, attempt: Attempt, ended: Ended) -> None:
         """Nothing to give back: the engine owns every block."""

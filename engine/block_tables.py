@@ -68,6 +68,13 @@ class BlockTables:
         sequence.block_ids = hits + fresh
         return True
 
+    def shortfall(self, sequence: Sequence) -> int:
+        """Blocks that have to come back before `admit` can succeed; 0 or less: none."""
+        if sequence.request.placement is not None:
+            return 0
+        hits = self.cache.lookup(sequence.names.extend(sequence.token_ids))
+        return self._num_lacking(hits, self.num_blocks_for(sequence.num_positions_at_start))
+
     def make_writable(self, sequence: Sequence, step: StepBlocks) -> bool:
         """See that the block of the next position exists and is the sequence's alone. False: no block left."""
         index = sequence.num_launched // self.page_size
@@ -158,9 +165,12 @@ class BlockTables:
         self.cache.check()
 
     def _fits(self, hits: list[int], total: int) -> bool:
-        """Whether the hits and enough others are there; an unowned hit cannot be evicted to make room for itself."""
+        return self._num_lacking(hits, total) <= 0
+
+    def _num_lacking(self, hits: list[int], total: int) -> int:
+        """Beside the hits and what is available; an unowned hit cannot be evicted to make room for itself."""
         unowned_hits = sum(self.allocator.is_evictable(block) for block in hits)
-        return total - len(hits) <= self.allocator.num_available - unowned_hits
+        return total - len(hits) - (self.allocator.num_available - unowned_hits)
 
     def _place(self, sequence: Sequence, placement: Placement, step: StepBlocks) -> None:
         first = placement.num_cached_blocks

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from baton.errors import ConfigurationError
+from baton.name_changes import Held
 from engine.blocks import BlockAllocator, Generations
 from engine.limits import SchedulerLimits
 from engine.pace import Pace
 from engine.plan import Drafter, Launched, LaunchingRunner, OnLayer, Runner, StepPlan, StepResult
-from engine.requests import EngineLoad, EngineRequest, LeasedBlocks, StepOutput, TokenLogprobs
+from engine.requests import EngineLoad, EngineRates, EngineRequest, LeasedBlocks, StepOutput, TokenLogprobs
 from engine.scheduler import Scheduler
 from engine.store import BlockStore
 
@@ -90,6 +91,8 @@ class Engine:
         self._layer_groups = tuple(layer_groups)
         self._flight: _Flight | None = None
         self._landed_at = 0.0
+        self._goes_on = False
+        """The step that landed last left running requests, which wait for the next one."""
         self._pace = Pace(step_stretch)
         allocator = BlockAllocator(num_blocks, generations)
         self._scheduler = Scheduler(allocator, limits, shareable_tokens, store, save_at_eviction)
@@ -173,7 +176,19 @@ class Engine:
         else:
             self._flight = self._launch({}, on_output) if self._can_look_ahead(flight.plan) else None
             output = self._land(flight, on_output)
-        return self._checked_out(output)
+        output = self._checked_out(output)
+        changed = self._scheduler.tables.cache.changes.take()
+        return output if changed is None else replace(output, cached=changed)
+
+    def watch_cache(self) -> Held:
+        """What the prefix cache holds. From then on `StepOutput.cached` tells what changes, until `unwatch_cache`."""
+        cache = self._scheduler.tables.cache
+        cache.changes.watch()
+        return cache.held()
+
+    def unwatch_cache(self) -> None:
+        """Nobody wants to know any more."""
+        self._scheduler.tables.cache.changes.unwatch()
 
     def save_cached(self, names: Sequence[bytes], tenant: bytes) -> None:
         """Have the store keep those of these leading blocks that the pool holds."""
@@ -185,6 +200,10 @@ class Engine:
 
     def load(self) -> EngineLoad:
         return self._scheduler.load()
+
+    def rates(self) -> EngineRates:
+        """May be called from any thread."""
+        return EngineRates(self._pace.prompts.per_s, self._pace.token_s or 0.0)
 
     def num_cached_tokens(self, token_ids: Sequence[int], cache_root: bytes, num_prompt_tokens: int) -> int:
         """Leading tokens that the prefix cache holds now. Changes nothing and promises nothing."""
@@ -264,8 +283,9 @@ class Engine:
         """What a block of a prompt costs, from steps that computed at least one."""
         if plan.num_tokens >= len(plan.sequences) - 1 + self._page_size:
             block_s = seconds / plan.num_tokens * self._page_size
-            known = self._scheduler.block_compute_s
-            self._scheduler.block_compute_s = block_s if known is None else known + 0.2 * (block_s - known)
+            sources = self._scheduler.sources
+            known = sources.block_compute_s
+            sources.block_compute_s = block_s if known is None else known + 0.2 * (block_s - known)
 
     def _land(self, flight: _Flight, on_output: OnOutput | None) -> StepOutput:
         if on_output is not None and (on_layer := self._announcer(on_output)) is not None:
@@ -274,11 +294,15 @@ class Engine:
         result = flight.launched.result()
         now = time.perf_counter()
         seconds = now - max(flight.start, self._landed_at)  # before that the device had the step before
+        since_last_s = now - self._landed_at if self._goes_on else seconds
         self._landed_at = now
         self._pace.observe(flight.plan, seconds)
+        self._pace.observe_streams(flight.plan, result, since_last_s)
         self._observe_prompts(flight.plan, seconds)
         if self._drafter is not None:
             self._drafter.observe(flight.plan, result, seconds)
         self.counters["engine_steps"] += 1
         self.counters["engine_step_seconds"] += seconds
-        return self._scheduler.apply(flight.plan, result)
+        output = self._scheduler.apply(flight.plan, result)
+        self._goes_on = self._scheduler.is_running()
+        return output

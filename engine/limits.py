@@ -1,5 +1,6 @@
 """What one engine can hold, and which requests it could therefore never serve."""
 
+import math
 from dataclasses import dataclass
 
 from baton.errors import ConfigurationError, InvalidRequestError
@@ -39,6 +40,12 @@ def check_servable(request: EngineRequest, limits: SchedulerLimits, num_blocks: 
         )
     if request.sampling.max_tokens <= num_tokens - request.num_prompt_tokens:
         raise InvalidRequestError("max_tokens leaves no token to generate", "max_tokens")
+    standing = request.standing
+    if not 0 < standing.weight < math.inf or not 0 <= standing.kv_share <= 1:
+        raise InvalidRequestError(
+            f"a tenant's weight must be a positive number and its share of the KV blocks between 0 and 1; "
+            f"this one's are {standing.weight} and {standing.kv_share}"
+        )
     num_needed = -(-most_positions(request, limit) // limits.page_size)
     if num_needed > num_blocks:
         raise InvalidRequestError(

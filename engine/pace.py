@@ -5,7 +5,8 @@ depend on model, machine, batch and context; exponentially weighted, so that the
 a bound on the step is Sarathi-Serve's idea (Agrawal et al., 2024); the bound here is a time and not a number of tokens.
 """
 
-from engine.plan import StepPlan
+from baton.rates import Rate
+from engine.plan import StepPlan, StepResult
 
 MIN_PROMPT_TOKENS = 16
 """A prompt always goes on, however slow the machine is."""
@@ -22,6 +23,10 @@ class Pace:
         self._stretch = stretch
         self._singles_s: float | None = None
         self._prompt_token_s: float | None = None
+        self.prompts = Rate()
+        """Tokens of prompts, in steps that compute some."""
+        self.token_s: float | None = None
+        """From one token of a running request to its next."""
 
     def prompt_tokens(self) -> int | None:
         """What may be computed beside single tokens; None sets no bound."""
@@ -36,12 +41,23 @@ class Pace:
         lengths = [len(sequence.token_ids) - sequence.num_drafts for sequence in plan.sequences]
         num_singles = lengths.count(1)
         num_prompt_tokens = sum(lengths) - num_singles
+        if num_prompt_tokens:
+            self.prompts.add(num_prompt_tokens, seconds)
         if not num_prompt_tokens:
             self._singles_s = _blend(self._singles_s, seconds, WEIGHT_SINGLES)
         elif num_singles and self._singles_s is not None:
             token_s = max(seconds - self._singles_s, 0.05 * seconds) / num_prompt_tokens
             rising = self._prompt_token_s is not None and token_s > self._prompt_token_s
             self._prompt_token_s = _blend(self._prompt_token_s, token_s, WEIGHT_UP if rising else WEIGHT_DOWN)
+
+    def observe_streams(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+        """So long after the step before it, this one gave each running request a token, or several with guesses."""
+        singles = [
+            each for each in plan.sequences if each.sample is not None and len(each.token_ids) == 1 + each.num_drafts
+        ]
+        if singles:
+            num_tokens = sum(len(result.sampled[each.request_id]) for each in singles)
+            self.token_s = _blend(self.token_s, seconds * len(singles) / num_tokens, WEIGHT_SINGLES)
 
 
 def _blend(old: float | None, new: float, weight: float) -> float:

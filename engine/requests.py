@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from baton.name_changes import Changed
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -64,6 +66,20 @@ class Elsewhere:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """What a request's turn depends on where several tenants share an engine: see `engine.fair_queue`."""
+
+    tenant: str = ""
+    """Of no meaning but equality."""
+    weight: float = 1.0
+    """Of a tenant that has twice as much, twice as many tokens are computed, while both want more."""
+    priority: int = 0
+    """The greatest goes first."""
+    kv_share: float = 0.0
+    """Of the blocks, what the tenant's requests may hold while others wait; 0: no bound."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRequest:
     """One attempt at one stream of tokens."""
 
@@ -80,6 +96,7 @@ class EngineRequest:
     """Not of a TAKE request: its giver fetches what it would have to compute."""
     tenant: bytes = b""
     """`baton.block_names.tenant_name`: whose its blocks are in the store."""
+    standing: Standing = Standing()
 
 
 class EndReason(Enum):
@@ -197,6 +214,8 @@ class StepOutput:
     computed: list[Computed] = field(default_factory=list)
     tokens: list[TokenOutput] = field(default_factory=list)
     ended: list[Ended] = field(default_factory=list)
+    cached: Changed | None = None
+    """Names that the prefix cache has come to hold, or lost, since the output before; only while they are watched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +228,16 @@ class BlockCounts:
     held: int
     leased: int
     quarantined: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRates:
+    """As measured lately, under whatever load there was; 0: not yet."""
+
+    prompt_tokens_per_s: float
+    """In steps that compute prompts."""
+    token_s: float
+    """From one token of a running request to its next."""
 
 
 @dataclass(frozen=True, slots=True)

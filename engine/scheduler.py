@@ -1,11 +1,13 @@
 """Decides what each step computes. Pure: requests and results go in, a StepPlan and events come out.
 
-1. `add` checks a request and puts it in the waiting line, which is kept in the order of arrival.
-2. `plan` gives running requests that need one token their token, oldest first, then continues prompts in chunks, then
-   admits from the head of the line: blocks for all its tokens at once, those in the prefix cache first.
-3. When a running request needs a block and none is left, the latest arrival gives back all of its blocks and returns
-   to the line, to be computed again, or loaded where a store has kept them. The oldest is never interrupted by a
-   younger one, so something always ends.
+1. `add` checks a request and puts it in the waiting line.
+2. `plan` gives running requests that need one token their token. What is left of the batch goes to tenants in their
+   turns (`engine.fair_queue`): each continues its prompts in chunks, oldest first, then starts the first that waits:
+   blocks for all its tokens at once, those in the prefix cache first. One that does not fit lets nobody pass.
+3. When a running request needs a block and none is left, the one with the least claim to its blocks gives all of them
+   back and returns to the line, to be computed again, or loaded where a store has kept them. Somebody gets a token for
+   it, so something always ends. The next in line gets blocks in the same way, from requests of a lesser priority and
+   from tenants beyond their share of the blocks.
 4. A TAKE request waits, with its blocks, until `receive` says what arrived; then it is one of the running. So does
    any request with blocks in the store, or in another worker, that come sooner than they are computed.
 5. `apply` turns the runner's result into tokens and endings. A GIVE request ends with its first token. Once it has
@@ -26,15 +28,16 @@ vain: what the step says about it is dropped, and the step keeps the blocks that
 
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
-from dataclasses import replace
-from typing import NamedTuple
 
 from baton.errors import BatonError, InvalidRequestError
+from engine.announcing import Announcer
 from engine.block_tables import BlockTables, fence_id
 from engine.blocks import BlockAccountingError, BlockAllocator, Owner, OwnerKind
+from engine.fair_queue import Account, FairQueue, KvHoldings, Turns
 from engine.limits import SchedulerLimits, check_servable
+from engine.outside import Outside, Sources
 from engine.plan import DraftRequest, PlannedSequence, Sampled, StepPlan, StepResult
 from engine.prefix_cache import NameChain
 from engine.requests import (
@@ -45,27 +48,16 @@ from engine.requests import (
     EngineRequest,
     Handover,
     LeasedBlocks,
-    Named,
     Reserved,
     Started,
     StepOutput,
     TokenLogprobs,
     TokenOutput,
 )
+from engine.saving import Saver
 from engine.sequence import Phase, Sequence
 from engine.steps import Step
 from engine.store import BlockStore
-
-
-class Outside(NamedTuple):
-    """Names of a request's next blocks that others have, and what computing those elsewhere would take."""
-
-    stored: Many[bytes] = ()
-    elsewhere: Many[bytes] = ()
-    compute_s: float = 0.0
-
-
-NOTHING = Outside()
 
 
 class EngineFull(BatonError):
@@ -88,8 +80,7 @@ class Scheduler:
     ) -> None:
         """`save_at_eviction`: have the store keep blocks when they come near to eviction, not when they get a name."""
         self.tables = BlockTables(allocator, limits.page_size, shareable_tokens)
-        self.block_compute_s: float | None = None
-        """Seconds that computing a block of a prompt takes, as measured; None while unknown."""
+        self.sources = Sources(self.tables, store)
         self.counters: dict[str, float] = dict.fromkeys(
             (
                 "prompt_tokens_computed", "prompt_tokens_cached", "prompt_tokens_received",
@@ -100,18 +91,20 @@ class Scheduler:
         )  # fmt: skip
         self._allocator = allocator
         self._limits = limits
-        self._store = store
-        self._save_ahead = _most_taken(limits, allocator.num_blocks) if store is not None and save_at_eviction else 0
-        """Blocks next to be evicted that are to be saved by then; 0: each is saved when it gets its name."""
+        self._saver = Saver(self.tables, limits, store is not None, save_at_eviction)
+        self._announcer = Announcer(allocator, limits.page_size)
         self._num_added = 0
         self._sequences: dict[str, Sequence] = {}
-        self._waiting: list[Sequence] = []
+        self._queue = FairQueue()
         self._running: list[Sequence] = []
-        self._num_receiving = 0
+        """In the order of arrival."""
+        self._receiving: dict[str, Sequence] = {}
         self._num_planned = 0
         self._in_flight: deque[Step] = deque()
         self._stuck = False
         """Nothing runs and the head of the line does not fit: blocks must come back from outside first."""
+        self._must_land = False
+        """Who waits could have blocks of requests in flight, which are to be taken back first."""
         self._events = StepOutput()
 
     # -- Requests ------------------------------------------------------------------------------------------------
@@ -124,13 +117,13 @@ class Scheduler:
         check_servable(request, self._limits, self._allocator.num_blocks)
         if self._is_in_use(request.id):
             raise InvalidRequestError("this request id is in use")
-        if len(self._waiting) >= self._limits.max_waiting:
-            raise EngineFull(f"{len(self._waiting)} requests are waiting already")
+        if len(self._queue) >= self._limits.max_waiting:
+            raise EngineFull(f"{len(self._queue)} requests are waiting already")
         names = self.tables.names(request.cache_root, request.num_prompt_tokens)
         sequence = Sequence(request, self._num_added, names, self._limits.max_model_tokens)
         self._num_added += 1
         self._sequences[request.id] = sequence
-        self._waiting.append(sequence)
+        self._queue.add(sequence)
 
     def receive(
         self,
@@ -161,12 +154,15 @@ class Scheduler:
             raise ValueError(f"{num_tokens} positions received, the request has {len(sequence.token_ids)}")
         num_cached = sequence.num_computed
         num_valid = max(num_tokens, num_cached)
-        self._num_receiving -= 1
+        del self._receiving[request_id]
         sequence.awaits_kv = False
         if not same_bits:
             sequence.names = NameChain(b"", self._limits.page_size, max_tokens=0)
-        sequence.phase = Phase.WAITING if fenced else Phase.RUNNING
-        insort(self._waiting if fenced else self._running, sequence, key=_arrival)
+        if fenced:
+            sequence.phase = Phase.WAITING
+            self._queue.wait(sequence)
+        else:
+            self._run(sequence)
         self._count("prompt_tokens_loaded", num_cached, min(num_cached + num_loaded, num_valid), sequence)
         takes = sequence.request.handover is Handover.TAKE
         source = "prompt_tokens_received" if takes else "prompt_tokens_fetched"
@@ -174,7 +170,7 @@ class Scheduler:
         reason = None if first_token is None else self._emit_token(sequence, Sampled(first_token, first_logprobs))
         # The last token's KV is computed again when its logits are needed: its block must not be published before.
         sequence.settle(min(num_valid, len(sequence.token_ids) - 1))
-        self._publish(sequence)
+        self._events.named.extend(self._saver.publish(sequence))
         if fenced:
             self.tables.quarantine(sequence, fence_id(sequence.id))
         if reason is not None:
@@ -205,7 +201,7 @@ class Scheduler:
     def save_cached(self, names: Many[bytes], tenant: bytes) -> None:
         """Have the store keep those of these leading blocks that the pool holds."""
         blocks = self.tables.cache.lookup(names)
-        self._report(zip(names, blocks, strict=False), tenant)
+        self._events.named.extend(self._saver.named(zip(names, blocks, strict=False), tenant))
 
     def release_lease(self, request_id: str) -> bool:
         """The reader is done. False when there is no such lease (any more)."""
@@ -233,7 +229,8 @@ class Scheduler:
 
         And nobody has to be preempted for the next token of another, so that a step in flight keeps its requests.
         """
-        return self._in_flight[-1].samples_on_device() and self._allocator.num_available >= len(self._running)
+        has_room = self._allocator.num_available >= len(self._running) and not self._must_land
+        return has_room and self._in_flight[-1].samples_on_device()
 
     def plan(self, prompt_tokens: int | None = None, drafts: Mapping[str, Many[int]] | None = None) -> StepPlan:
         """What to compute now; no sequences when there is nothing to compute. Run it, then `apply`.
@@ -242,17 +239,15 @@ class Scheduler:
         for. `drafts`, by request id, are guesses of what follows those of `draftable`; what is no use is left out.
         """
         step = Step(self._allocator, self._num_planned, self._limits.max_batch_tokens)
+        self._make_way()
         self._plan_singles(step)
         if step.singles and prompt_tokens is not None:
             step.prompt_budget = min(step.budget, prompt_tokens)
-        for sequence in self._running:
-            if step.prompt_budget and sequence.num_uncomputed > 1:
-                step.schedule(sequence)
-        self._admit(step)
+        self._plan_prompts(step)
         if drafts:
             self._plan_drafts(step, drafts)
         plan = step.plan()
-        self._stuck = bool(self._waiting) and not plan.sequences and not self._in_flight
+        self._stuck = bool(self._queue) and not plan.sequences and not self._in_flight
         if plan.sequences:
             self._num_planned += 1
             self._in_flight.append(step)
@@ -261,20 +256,12 @@ class Scheduler:
 
     def finishing(self) -> list[Computed]:
         """What the earliest plan in flight makes final for GIVE requests, in their own blocks."""
-        step, computed = self._in_flight[0], []
-        for sequence, planned in zip(step.sequences, step.planned, strict=True):
-            if sequence.gives and sequence.phase is not Phase.ENDED and sequence.request.placement is None:
-                end = planned.start + len(planned.token_ids)
-                if (each := self._final(sequence, end, planned.sample is not None)).block_ids:
-                    computed.append(each)
-        return computed
+        return self._announcer.finishing(self._in_flight[0])
 
     def announcing(self, computed: Many[Computed], whole: bool) -> None:
         """Readers are being told of what `finishing` stated: that layers of it are final, or `whole` blocks."""
         for each in computed:
-            sequence = self._sequences[each.request_id]
-            sequence.is_exposed = True
-            sequence.num_announced_blocks += len(each.block_ids) if whole else 0
+            self._announcer.told(self._sequences[each.request_id], each, whole)
 
     def apply(self, plan: StepPlan, result: StepResult) -> StepOutput:
         """Account for the earliest plan in flight. Returns everything that changed since the last output."""
@@ -284,10 +271,8 @@ class Scheduler:
             if sequence.phase is not Phase.ENDED:
                 sampled = result.sampled[sequence.id] if planned.sample is not None else []
                 self._apply(sequence, planned, sampled)
-        if self._save_ahead:
-            for name, block, tenant in self.tables.cache.newly_at_risk(self._save_ahead):
-                self._report([(name, block)], tenant)
-            self.counters["kv_saves_too_late"] = self.tables.cache.num_evicted_unsaid
+        self._events.named.extend(self._saver.at_risk())
+        self.counters["kv_saves_too_late"] = self._saver.num_too_late
         return self.take_events()
 
     def take_events(self) -> StepOutput:
@@ -297,19 +282,23 @@ class Scheduler:
 
     def has_work(self) -> bool:
         """Whether a step would compute or report something. False while only others can make it go on."""
-        reportable = self._events.tokens or self._events.ended or self._events.named
-        return bool(self._running or self._in_flight or reportable or (self._waiting and not self._stuck))
+        reportable = self._events.tokens or self._events.ended or self._events.named or self.tables.cache.changes
+        return bool(self._running or self._in_flight or reportable or (self._queue and not self._stuck))
 
     # -- Watching ------------------------------------------------------------------------------------------------
 
     def load(self) -> EngineLoad:
-        to_compute = [sequence for sequence in (*self._waiting, *self._running) if not sequence.awaits_kv]
+        to_compute = [sequence for sequence in (*self._queue, *self._running) if not sequence.awaits_kv]
         return EngineLoad(
             blocks=self._allocator.counts(),
-            running=len(self._running) + self._num_receiving,
-            waiting=len(self._waiting),
+            running=len(self._running) + len(self._receiving),
+            waiting=len(self._queue),
             waiting_prefill_tokens=sum(s.num_uncomputed for s in to_compute if s.num_uncomputed > 1),
         )
+
+    def is_running(self) -> bool:
+        """Whether a request will be in the next step, if nothing happens before."""
+        return bool(self._running)
 
     def is_empty(self) -> bool:
         return not self._sequences
@@ -333,20 +322,39 @@ class Scheduler:
         outside = (Owner(OwnerKind.LEASE, request_id), *quarantines)
         return request_id in self._sequences or any(self._allocator.owns_any(owner) for owner in outside)
 
+    def _make_way(self) -> None:
+        """Preempt for the next in line those who yield to it, where that is what it takes for it to start."""
+        self._must_land = False
+        if not self._queue.somebody_yields():
+            return
+        holdings = self._holdings()
+        head = next((each for each in self._queue.heads() if not self._is_kept_back(each, holdings)), None)
+        if head is None or self._can_start(head):
+            return
+        victims = self._queue.yielding(self._running, head, holdings)
+        if sum(len(each.block_ids) for each in victims) < self.tables.shortfall(head):
+            return
+        self._must_land = any(victim.in_flight for victim in victims)
+        while victims and not self._must_land and not self._can_start(head):
+            self._preempt(victims.pop())
+
     def _plan_singles(self, step: Step) -> None:
         """Schedule every running request that needs one token, preempting others, or itself, for blocks."""
-        for sequence in list(self._running):
+        is_scarce = self._allocator.num_available < len(self._running)
+        order = self._queue.by_claim(self._running) if is_scarce else list(self._running)
+        for sequence in order:
             if sequence.phase is not Phase.RUNNING or sequence.num_uncomputed != 1:
                 continue
             while not self.tables.make_writable(sequence, step.blocks):
-                # Never one already in this plan: those all arrived before `sequence`, the victim did not.
-                victim = next(s for s in reversed(self._running) if not s.gives)
-                assert victim.arrival >= sequence.arrival, "a GIVE request has had all its blocks since its start"
+                # Never one already in this plan: those all come before `sequence`, the victim does not.
+                victim = next(each for each in reversed(order) if each.phase is Phase.RUNNING and not each.gives)
+                assert not sequence.gives, "a GIVE request has had all its blocks since its start"
                 self._preempt(victim)
                 if victim is sequence:
                     break
             else:
                 step.schedule(sequence)
+        self._queue.serve_singles(step.singles)
 
     def _plan_drafts(self, step: Step, drafts: Mapping[str, Many[int]]) -> None:
         """Let singles verify guesses, oldest first. Blocks taken for them stay with the sequence, which grows."""
@@ -361,84 +369,100 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         assert not sequence.in_flight, "see can_look_ahead"
         self._running.remove(sequence)
-        self._report(self.tables.final_blocks(sequence), sequence.request.tenant)
+        self._events.named.extend(self._saver.named(self.tables.final_blocks(sequence), sequence.request.tenant))
         self.tables.release(sequence)
         sequence.phase = Phase.WAITING
-        insort(self._waiting, sequence, key=_arrival)
+        self._queue.wait(sequence)
         self.counters["preemptions"] += 1
+
+    def _has_place(self) -> bool:
+        return len(self._running) + len(self._receiving) < self._limits.max_running
 
     def _can_admit(self) -> bool:
         """Whether somebody waits for nothing but blocks and room in the batch."""
-        return bool(self._waiting) and len(self._running) + self._num_receiving < self._limits.max_running
+        return bool(self._queue) and self._has_place()
 
-    def _admit(self, step: Step) -> None:
-        """Start requests from the head of the line, in order: one that does not fit lets nobody pass."""
-        while self._can_admit():
-            sequence = self._waiting[0]
-            from_peer = sequence.awaits_kv
-            outside = self._worth_waiting_for(sequence)
-            sequence.awaits_kv = from_peer or bool(outside.stored or outside.elsewhere)
-            if not sequence.awaits_kv and not step.prompt_budget:
-                return
-            if not self.tables.admit(sequence, step.blocks):
-                sequence.awaits_kv = from_peer
-                return
-            del self._waiting[0]
-            self._count("prompt_tokens_cached", 0, sequence.num_computed, sequence)
-            if not sequence.started:
-                sequence.started = True
-                self._events.started.append(Started(sequence.id, sequence.num_computed))
-            if sequence.awaits_kv:
-                sequence.phase = Phase.RECEIVING
-                self._num_receiving += 1
-                self._events.reserved.append(
-                    Reserved(
-                        sequence.id,
-                        tuple(sequence.block_ids),
-                        sequence.num_final_blocks,
-                        tuple(outside.stored),
-                        sequence.request.tenant,
-                        from_peer,
-                        tuple(outside.elsewhere),
-                        outside.compute_s,
-                    )
-                )
+    def _can_start(self, sequence: Sequence) -> bool:
+        return self._has_place() and self.tables.shortfall(sequence) <= 0
+
+    def _holdings(self) -> KvHoldings:
+        return self._queue.holdings((*self._running, *self._receiving.values()), self._allocator.num_blocks)
+
+    def _is_kept_back(self, sequence: Sequence, holdings: KvHoldings) -> bool:
+        """Whether its tenant's share of the blocks does not allow for it while others wait."""
+        needed = self.tables.num_blocks_for(sequence.num_positions_at_start)
+        return holdings.is_used_up(sequence.request.standing, needed)
+
+    def _plan_prompts(self, step: Step) -> None:
+        """Prompts go on and requests start. More than its share of the blocks a tenant gets where nobody else waits."""
+        prompts = [each for each in self._running if each.num_uncomputed > 1]
+        if not prompts and self._queue.wants_nothing():
+            return
+        kept_back = self._take_turns(step, self._queue.turns(prompts), self._holdings())
+        if kept_back and len(self._queue) == sum(len(account.line) for account in kept_back):
+            self._take_turns(step, Turns(self._queue, kept_back), None)
+
+    def _take_turns(self, step: Step, turns: Turns, holdings: KvHoldings | None) -> list[Account]:
+        """Until the batch is full or one that waits does not fit. Returns whom `holdings` kept from starting one."""
+        kept_back, may_start = [], self._can_admit()
+        while (may_start or step.prompt_budget) and (account := turns.account()) is not None:
+            prompt = account.prompt()
+            if prompt is not None and step.prompt_budget:
+                turns.serve(prompt, step.schedule(prompt))
+            elif not may_start or not account.line:
+                turns.skip()
+            elif holdings is not None and self._is_kept_back(account.line[0], holdings):
+                kept_back.append(account)
+                turns.skip()
             else:
-                sequence.phase = Phase.RUNNING
-                insort(self._running, sequence, key=_arrival)
-                step.schedule(sequence)
-                if sequence.gives and sequence.request.placement is None:
-                    self._announce(sequence, last=False)
+                sequence = account.line[0]
+                outside = self.sources.worth_waiting_for(sequence)
+                from_peer, from_outside = sequence.awaits_kv, bool(outside.stored or outside.elsewhere)
+                if not (from_peer or from_outside or step.prompt_budget):
+                    turns.skip()  # others may have to wait for nothing but blocks
+                    continue
+                sequence.awaits_kv = from_peer or from_outside
+                if self.tables.admit(sequence, step.blocks):
+                    turns.serve(sequence, self._start(sequence, outside, from_peer, step))
+                    may_start = self._can_admit()
+                    if holdings is not None:
+                        holdings.add(sequence)
+                else:
+                    sequence.awaits_kv, may_start = from_peer, False
+        return kept_back
 
-    def _worth_waiting_for(self, sequence: Sequence) -> Outside:
-        """The blocks, after those in the pool, that come sooner than they are computed."""
-        elsewhere = None if sequence.started or sequence.awaits_kv else sequence.request.elsewhere
-        if sequence.request.placement is not None or (self._store is None and elsewhere is None):
-            return NOTHING
-        names = self.tables.names_behind_cached(sequence)
-        if not names or len(names) > self._allocator.num_available:  # no room: the store is not asked at every step
-            return NOTHING
-        num_stored = self._store.worth_loading(names, self.block_compute_s) if self._store is not None else 0
-        stored, rest = names[:num_stored], names[num_stored:]
-        if elsewhere is None:
-            return Outside(stored)
-        expected = elsewhere.num_tokens // self._limits.page_size - (len(sequence.names.names) - len(rest))
-        compute_s = expected * (self.block_compute_s or 0.0)
-        is_known = self.block_compute_s is not None
-        if expected <= 0 or (is_known and compute_s <= elsewhere.wait_s + expected * elsewhere.block_s):
-            return Outside(stored)
-        return Outside(stored, rest, compute_s)
+    def _start(self, sequence: Sequence, outside: Outside, from_peer: bool, step: Step) -> int:
+        """It has its blocks. Returns how many tokens of it the step computes."""
+        self._queue.leave(sequence)
+        self._count("prompt_tokens_cached", 0, sequence.num_computed, sequence)
+        if not sequence.started:
+            sequence.started = True
+            self._events.started.append(Started(sequence.id, sequence.num_computed))
+        if sequence.awaits_kv:
+            sequence.phase = Phase.RECEIVING
+            self._receiving[sequence.id] = sequence
+            self._events.reserved.append(
+                Reserved(
+                    sequence.id,
+                    tuple(sequence.block_ids),
+                    sequence.num_final_blocks,
+                    tuple(outside.stored),
+                    sequence.request.tenant,
+                    from_peer,
+                    tuple(outside.elsewhere),
+                    outside.compute_s,
+                )
+            )
+            return 0
+        self._run(sequence)
+        num_tokens = step.schedule(sequence)
+        if sequence.gives and sequence.request.placement is None:
+            self._events.computed.extend(self._announcer.computed(sequence, last=False))
+        return num_tokens
 
-    def _publish(self, sequence: Sequence) -> None:
-        published = self.tables.publish(sequence)
-        if not self._save_ahead:
-            self._report(published, sequence.request.tenant)
-
-    def _report(self, named: Iterable[tuple[bytes, int]], tenant: bytes) -> None:
-        """Tell the store of blocks that are to be saved."""
-        if self._store is not None:
-            generations = self._allocator.generations
-            self._events.named.extend(Named(name, block, int(generations[block]), tenant) for name, block in named)
+    def _run(self, sequence: Sequence) -> None:
+        sequence.phase = Phase.RUNNING
+        insort(self._running, sequence, key=_arrival)
 
     def _apply(self, sequence: Sequence, planned: PlannedSequence, sampled: list[Sampled]) -> None:
         reason, num_tokens = None, 0
@@ -452,11 +476,11 @@ class Scheduler:
         if planned.num_drafts:
             self.counters["draft_tokens"] += planned.num_drafts
             self.counters["draft_tokens_accepted"] += min(num_tokens, len(sampled) - 1)
-        self._publish(sequence)
+        self._events.named.extend(self._saver.publish(sequence))
         if reason is not None:
             self._end(sequence, reason)
         elif sequence.gives:
-            self._announce(sequence, last=bool(sampled))
+            self._events.computed.extend(self._announcer.computed(sequence, last=bool(sampled)))
             if sampled:
                 self._end(sequence, EndReason.HANDED_OVER)
 
@@ -465,30 +489,12 @@ class Scheduler:
         self._events.tokens.append(TokenOutput(sequence.id, index, token.token_id, token.logprobs))
         return sequence.append(token.token_id)
 
-    def _announce(self, sequence: Sequence, last: bool) -> None:
-        """Tell which further blocks of a GIVE request are final, the partial one only at the end."""
-        computed = self._final(sequence, sequence.num_computed, last)
-        if computed.block_ids or last:
-            self._events.computed.append(replace(computed, last=last))
-            sequence.num_announced_blocks += len(computed.block_ids)
-            sequence.is_exposed = True
-
-    def _final(self, sequence: Sequence, num_tokens: int, with_partial: bool) -> Computed:
-        """Those not announced yet of the blocks that the first `num_tokens` positions fill."""
-        first = sequence.num_announced_blocks
-        final = len(sequence.block_ids) if with_partial else num_tokens // self._limits.page_size
-        blocks = sequence.block_ids[first:final]
-        is_placed = sequence.request.placement is not None
-        generations = () if is_placed else tuple(self._allocator.generations[blocks].tolist())
-        covered = num_tokens if with_partial else final * self._limits.page_size
-        return Computed(sequence.id, first, tuple(blocks), generations, covered, last=False)
-
     def _end(self, sequence: Sequence, reason: EndReason) -> None:
         """The one place where a request ends: its blocks find their next owner, its client its reason."""
         if sequence.phase is Phase.WAITING:
-            self._waiting.remove(sequence)
+            self._queue.leave(sequence)
         elif sequence.phase is Phase.RECEIVING:
-            self._num_receiving -= 1
+            del self._receiving[sequence.id]
             self.tables.quarantine(sequence, sequence.id)
         else:
             self._running.remove(sequence)
@@ -498,18 +504,13 @@ class Scheduler:
             else:
                 self.tables.release(sequence)
         sequence.phase = Phase.ENDED
+        self._queue.forget(sequence)
         del self._sequences[sequence.id]
         self._events.ended.append(Ended(sequence.id, reason, len(sequence.output_token_ids)))
 
     def _count(self, counter: str, start: int, end: int, sequence: Sequence) -> None:
         """Add the positions from `start` to `end` that belong to the prompt."""
         self.counters[counter] += max(0, min(end, sequence.request.num_prompt_tokens) - start)
-
-
-def _most_taken(limits: SchedulerLimits, num_blocks: int) -> int:
-    """Blocks that a step may take at once: for the longest prompt, a batch and a token of everybody; at most half."""
-    num_tokens = limits.max_model_tokens + limits.max_batch_tokens
-    return min(num_tokens // limits.page_size + limits.max_running, num_blocks // 2)
 
 
 def _arrival(sequence: Sequence) -> int:

@@ -21,8 +21,8 @@ class Step:
         self._chunks: list[tuple[Sequence, int]] = []
         self._drafts: dict[str, list[int]] = {}
 
-    def schedule(self, sequence: Sequence) -> None:
-        """As many of its tokens as there is room for, which is at least one."""
+    def schedule(self, sequence: Sequence) -> int:
+        """As many of its tokens as there is room for, which is at least one. Returns how many."""
         num_tokens = min(sequence.num_uncomputed, self.prompt_budget)
         if num_tokens == 1:
             self.singles.append(sequence)
@@ -30,6 +30,7 @@ class Step:
             self._chunks.append((sequence, num_tokens))
         self.budget -= num_tokens
         self.prompt_budget -= num_tokens
+        return num_tokens
 
     def add_drafts(self, sequence: Sequence, drafts: list[int]) -> None:
         """Guesses that follow its single token."""

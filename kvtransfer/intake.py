@@ -26,6 +26,7 @@ import zmq.asyncio
 
 from baton.config import HandoverOptions
 from baton.errors import PeerError
+from baton.rates import Rate
 from baton.tls import Tls
 from baton.v1 import handover_pb2 as pb
 from kvtransfer.direct import Lending
@@ -83,7 +84,12 @@ class Intake:
         self._closing: set[asyncio.Task[None]] = set()
         self._lane_names: dict[str, str] = {}
         self._lent: set[Lending] = set()
+        self._pulled = Rate()
         self._stopped = False
+
+    def bytes_per_s(self) -> float:
+        """Of verified bytes, while blocks are pulled, as measured lately; 0: not yet."""
+        return self._pulled.per_s
 
     def lanes_in_use(self) -> dict[str, str]:
         """Worker id of each peer -> name of the lane that its blocks come by."""
@@ -147,12 +153,18 @@ class Intake:
         """Connect, if there is no connection yet: `take` may follow."""
         self._dial(peer)
 
-    def cancel(self, handover_id: str) -> None:
-        """`take` returns soon with failure CANCELLED. An unknown id is no error."""
-        self._expected.pop(handover_id, None)
-        taking = self._takings.get(handover_id)
-        if taking is not None:
-            taking.end(CANCELLED)
+    def cancel(self, handover_id: str) -> bool:
+        """`take` returns soon with failure CANCELLED. An unknown id is no error.
+
+        True: it was being taken, and nothing writes into its blocks any more, as of now.
+        """
+        peer, taking = self._expected.pop(handover_id, None), self._takings.get(handover_id)
+        if peer is not None:
+            self._decline(handover_id, peer)
+        if taking is None:
+            return False
+        taking.end(CANCELLED)
+        return taking.pull is None and not self._is_fenced(handover_id)
 
     async def stop(self) -> None:
         """End every hand-over and close every connection."""
@@ -179,6 +191,8 @@ class Intake:
             link = await self._connected(taking, peer)
             if link is not None:
                 fence = await self._relay(taking, link, heads)
+            elif not taking.names:
+                self._decline(taking.handover_id, peer)
         finally:
             timer.cancel()
             del self._takings[taking.handover_id]
@@ -217,6 +231,8 @@ class Intake:
             if theirs != heads:
                 taking.end(f"tp_rank does not fit: {_named(heads)} were to come from a peer that has {_named(theirs)}")
                 return None
+            if taking.failure is not None:  # while it was connected: nobody may write there any more
+                return None
             want = pb.Want(handover_id=handover_id, first_block=taking.num_verified, names=taking.names)
             taking.asked_at = time.monotonic()
             if link.lending is not None and not taking.names and not self._is_fenced(handover_id):
@@ -247,6 +263,18 @@ class Intake:
         want.placement.block_ids.extend(block_ids)
         want.placement.generations.extend(self._memory.generations[block_ids].tolist())
 
+    def _decline(self, handover_id: str, peer: PeerRef) -> None:
+        """Have the peer give back what it computed, or not begin: else its blocks would wait for the end of the lease.
+
+        Over a connection that is there or coming; without one there is only the lease."""
+
+        def release(attempt: "asyncio.Task[PeerLink]") -> None:
+            if not attempt.cancelled() and attempt.exception() is None and (link := attempt.result()) in self._users:
+                link.send(pb.HandoverMessage(release=pb.Release(handover_id=handover_id)))
+
+        if (attempt := self._links.get(peer)) is not None:
+            attempt.add_done_callback(release)
+
     def _is_fenced(self, handover_id: str) -> bool:
         return any(lending.is_fenced(handover_id) for lending in self._lent)
 
@@ -271,6 +299,8 @@ class Intake:
         if converter is not None:
             self._count("handover_blocks_converted", num_blocks)
         self._count("handover_seconds", outcome.seconds)
+        if outcome.failure is None:
+            self._pulled.add(num_bytes, outcome.seconds)
         self._count("handover_blocks_retried", outcome.num_retried)
         self._count("handover_checksum_failures", outcome.num_mismatched)
         if outcome.failure is not None and taking.failure is None:

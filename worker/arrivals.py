@@ -60,14 +60,16 @@ class Arrivals:
         self._tasks.add(task)
         task.add_done_callback(self._reap)
 
-    def abort(self, key: str) -> None:
-        """End the request in the engine; its blocks come back as soon as nothing writes them."""
-        self._steps.submit(lambda engine: engine.abort(key))
-        if key in self._cancelled:
-            self._cancelled[key].set()
+    def abort(self, key: str, untouched: bool = False) -> None:
+        """End the request in the engine; its blocks come back as soon as nothing writes them, which is now if they are
+        `untouched`: that takes no step more than the abort, whatever else is going on here."""
+        if (cancelled := self._cancelled.get(key)) is not None:
+            cancelled.set()
+        if cancelled is None or untouched:
+            # Without a task, a reservation may be on its way from the engine; nothing has begun to write, or ever will.
+            self._steps.submit(lambda engine: (engine.abort(key), engine.resolve(key)))
         else:
-            # A reservation may be on its way from the engine; nothing has begun to write, so nothing ever will.
-            self._steps.submit(lambda engine: engine.resolve(key))
+            self._steps.submit(lambda engine: engine.abort(key))
 
     async def _fill(self, key: str, reserved: Reserved, num_tokens: int, fetch: Fetch | None) -> None:
         cancelled = self._cancelled[key]

@@ -20,11 +20,12 @@ from baton.pulse import Pulse
 from baton.tls import Tls
 from baton.v1 import worker_link_pb2 as wire
 from baton.v1.worker_link_pb2_grpc import WorkerLinkStub
-from worker.roles import Link
+from worker.roles import KvLink, Link
 
 log = logging.getLogger(__name__)
 MAX_OUTGOING = 8192
 MAX_MESSAGE_BYTES = 64 << 20
+BUNDLE_BYTES = 64 << 10
 WELCOME_TIMEOUT_S = 10.0
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 1.0
 
@@ -70,6 +71,10 @@ class LinkHandler(ABC):
         """Its coordinator has welcomed this worker."""
 
     @abstractmethod
+    def on_kv_wanted(self, link: KvLink) -> None:
+        """Its coordinator wants to know what the caches hold, from now on: at its welcome, or once more."""
+
+    @abstractmethod
     def on_lost(self, link: Link) -> None: ...
 
 
@@ -87,7 +92,8 @@ class CoordinatorLink:
         tls: Tls | None = None,
     ) -> None:
         self._address = address
-        self._registration = registration
+        self._registration = wire.Registration(bundles=True)
+        self._registration.MergeFrom(registration)
         self._handler = handler
         self._heartbeat = heartbeat
         self._tls = tls
@@ -95,16 +101,27 @@ class CoordinatorLink:
         self._overflow = asyncio.Event()
         self._told = ""
         self._heard = 0.0
+        self._bundles = False
         self.connected = asyncio.Event()
         self.wanted = True
         """Dialled again when it breaks. A link that works is kept whether it is wanted or not."""
         self.coordinator = 0
         """Incarnation of who answered last; 0: nobody yet."""
+        self.kv_sequence = 0
+
+    @property
+    def backlog(self) -> int:
+        """Messages that wait to be written."""
+        return self._outgoing.qsize() if self._outgoing is not None else 0
 
     def send(self, message: wire.WorkerMessage) -> None:
         """Queue a message; without a link it is dropped, as its stream has failed over already."""
         if self._outgoing is None:
             return
+        if message.HasField("heartbeat"):  # which several links may send, each with a number of its own
+            heartbeat = wire.WorkerHeartbeat(kv_sequence=self.kv_sequence)
+            heartbeat.MergeFrom(message.heartbeat)
+            message = wire.WorkerMessage(heartbeat=heartbeat)
         try:
             self._outgoing.put_nowait(message)
         except asyncio.QueueFull:
@@ -166,6 +183,8 @@ class CoordinatorLink:
         """One connection from dialling to its end."""
         self._outgoing = asyncio.Queue(MAX_OUTGOING)
         self._overflow.clear()
+        self.kv_sequence = 0
+        self._bundles = False
         options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
         try:
             async with channel(self._address, self._tls, options) as opened:
@@ -176,19 +195,31 @@ class CoordinatorLink:
                 if not isinstance(welcome, wire.CoordinatorMessage):  # the end of the stream
                     raise ConnectionError("the coordinator hung up before its welcome")
                 self.coordinator = welcome.welcome.coordinator_incarnation
+                self._bundles = welcome.welcome.bundles
                 self.connected.set()
                 self._told = ""
                 self._handler.on_linked(self)
+                if welcome.welcome.kv_events:
+                    self._handler.on_kv_wanted(self)
                 on_connected()
                 log.info("registered with the coordinator at %s", self._address)
                 await self._serve(call, welcome.welcome)
         finally:
             self._outgoing = None
 
-    @staticmethod
-    async def _messages(queue: "asyncio.Queue[wire.WorkerMessage | None]") -> AsyncIterator[wire.WorkerMessage]:
-        while (message := await queue.get()) is not None:
-            yield message
+    async def _messages(self, queue: "asyncio.Queue[wire.WorkerMessage | None]") -> AsyncIterator[wire.WorkerMessage]:
+        """What was said at once, as after a step, goes as one: a message on the way costs more than what is in it."""
+        ended = False
+        while not ended and (message := await queue.get()) is not None:
+            said, size = [message], message.ByteSize()
+            while self._bundles and not (ended or queue.empty()) and size < BUNDLE_BYTES:
+                following = queue.get_nowait()
+                if following is None:
+                    ended = True
+                else:
+                    said.append(following)
+                    size += following.ByteSize()
+            yield message if len(said) == 1 else wire.WorkerMessage(bundle=said)
 
     async def _serve(self, call: "grpc.aio.StreamStreamCall[wire.WorkerMessage, wire.CoordinatorMessage]",
                      welcome: wire.Welcome) -> None:  # fmt: skip
@@ -208,7 +239,8 @@ class CoordinatorLink:
     async def _read(self, call: "grpc.aio.StreamStreamCall[wire.WorkerMessage, wire.CoordinatorMessage]") -> None:
         while isinstance(message := await call.read(), wire.CoordinatorMessage):
             self._heard = time.monotonic()
-            self._dispatch(message)
+            for each in message.bundle or (message,):
+                self._dispatch(each)
         raise ConnectionError("the coordinator closed the stream")
 
     async def _overflown(self) -> None:
@@ -235,6 +267,8 @@ class CoordinatorLink:
                 self._handler.on_reserve(self, message.reserve.token)
             case "unreserve":
                 self._handler.on_unreserve(self, message.unreserve.token)
+            case "send_kv_snapshot":
+                self._handler.on_kv_wanted(self)
             case "drain":
                 self._handler.on_drain()
             case _:

@@ -65,18 +65,21 @@ class Orphans:
             elif not kept.claimed:
                 self._drop(kept)
 
-    def claim(self, request_id: str, link: Link, attempts: Iterable[Attempt]) -> None:
-        """A client has come to `link`'s coordinator with a request that another one may have. `attempts`: all here."""
+    def claim(self, request_id: str, link: Link, attempts: Iterable[Attempt], tenant: str = "") -> None:
+        """A client of `tenant` has come to `link`'s coordinator with a request that another one may have. `attempts`:
+        all here."""
         for attempt in attempts:
             theirs = attempt.link is not link and not attempt.orphaned
-            if theirs and self.keep_s and _is_of(attempt, request_id):
+            if theirs and self.keep_s and _is_of(attempt, request_id, tenant):
                 ending = wire.Ending(id=attempt.id, reason=wire.END_REASON_TAKEN, num_tokens=attempt.num_tokens)
                 attempt.link.send(wire.WorkerMessage(ending=ending))
                 attempt.orphaned = True
                 self._counters["orphans"] += 1
                 self._keep(attempt, None)
         for kept in self._kept.values():
-            if _is_of(kept.attempt, request_id) and (kept.claimed or kept.attempt.coordinator != link.coordinator):
+            if _is_of(kept.attempt, request_id, tenant) and (
+                kept.claimed or kept.attempt.coordinator != link.coordinator
+            ):
                 kept.claimed, kept.attempt.link = True, link
                 link.send(_report(kept))
 
@@ -147,10 +150,11 @@ class Orphans:
             self._abort(kept.attempt)
 
 
-def _is_of(attempt: Attempt, request_id: str) -> bool:
-    """Whether it decodes a choice of this request."""
+def _is_of(attempt: Attempt, request_id: str, tenant: str) -> bool:
+    """Whether it decodes a choice of this request of this tenant."""
+    assignment = attempt.assignment
     of, _, choice = attempt.id.request_id.rpartition("-")
-    return attempt.assignment.role == wire.ROLE_DECODE and of == request_id and choice.isdigit()
+    return assignment.role == wire.ROLE_DECODE and of == request_id and choice.isdigit() and assignment.tenant == tenant
 
 
 def _report(kept: _Kept) -> wire.WorkerMessage:

@@ -19,6 +19,7 @@ from engine.requests import (
     Placement,
     Reserved,
     SamplingParams,
+    Standing,
     TokenLogprobs,
     TokenOutput,
 )
@@ -33,6 +34,17 @@ class Link(Protocol):
         """Its incarnation; 0: nobody has answered yet."""
 
     def send(self, message: wire.WorkerMessage) -> None: ...
+
+
+class KvLink(Link, Protocol):
+    """One on which caches can be told of."""
+
+    kv_sequence: int
+    """Number of the last KvEvents on it, sent or left out."""
+
+    @property
+    def backlog(self) -> int:
+        """Messages that wait to be written."""
 
 
 @dataclass(slots=True)
@@ -129,7 +141,8 @@ def engine_request(
         cache_root=root_name(model_fingerprint, assignment.adapter, assignment.cache_salt),
         handover=handover,
         placement=placement,
-        tenant=tenant_name(assignment.cache_salt),
+        tenant=tenant_name(assignment.tenant or assignment.cache_salt),
+        standing=Standing(assignment.tenant, assignment.weight or 1.0, assignment.priority, assignment.kv_share),
     )
 
 

@@ -29,12 +29,13 @@ from kvtransfer.prefix_fetch import Holder, PrefixFetcher
 from kvtransfer.tiers.store import BlockStore, Unsaved
 from kvtransfer.wire import PeerRef, spawn
 from worker.arrivals import Arrivals, Arrived, Fetch
+from worker.kv_events import KvReporter
 from worker.link import LinkHandler
 from worker.orphans import Orphans
 from worker.pins import Pins
 from worker.prefix_server import PrefixServer
 from worker.reservation import Reservation
-from worker.roles import Attempt, Link, RoleHandler, step_logprob
+from worker.roles import Attempt, KvLink, Link, RoleHandler, step_logprob
 from worker.step_loop import Command, StepLoop
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class WorkerShell(LinkHandler):
         self.arrivals = Arrivals(self.steps, store, page_size, on_crash)
         self.draining = False
         self.lanes_in_use: Callable[[], dict[str, str]] = dict
+        self.handover_bytes_per_s: Callable[[], float] = float
         self.prefixes: PrefixFetcher | None = None
         """Gets beginnings of prompts from other workers."""
         self.lender: PrefixServer | None = None
@@ -106,6 +108,7 @@ class WorkerShell(LinkHandler):
         self._attempts: dict[str, Attempt] = {}
         self.orphans = Orphans(lambda attempt: self._abort(attempt.key, wire.END_REASON_ABORTED), self.counters)
         self._reservation = Reservation()
+        self._kv = KvReporter(self.steps, store, self.counters)
         self._changed = asyncio.Event()
 
     def carry(self, role: RoleHandler) -> None:
@@ -177,7 +180,7 @@ class WorkerShell(LinkHandler):
         self.orphans.adopt(adopt.id, key, adopt.handle, link.coordinator)
 
     def on_claim(self, link: Link, claim: wire.Claim) -> None:
-        self.orphans.claim(claim.request_id, link, list(self._attempts.values()))
+        self.orphans.claim(claim.request_id, link, list(self._attempts.values()), claim.tenant)
 
     def on_cached_tokens(self, cached: wire.CachedTokens) -> None:
         if attempt := self._attempts.get(attempt_key(cached.id)):
@@ -185,6 +188,9 @@ class WorkerShell(LinkHandler):
 
     def on_linked(self, link: Link) -> None:
         self.orphans.linked(link.coordinator, link.send)
+
+    def on_kv_wanted(self, link: KvLink) -> None:
+        self._kv.wanted(link)
 
     def on_lost(self, link: Link) -> None:
         lost = [each for each in self._attempts.values() if each.link is link and not each.orphaned]
@@ -194,9 +200,10 @@ class WorkerShell(LinkHandler):
         if link in self._pins:
             self._pins.pop(link).unpin_all()
         self._reservation.lost(link)
+        self._kv.lost(link)
 
     def heartbeat(self) -> wire.WorkerHeartbeat:
-        load, counters = self.steps.load, self.steps.counters
+        load, counters, rates = self.steps.load, self.steps.counters, self.steps.rates
         if self._store is not None:
             counters.update(self._store.counters)
         for name, value in self.counters.items():
@@ -216,6 +223,9 @@ class WorkerShell(LinkHandler):
             reservation=reservation.token,
             reservation_cleared=reservation.cleared,
             reservation_wanted=reservation.wanted,
+            prefill_tokens_per_s=rates.prompt_tokens_per_s,
+            step_s=rates.token_s,
+            handover_bytes_per_s=self.handover_bytes_per_s(),
         )  # fmt: skip
 
     def _beat(self) -> None:
@@ -372,6 +382,8 @@ class WorkerShell(LinkHandler):
         for reserved in output.reserved:
             if attempt := self._attempts.get(reserved.request_id):
                 attempt.role.on_reserved(attempt, reserved)
+        if output.cached is not None:
+            self._kv.on_cached(output.cached)
         if output.named and self._store is not None:
             self._store.save([Unsaved(each.name, each.block_id, each.generation, each.tenant) for each in output.named])
         for computed in output.computed:

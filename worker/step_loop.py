@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from baton.errors import BatonError
 from engine.engine import Engine
-from engine.requests import EngineLoad, StepOutput
+from engine.requests import EngineLoad, EngineRates, StepOutput
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -87,6 +87,10 @@ class StepLoop:
     @property
     def counters(self) -> dict[str, float]:
         return dict(self._engine.counters)
+
+    @property
+    def rates(self) -> EngineRates:
+        return self._engine.rates()
 
     def stop(self, timeout_s: float = 10.0) -> None:
         with self._wake:

@@ -58,6 +58,9 @@ class GenerateRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     RESUME_S_FIELD_NUMBER: _builtins.int
     POSITIONS_FIELD_NUMBER: _builtins.int
+    SERVICE_CLASS_FIELD_NUMBER: _builtins.int
+    MAX_TTFT_S_FIELD_NUMBER: _builtins.int
+    DEADLINE_S_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model as ListModels gives it. Empty: the only model served."""
     text: _builtins.str
@@ -74,6 +77,15 @@ class GenerateRequest(_message.Message):
     """
     resume_s: _builtins.float
     """How long the request is kept when the call breaks off while the coordinator lives; 0: not at all."""
+    service_class: _builtins.str
+    """How soon the answer is needed. What is predicted to come later is refused: RESOURCE_EXHAUSTED, with
+    grpc-retry-pushback-ms in the trailing metadata.
+    one of the coordinator's; empty: its first
+    """
+    max_ttft_s: _builtins.float
+    """seconds to the first token, without which the client wants nothing"""
+    deadline_s: _builtins.float
+    """seconds to the whole answer; absent: those of the call, unless it can be resumed"""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds: ...
     @_builtins.property
@@ -107,17 +119,28 @@ class GenerateRequest(_message.Message):
         request_id: _builtins.str = ...,
         resume_s: _builtins.float = ...,
         positions: _abc.Iterable[Global___ChoicePosition] | None = ...,
+        service_class: _builtins.str = ...,
+        max_ttft_s: _builtins.float | None = ...,
+        deadline_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "cache_salt", b"cache_salt", "chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_deadline_s", b"_deadline_s", "_max_ttft_s", b"_max_ttft_s", "cache_salt", b"cache_salt", "chat", b"chat", "deadline_s", b"deadline_s", "max_ttft_s", b"max_ttft_s", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "cache_salt", b"cache_salt", "chat", b"chat", "keep_special_tokens", b"keep_special_tokens", "model", b"model", "n", b"n", "positions", b"positions", "prompt", b"prompt", "request_id", b"request_id", "resume_s", b"resume_s", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_deadline_s", b"_deadline_s", "_max_ttft_s", b"_max_ttft_s", "cache_salt", b"cache_salt", "chat", b"chat", "deadline_s", b"deadline_s", "keep_special_tokens", b"keep_special_tokens", "max_ttft_s", b"max_ttft_s", "model", b"model", "n", b"n", "positions", b"positions", "prompt", b"prompt", "request_id", b"request_id", "resume_s", b"resume_s", "sampling", b"sampling", "service_class", b"service_class", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cache_salt: _TypeAlias = _typing.Literal["cache_salt"]  # noqa: Y015
     _WhichOneofArgType__cache_salt: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt"]  # noqa: Y015
+    _WhichOneofReturnType__deadline_s: _TypeAlias = _typing.Literal["deadline_s"]  # noqa: Y015
+    _WhichOneofArgType__deadline_s: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s"]  # noqa: Y015
+    _WhichOneofReturnType__max_ttft_s: _TypeAlias = _typing.Literal["max_ttft_s"]  # noqa: Y015
+    _WhichOneofArgType__max_ttft_s: _TypeAlias = _typing.Literal["_max_ttft_s", b"_max_ttft_s"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_salt) -> _WhichOneofReturnType__cache_salt | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_s) -> _WhichOneofReturnType__deadline_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_ttft_s) -> _WhichOneofReturnType__max_ttft_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 

@@ -27,7 +27,8 @@ if _version_not_supported:
 
 class InferenceStub:
     """Generates tokens. Errors: INVALID_ARGUMENT (the request cannot be served as written; the message says what to
-    change), NOT_FOUND (unknown model), UNAVAILABLE (no worker can serve now), DEADLINE_EXCEEDED, CANCELLED.
+    change), NOT_FOUND (unknown model), RESOURCE_EXHAUSTED (overload; try again later), UNAVAILABLE (no worker can serve
+    now), DEADLINE_EXCEEDED, CANCELLED.
     """
 
     def __init__(self, channel):
@@ -85,7 +86,8 @@ class InferenceStub:
 
 class InferenceServicer:
     """Generates tokens. Errors: INVALID_ARGUMENT (the request cannot be served as written; the message says what to
-    change), NOT_FOUND (unknown model), UNAVAILABLE (no worker can serve now), DEADLINE_EXCEEDED, CANCELLED.
+    change), NOT_FOUND (unknown model), RESOURCE_EXHAUSTED (overload; try again later), UNAVAILABLE (no worker can serve
+    now), DEADLINE_EXCEEDED, CANCELLED.
     """
 
     def Generate(self, request, context):
@@ -207,7 +209,8 @@ def add_InferenceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Inference:
     """Generates tokens. Errors: INVALID_ARGUMENT (the request cannot be served as written; the message says what to
-    change), NOT_FOUND (unknown model), UNAVAILABLE (no worker can serve now), DEADLINE_EXCEEDED, CANCELLED.
+    change), NOT_FOUND (unknown model), RESOURCE_EXHAUSTED (overload; try again later), UNAVAILABLE (no worker can serve
+    now), DEADLINE_EXCEEDED, CANCELLED.
     """
 
     @staticmethod

@@ -28,7 +28,8 @@ GRPC_VERSION: str
 
 class InferenceStub:
     """Generates tokens. Errors: INVALID_ARGUMENT (the request cannot be served as written; the message says what to
-    change), NOT_FOUND (unknown model), UNAVAILABLE (no worker can serve now), DEADLINE_EXCEEDED, CANCELLED.
+    change), NOT_FOUND (unknown model), RESOURCE_EXHAUSTED (overload; try again later), UNAVAILABLE (no worker can serve
+    now), DEADLINE_EXCEEDED, CANCELLED.
     """
 
     @_typing.overload
@@ -56,7 +57,8 @@ class InferenceStub:
 @_typing.type_check_only
 class InferenceAsyncStub(InferenceStub):
     """Generates tokens. Errors: INVALID_ARGUMENT (the request cannot be served as written; the message says what to
-    change), NOT_FOUND (unknown model), UNAVAILABLE (no worker can serve now), DEADLINE_EXCEEDED, CANCELLED.
+    change), NOT_FOUND (unknown model), RESOURCE_EXHAUSTED (overload; try again later), UNAVAILABLE (no worker can serve
+    now), DEADLINE_EXCEEDED, CANCELLED.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -80,7 +82,8 @@ class InferenceAsyncStub(InferenceStub):
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
     """Generates tokens. Errors: INVALID_ARGUMENT (the request cannot be served as written; the message says what to
-    change), NOT_FOUND (unknown model), UNAVAILABLE (no worker can serve now), DEADLINE_EXCEEDED, CANCELLED.
+    change), NOT_FOUND (unknown model), RESOURCE_EXHAUSTED (overload; try again later), UNAVAILABLE (no worker can serve
+    now), DEADLINE_EXCEEDED, CANCELLED.
     """
 
     @_abc_1.abstractmethod

@@ -55,6 +55,27 @@ ROLE_PREFILL: Role.ValueType  # 1
 ROLE_DECODE: Role.ValueType  # 2
 Global___Role: _TypeAlias = Role  # noqa: Y015
 
+class _KvTier:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _KvTierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KvTier.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    KV_TIER_UNSPECIFIED: _KvTier.ValueType  # 0
+    KV_TIER_POOL: _KvTier.ValueType  # 1
+    """the prefix cache"""
+    KV_TIER_HOST: _KvTier.ValueType  # 2
+    KV_TIER_DISK: _KvTier.ValueType  # 3
+
+class KvTier(_KvTier, metaclass=_KvTierEnumTypeWrapper): ...
+
+KV_TIER_UNSPECIFIED: KvTier.ValueType  # 0
+KV_TIER_POOL: KvTier.ValueType  # 1
+"""the prefix cache"""
+KV_TIER_HOST: KvTier.ValueType  # 2
+KV_TIER_DISK: KvTier.ValueType  # 3
+Global___KvTier: _TypeAlias = KvTier  # noqa: Y015
+
 class _EndReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -97,6 +118,8 @@ class WorkerMessage(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     ENDING_FIELD_NUMBER: _builtins.int
     ORPHAN_FIELD_NUMBER: _builtins.int
+    KV_EVENTS_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def registration(self) -> Global___Registration: ...
     @_builtins.property
@@ -111,6 +134,12 @@ class WorkerMessage(_message.Message):
     def ending(self) -> Global___Ending: ...
     @_builtins.property
     def orphan(self) -> Global___Orphan: ...
+    @_builtins.property
+    def kv_events(self) -> Global___KvEvents: ...
+    @_builtins.property
+    def bundle(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerMessage]:
+        """Instead of a message: several, in the order of their being said. Only to a coordinator whose Welcome takes them."""
+
     def __init__(
         self,
         *,
@@ -121,12 +150,14 @@ class WorkerMessage(_message.Message):
         tokens: Global___StepTokens | None = ...,
         ending: Global___Ending | None = ...,
         orphan: Global___Orphan | None = ...,
+        kv_events: Global___KvEvents | None = ...,
+        bundle: _abc.Iterable[Global___WorkerMessage] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "ending", b"ending", "heartbeat", b"heartbeat", "message", b"message", "orphan", b"orphan", "progress", b"progress", "registration", b"registration", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "ending", b"ending", "heartbeat", b"heartbeat", "kv_events", b"kv_events", "message", b"message", "orphan", b"orphan", "progress", b"progress", "registration", b"registration", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "ending", b"ending", "heartbeat", b"heartbeat", "message", b"message", "orphan", b"orphan", "progress", b"progress", "registration", b"registration", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "bundle", b"bundle", "ending", b"ending", "heartbeat", b"heartbeat", "kv_events", b"kv_events", "message", b"message", "orphan", b"orphan", "progress", b"progress", "registration", b"registration", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["registration", "heartbeat", "admission", "progress", "tokens", "ending", "orphan"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["registration", "heartbeat", "admission", "progress", "tokens", "ending", "orphan", "kv_events"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -148,6 +179,8 @@ class CoordinatorMessage(_message.Message):
     RESERVE_FIELD_NUMBER: _builtins.int
     UNRESERVE_FIELD_NUMBER: _builtins.int
     CLAIM_FIELD_NUMBER: _builtins.int
+    SEND_KV_SNAPSHOT_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -172,6 +205,12 @@ class CoordinatorMessage(_message.Message):
     def unreserve(self) -> Global___Unreserve: ...
     @_builtins.property
     def claim(self) -> Global___Claim: ...
+    @_builtins.property
+    def send_kv_snapshot(self) -> Global___SendKvSnapshot: ...
+    @_builtins.property
+    def bundle(self) -> _containers.RepeatedCompositeFieldContainer[Global___CoordinatorMessage]:
+        """As in WorkerMessage. Only to a worker whose Registration says that it reads them."""
+
     def __init__(
         self,
         *,
@@ -187,12 +226,14 @@ class CoordinatorMessage(_message.Message):
         reserve: Global___Reserve | None = ...,
         unreserve: Global___Unreserve | None = ...,
         claim: Global___Claim | None = ...,
+        send_kv_snapshot: Global___SendKvSnapshot | None = ...,
+        bundle: _abc.Iterable[Global___CoordinatorMessage] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "adopt", b"adopt", "assignment", b"assignment", "cached_tokens", b"cached_tokens", "claim", b"claim", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "pin", b"pin", "reserve", b"reserve", "unpin", b"unpin", "unreserve", b"unreserve", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "adopt", b"adopt", "assignment", b"assignment", "cached_tokens", b"cached_tokens", "claim", b"claim", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "pin", b"pin", "reserve", b"reserve", "send_kv_snapshot", b"send_kv_snapshot", "unpin", b"unpin", "unreserve", b"unreserve", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "adopt", b"adopt", "assignment", b"assignment", "cached_tokens", b"cached_tokens", "claim", b"claim", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "pin", b"pin", "reserve", b"reserve", "unpin", b"unpin", "unreserve", b"unreserve", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "adopt", b"adopt", "assignment", b"assignment", "bundle", b"bundle", "cached_tokens", b"cached_tokens", "claim", b"claim", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "pin", b"pin", "reserve", b"reserve", "send_kv_snapshot", b"send_kv_snapshot", "unpin", b"unpin", "unreserve", b"unreserve", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "heartbeat", "assignment", "abort", "drain", "pin", "unpin", "adopt", "cached_tokens", "reserve", "unreserve", "claim"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "heartbeat", "assignment", "abort", "drain", "pin", "unpin", "adopt", "cached_tokens", "reserve", "unreserve", "claim", "send_kv_snapshot"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -248,6 +289,7 @@ class Registration(_message.Message):
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _builtins.int
     SOFTWARE_VERSION_FIELD_NUMBER: _builtins.int
+    BUNDLES_FIELD_NUMBER: _builtins.int
     STARTED_UNIX_S_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     worker_id: _builtins.str
@@ -278,6 +320,8 @@ class Registration(_message.Message):
     """equal fingerprints turn the same text into the same tokens; empty: not known"""
     software_version: _builtins.str
     """baton.__version__, for people"""
+    bundles: _builtins.bool
+    """this worker reads CoordinatorMessage.bundle"""
     started_unix_s: _builtins.float
     """of the process; the oldest version serves where nobody says which one should"""
     @_builtins.property
@@ -314,11 +358,12 @@ class Registration(_message.Message):
         model_version: _builtins.str = ...,
         tokenizer_fingerprint: _builtins.str = ...,
         software_version: _builtins.str = ...,
+        bundles: _builtins.bool = ...,
         started_unix_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "converts_kv_dtype", b"converts_kv_dtype", "handover_address", b"handover_address", "host", b"host", "incarnation", b"incarnation", "lanes", b"lanes", "max_model_tokens", b"max_model_tokens", "model", b"model", "model_fingerprint", b"model_fingerprint", "model_version", b"model_version", "page_size_tokens", b"page_size_tokens", "pid", b"pid", "pinnable_blocks", b"pinnable_blocks", "protocol_version", b"protocol_version", "roles", b"roles", "software_version", b"software_version", "standby_roles", b"standby_roles", "started_unix_s", b"started_unix_s", "tokenizer_fingerprint", b"tokenizer_fingerprint", "total_blocks", b"total_blocks", "weights_fingerprint", b"weights_fingerprint", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "bundles", b"bundles", "converts_kv_dtype", b"converts_kv_dtype", "handover_address", b"handover_address", "host", b"host", "incarnation", b"incarnation", "lanes", b"lanes", "max_model_tokens", b"max_model_tokens", "model", b"model", "model_fingerprint", b"model_fingerprint", "model_version", b"model_version", "page_size_tokens", b"page_size_tokens", "pid", b"pid", "pinnable_blocks", b"pinnable_blocks", "protocol_version", b"protocol_version", "roles", b"roles", "software_version", b"software_version", "standby_roles", b"standby_roles", "started_unix_s", b"started_unix_s", "tokenizer_fingerprint", b"tokenizer_fingerprint", "total_blocks", b"total_blocks", "weights_fingerprint", b"weights_fingerprint", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -331,20 +376,28 @@ class Welcome(_message.Message):
     COORDINATOR_INCARNATION_FIELD_NUMBER: _builtins.int
     HEARTBEAT_INTERVAL_S_FIELD_NUMBER: _builtins.int
     HEARTBEAT_TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    BUNDLES_FIELD_NUMBER: _builtins.int
+    KV_EVENTS_FIELD_NUMBER: _builtins.int
     coordinator_incarnation: _builtins.int
     heartbeat_interval_s: _builtins.float
     heartbeat_timeout_s: _builtins.float
     """silence after which either side treats the other as dead"""
+    bundles: _builtins.bool
+    """this coordinator reads WorkerMessage.bundle"""
+    kv_events: _builtins.bool
+    """tell what the caches hold: a snapshot first, then every change"""
     def __init__(
         self,
         *,
         coordinator_incarnation: _builtins.int = ...,
         heartbeat_interval_s: _builtins.float = ...,
         heartbeat_timeout_s: _builtins.float = ...,
+        bundles: _builtins.bool = ...,
+        kv_events: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator_incarnation", b"coordinator_incarnation", "heartbeat_interval_s", b"heartbeat_interval_s", "heartbeat_timeout_s", b"heartbeat_timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundles", b"bundles", "coordinator_incarnation", b"coordinator_incarnation", "heartbeat_interval_s", b"heartbeat_interval_s", "heartbeat_timeout_s", b"heartbeat_timeout_s", "kv_events", b"kv_events"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -364,6 +417,88 @@ class CoordinatorHeartbeat(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CoordinatorHeartbeat: _TypeAlias = CoordinatorHeartbeat  # noqa: Y015
+
+@_typing.final
+class KvEvents(_message.Message):
+    """What a worker's caches hold, for coordinators to route by. Never a promise: a worker that is sent to looks itself. Where
+    a worker cannot keep up with telling, it leaves out whole messages, and the gap in their numbers is seen.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """of the message on this link, from 1 and without gaps"""
+    snapshot: _builtins.bool
+    """what was told before is void; further messages may complete the snapshot"""
+    age_s: _builtins.float
+    """of the oldest change, when the message was made"""
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvChange]:
+        """in the order of their happening"""
+
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        snapshot: _builtins.bool = ...,
+        changes: _abc.Iterable[Global___KvChange] | None = ...,
+        age_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "changes", b"changes", "sequence", b"sequence", "snapshot", b"snapshot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvEvents: _TypeAlias = KvEvents  # noqa: Y015
+
+@_typing.final
+class KvChange(_message.Message):
+    """Names of blocks, of each the first eight bytes, one behind the other."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    tier: Global___KvTier.ValueType
+    stored: _builtins.bytes
+    removed: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        tier: Global___KvTier.ValueType = ...,
+        stored: _builtins.bytes = ...,
+        removed: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed", b"removed", "stored", b"stored", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvChange: _TypeAlias = KvChange  # noqa: Y015
+
+@_typing.final
+class SendKvSnapshot(_message.Message):
+    """A message was missing. The answer is a KvEvents with `snapshot`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SendKvSnapshot: _TypeAlias = SendKvSnapshot  # noqa: Y015
 
 @_typing.final
 class WorkerHeartbeat(_message.Message):
@@ -421,6 +556,10 @@ class WorkerHeartbeat(_message.Message):
     RESERVATION_FIELD_NUMBER: _builtins.int
     RESERVATION_CLEARED_FIELD_NUMBER: _builtins.int
     RESERVATION_WANTED_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    STEP_S_FIELD_NUMBER: _builtins.int
+    HANDOVER_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    KV_SEQUENCE_FIELD_NUMBER: _builtins.int
     running_requests: _builtins.int
     waiting_requests: _builtins.int
     waiting_prefill_tokens: _builtins.int
@@ -432,6 +571,16 @@ class WorkerHeartbeat(_message.Message):
     """nothing of other coordinators is here, nor will be while it is reserved"""
     reservation_wanted: _builtins.bool
     """others have nowhere else to go"""
+    prefill_tokens_per_s: _builtins.float
+    """What was measured lately, for predictions; 0: nothing yet.
+    while it computes prompts
+    """
+    step_s: _builtins.float
+    """from one token of a stream to the next"""
+    handover_bytes_per_s: _builtins.float
+    """of blocks that it takes from others"""
+    kv_sequence: _builtins.int
+    """of the last KvEvents on this link, sent or waiting to be"""
     @_builtins.property
     def blocks(self) -> Global___BlockCounts: ...
     @_builtins.property
@@ -455,10 +604,14 @@ class WorkerHeartbeat(_message.Message):
         reservation: _builtins.int = ...,
         reservation_cleared: _builtins.bool = ...,
         reservation_wanted: _builtins.bool = ...,
+        prefill_tokens_per_s: _builtins.float = ...,
+        step_s: _builtins.float = ...,
+        handover_bytes_per_s: _builtins.float = ...,
+        kv_sequence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "counters", b"counters", "draining", b"draining", "lanes_in_use", b"lanes_in_use", "reservation", b"reservation", "reservation_cleared", b"reservation_cleared", "reservation_wanted", b"reservation_wanted", "running_requests", b"running_requests", "waiting_prefill_tokens", b"waiting_prefill_tokens", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "counters", b"counters", "draining", b"draining", "handover_bytes_per_s", b"handover_bytes_per_s", "kv_sequence", b"kv_sequence", "lanes_in_use", b"lanes_in_use", "prefill_tokens_per_s", b"prefill_tokens_per_s", "reservation", b"reservation", "reservation_cleared", b"reservation_cleared", "reservation_wanted", b"reservation_wanted", "running_requests", b"running_requests", "step_s", b"step_s", "waiting_prefill_tokens", b"waiting_prefill_tokens", "waiting_requests", b"waiting_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -521,6 +674,10 @@ class Assignment(_message.Message):
     DECODE_FIELD_NUMBER: _builtins.int
     HOLDERS_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    KV_SHARE_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """names this attempt in StepTokens; unique on this link"""
     role: Global___Role.ValueType
@@ -533,6 +690,15 @@ class Assignment(_message.Message):
     """seconds from receipt after which the worker ends the attempt by itself"""
     ticket: _builtins.bytes
     """For ROLE_DECODE: what another coordinator needs to go on with the request. The worker gives it back in an Orphan."""
+    tenant: _builtins.str
+    """Of several tenants each gets its share of the steps, by weight, within each priority; the greatest priority first.
+    of no meaning but equality; empty: nobody in particular
+    """
+    weight: _builtins.float
+    """0 counts as 1"""
+    priority: _builtins.int
+    kv_share: _builtins.float
+    """of the worker's blocks, what its tenant's running requests may hold; 0: no bound"""
     @_builtins.property
     def id(self) -> Global___AttemptId: ...
     @_builtins.property
@@ -569,10 +735,14 @@ class Assignment(_message.Message):
         decode: Global___HandoverPeer | None = ...,
         holders: _abc.Iterable[Global___PrefixHolder] | None = ...,
         ticket: _builtins.bytes = ...,
+        tenant: _builtins.str = ...,
+        weight: _builtins.float = ...,
+        priority: _builtins.int = ...,
+        kv_share: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "id", b"id", "prefill", b"prefill", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "deadline_s", b"deadline_s", "decode", b"decode", "handle", b"handle", "holders", b"holders", "id", b"id", "num_prompt_tokens", b"num_prompt_tokens", "prefill", b"prefill", "role", b"role", "sampling", b"sampling", "ticket", b"ticket", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "deadline_s", b"deadline_s", "decode", b"decode", "handle", b"handle", "holders", b"holders", "id", b"id", "kv_share", b"kv_share", "num_prompt_tokens", b"num_prompt_tokens", "prefill", b"prefill", "priority", b"priority", "role", b"role", "sampling", b"sampling", "tenant", b"tenant", "ticket", b"ticket", "token_ids", b"token_ids", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -629,21 +799,26 @@ Global___Orphan: _TypeAlias = Orphan  # noqa: Y015
 class Claim(_message.Message):
     """A client of another coordinator has come with this request, because that one hangs or is cut off from it. Attempts at it
     become orphans, reported to whoever claims them; to their coordinator, which may live, they end as END_REASON_TAKEN.
+    Attempts of another tenant are not touched.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """of the client's request: attempts have that of a choice"""
+    tenant: _builtins.str
+    """as in its assignments"""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

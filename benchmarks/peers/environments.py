@@ -65,7 +65,20 @@ UCX = Recipe(
     installs=(("numpy", "libucx-cu12"), ("--no-deps", "nixl", "nixl-cu12")),
     wanted=frozenset({"numpy", "libucx-cu12", "nixl", "nixl-cu12"}),
 )
-RECIPES = (LLAMA_CPP, VLLM, UCX)
+DYNAMO = Recipe(
+    "Dynamo",
+    # By themselves: with them come packages that are only on an index of NVIDIA's, and nothing here needs those.
+    installs=(
+        ("--no-deps", "ai-dynamo==1.6.1", "ai-dynamo-runtime==1.6.1"),
+        (
+            "aiohttp>=3.14.3,<4", "certifi", "kubernetes>=32.0.1,<33", "msgspec", "prometheus-client<1", "pyzmq>=26",
+            "redis<9", "tqdm", "transformers>=4.56", "zstandard", "pydantic<=2.13.5", "uvloop",
+        ),
+    ),
+    wanted=frozenset({"ai-dynamo", "ai-dynamo-runtime", "kubernetes", "msgspec", "pyzmq", "transformers", "uvloop"}),
+)  # fmt: skip
+SMG = Recipe("smg", installs=(("smg==1.13.0",),), wanted=frozenset({"smg"}))
+RECIPES = (LLAMA_CPP, VLLM, UCX, DYNAMO, SMG)
 
 
 def default_root() -> Path:

@@ -15,7 +15,7 @@ Whatever goes wrong below a tier ends as a miss or a refusal with a counter, and
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from baton.block_names import NAME_BYTES
+from baton.name_changes import Changed, Held, NameChanges
 from kvtransfer.tiers.pins import PrefixPins
 from kvtransfer.tiers.tenants import NOBODY
 
@@ -161,3 +162,39 @@ class Tier(ABC):
         if len(view) != self.block_bytes:
             raise ValueError(f"a block of {len(view)} bytes in a tier of blocks of {self.block_bytes}")
         return view
+
+
+class OwnTier(Tier):
+    """One that a single worker has to itself: what is in it changes by what that worker does, and can be watched.
+
+    What it holds is what `holds` says while it is on. One that fails for a while is not told to have lost everything.
+    """
+
+    _lock: threading.Lock
+    _changes: NameChanges
+    """Of `_names`; both are touched with the lock held."""
+
+    def watch(self, on_first: Callable[[], None]) -> Held:
+        """What it holds. From then on its changes are kept for `take_changes`, until `unwatch`.
+
+        `on_first` is called in some thread, while others wait, when there comes to be something to take.
+        """
+        with self._lock:
+            self._drop_expired()
+            self._changes.watch(on_first)
+            return Held(list(self._names()), self._changes.take())
+
+    def take_changes(self) -> Changed | None:
+        with self._lock:
+            return self._changes.take()
+
+    def unwatch(self) -> None:
+        with self._lock:
+            self._changes.unwatch()
+
+    @abstractmethod
+    def _names(self) -> Iterable[bytes]: ...
+
+    @abstractmethod
+    def _drop_expired(self) -> None:
+        """Let go of what nobody used for too long. Called with the lock held."""

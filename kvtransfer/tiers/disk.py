@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from baton.errors import ConfigurationError
-from kvtransfer.tiers.base import Block, Counters, Tier, TierState, TierStatus
+from kvtransfer.tiers.base import Block, Counters, OwnTier, TierState, TierStatus
 from kvtransfer.tiers.breaker import RETRY_S, Breaker
 from kvtransfer.tiers.files import Files, aligned_buffers
 from kvtransfer.tiers.opening import (
@@ -87,7 +87,7 @@ class _Load:
         return self.is_loaded
 
 
-class DiskTier(Tier):
+class DiskTier(OwnTier):
     name = "disk"
 
     def __init__(
@@ -127,6 +127,7 @@ class DiskTier(Tier):
         self._lock = threading.Lock()  # of everything below; held for microseconds, never during I/O
         self._tenants = Tenants(num_segments * self._num_slots, tenant_share)
         self._book = SegmentBook(self._tenants)
+        self._changes = self._book.changes
         self._pinned: dict[bytes, list[Segment]] = {}
         self._pending: set[bytes] = set()
         self._reads, self._writes = Breaker(clock), Breaker(clock)
@@ -452,8 +453,10 @@ class DiskTier(Tier):
     def _is_off(self) -> bool:
         return bool(self._off_reason) or self._reads.is_open
 
+    def _names(self) -> Iterable[bytes]:
+        return self._book.records
+
     def _drop_expired(self) -> None:
-        """Called with the lock held."""
         now = self._wall_clock()
         num_expired = self._book.drop_expired(now - self._ttl_s, now, self.pins, self._pinned)
         if num_expired:

@@ -22,7 +22,7 @@ import xxhash
 
 from baton.errors import ConfigurationError
 from kvtransfer.tiers.admission import Admission
-from kvtransfer.tiers.base import Block, Counters, Tier, TierState, TierStatus
+from kvtransfer.tiers.base import Block, Counters, OwnTier, TierState, TierStatus
 from kvtransfer.tiers.pins import PINNED_SHARE
 from kvtransfer.tiers.retention import DEFAULT_POLICY, Retention
 from kvtransfer.tiers.tenants import NOBODY
@@ -36,7 +36,7 @@ class _Entry:
     """Its bytes failed their check; it goes when its last pin does."""
 
 
-class HostTier(Tier):
+class HostTier(OwnTier):
     """Bounded by `capacity_bytes`, all of it taken at the start. A prompt's blocks are best put tail first.
 
     One counter besides those of every tier: `not_admitted`, blocks that the admission filter kept out, which also count
@@ -70,6 +70,7 @@ class HostTier(Tier):
             num_slots, policy, ttl_s=ttl_s, pinned_share=pinned_share, tenant_share=tenant_share
         )
         self.pins = self._retention.pins
+        self._changes = self._retention.changes
         self._admission = Admission(num_slots) if admission else None
         self._clock = clock
         self._counters = Counters("host", ("not_admitted",))
@@ -174,6 +175,9 @@ class HostTier(Tier):
     def close(self, deadline: float) -> None:
         self._entries.clear()
         del self._slab
+
+    def _names(self) -> Iterable[bytes]:
+        return self._retention
 
     def _find(self, name: bytes) -> _Entry | None:
         entry = self._entries.get(name)

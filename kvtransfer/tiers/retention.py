@@ -14,10 +14,11 @@ than LFU; at 10 M it is up to 2.3 points above LRU and within a point of LFU; in
 import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Final
 
 from baton.errors import ConfigurationError
+from baton.name_changes import NameChanges
 from kvtransfer.tiers.pins import PINNED_SHARE, PrefixPins
 from kvtransfer.tiers.tenants import NOBODY, Tenants
 
@@ -222,6 +223,10 @@ class Retention:
         self._used_at: OrderedDict[bytes, float] = OrderedDict()
         """Of the same, oldest first."""
         self._entries: set[bytes] = set()
+        self.changes = NameChanges()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._entries)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -238,6 +243,7 @@ class Retention:
             if len(self) >= self.capacity:
                 raise ValueError("an entry more than the capacity; evict one first")
             self._entries.add(name)
+            self.changes.note(name, True)
             self._tenants.add(name, tenant)
             if name not in self.pins:
                 self._enter(name, now)
@@ -250,16 +256,14 @@ class Retention:
 
     def remove(self, name: bytes) -> None:
         """An entry goes for another reason than lack of room. Raises KeyError for a stranger."""
-        self._entries.remove(name)
-        self._tenants.remove(name)
+        self._leave(name)
         if name not in self.pins:
             self._order.remove(name)
             del self._used_at[name]
 
     def evict(self, name: bytes) -> None:
         """A victim goes; the policy may remember it."""
-        self._entries.remove(name)
-        self._tenants.remove(name)
+        self._leave(name)
         self._order.evict(name)
         del self._used_at[name]
 
@@ -307,6 +311,11 @@ class Retention:
         for name in reversed(names):
             if name in self._entries:
                 self._enter(name, now)
+
+    def _leave(self, name: bytes) -> None:
+        self._entries.remove(name)
+        self.changes.note(name, False)
+        self._tenants.remove(name)
 
     def _enter(self, name: bytes, now: float) -> None:
         self._order.insert(name)

@@ -20,6 +20,7 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from itertools import takewhile
 
+from baton.name_changes import NameChanges
 from kvtransfer.tiers.records import Claim
 from kvtransfer.tiers.tenants import NOBODY, Tenants
 
@@ -64,6 +65,7 @@ class SegmentBook:
         """What all segments together are charged for."""
         self.records: OrderedDict[bytes, Record] = OrderedDict()
         """Longest unused first."""
+        self.changes = NameChanges()
         self._tenants = tenants
         self._free: deque[tuple[Segment, int]] = deque()
         self._time = 0
@@ -118,6 +120,7 @@ class SegmentBook:
         if self.records.get(name) is not record:
             return False
         del self.records[name]
+        self.changes.note(name, False)
         self._tenants.remove(name)
         record.segment.names[record.slot] = None
         self._add_use(record.segment, -record.last_use)
@@ -202,6 +205,7 @@ class SegmentBook:
 
     def _enter(self, name: bytes, record: Record, tenant: bytes) -> None:
         self.records[name] = record
+        self.changes.note(name, True)
         self._tenants.add(name, tenant)
         record.segment.names[record.slot] = name
         self._add_use(record.segment, record.last_use)

@@ -14,15 +14,16 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from baton.name_changes import Changed, Held
 from kvtransfer.memory import PoolMemory
-from kvtransfer.tiers.base import Tier, TierState
+from kvtransfer.tiers.base import OwnTier, Tier, TierState
 from kvtransfer.tiers.tenants import NOBODY
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class BlockStore:
     def __init__(self, memory: PoolMemory, tiers: Sequence[Tier]) -> None:
         self._memory = memory
         self._tiers = tuple(tiers)
+        self._own = [tier for tier in tiers if isinstance(tier, OwnTier)]
         self._counters = {"kv_blocks_loaded": 0.0, "kv_loads_missed": 0.0, "kv_saves_dropped": 0.0}
         self._counters |= {"kv_pins": 0.0, "kv_pins_refused": 0.0}
         self._block_s = {tier.name: memory.block_bytes / ASSUMED_BYTES_PER_S for tier in tiers}
@@ -150,8 +152,25 @@ class BlockStore:
         for key in {key for tier in self._tiers for key in tier.pins.keys if key.startswith(prefix)}:
             self.unpin(key)
 
+    def watch(self, on_first: Callable[[], None]) -> dict[str, Held]:
+        """What each tier holds that is this worker's alone, by its name; `take_changes` tells what changes after that.
+
+        `on_first` is called in some thread, and must not wait, when there comes to be something to take.
+        """
+        return {tier.name: tier.watch(on_first) for tier in self._own}
+
+    def take_changes(self) -> dict[str, Changed]:
+        """Of the tiers with any, since this was last called; only while they are watched."""
+        taken = ((tier.name, tier.take_changes()) for tier in self._own)
+        return {name: changed for name, changed in taken if changed is not None}
+
+    def unwatch(self) -> None:
+        for tier in self._own:
+            tier.unwatch()
+
     def close(self, deadline: float) -> None:
         """Save what waits as far as the deadline allows, and close the tiers. No load is running."""
+        self.unwatch()
         with self._wake:
             self._stopping = True
             self._wake.notify()

@@ -152,6 +152,11 @@ ROWS = [
     chat("both maxima", "not both", "max_tokens", max_completion_tokens=3),
     chat("template variable reserved", "must not set", "chat_template_kwargs", chat_template_kwargs={"messages": []}),
     chat("chat too long", "context length", "messages", messages=[{"role": "user", "content": "word " * 9000}]),
+    # How soon
+    chat("class unknown", "must be one of standard", "service_class", service_class="gold"),
+    chat("class number", "got `int`", "service_class", service_class=1),
+    chat("max_ttft_s 0", "above 0", "max_ttft_s", max_ttft_s=0),
+    chat("deadline_s negative", "above 0", "deadline_s", deadline_s=-1),
     # Tokens
     Row("tokenize nothing", "/tokenize", {}, "either prompt or messages", param="prompt"),
     Row("tokenize both", "/tokenize", {"prompt": SECRET, "messages": [USER]}, "either prompt or messages"),
@@ -251,6 +256,9 @@ GRPC_ROWS = [
     ("min_tokens above max_tokens", text(min_tokens=5), "min_tokens must not", INVALID),
     ("logprobs 21", text(logprobs=21), "logprobs must be", INVALID),
     ("stop token outside", text(stop_token_ids=[4096]), "vocabulary", INVALID),
+    ("unknown class", api.GenerateRequest(text=SECRET, service_class="gold"), "must be one of standard", INVALID),
+    ("max_ttft_s 0", api.GenerateRequest(text=SECRET, max_ttft_s=0), "above 0", INVALID),
+    ("deadline_s NaN", api.GenerateRequest(text=SECRET, deadline_s=NAN), "above 0", INVALID),
 ]
 
 

@@ -12,6 +12,7 @@ from hashlib import blake2b
 
 import grpc
 
+from baton.block_names import block_name, root_name
 from baton.v1 import worker_link_pb2 as wire
 from baton.v1 import worker_link_pb2_grpc as rpc
 
@@ -106,6 +107,7 @@ class FakeWorker:
         self.assignments: list[wire.Assignment] = []
         self.aborts: list[wire.AttemptId] = []
         self.pins: dict[str, wire.Pin] = {}
+        self.snapshots_wanted = 0
         self.reservation = Reservation([self])
         self.welcome: wire.Welcome | None = None
         self.heard = asyncio.Condition()
@@ -147,6 +149,25 @@ class FakeWorker:
 
     async def send(self, **message: object) -> None:
         self._outbox.put_nowait(wire.WorkerMessage(**message))
+
+    async def hold(
+        self, tokens: Sequence[int], cache_salt: str = "", *, snapshot: bool | None = None, is_lost: bool = False
+    ) -> None:
+        """Say that the prefix cache holds these tokens; the first time in a snapshot. `is_lost`: nobody hears it."""
+        name, size = root_name(self.registration.model_fingerprint, cache_salt=cache_salt), 16
+        names = []
+        for end in range(size, len(tokens) + 1, size):
+            name = block_name(name, tokens[end - size : end])
+            names.append(name[:8])
+        self.heartbeat.kv_sequence += 1
+        sequence = self.heartbeat.kv_sequence
+        change = wire.KvChange(tier=wire.KV_TIER_POOL, stored=b"".join(names))
+        said = wire.KvEvents(
+            sequence=sequence, snapshot=sequence == 1 if snapshot is None else snapshot, changes=[change]
+        )
+        if not is_lost:
+            await self.send(kv_events=said)
+        await self.beat()
 
     async def _write(self) -> None:
         """One task writes: cancelling a task in the middle of a write would break the whole link."""
@@ -209,6 +230,8 @@ class FakeWorker:
                 self.pins[message.pin.id] = message.pin
             elif kind == "unpin":
                 del self.pins[message.unpin.id]
+            elif kind == "send_kv_snapshot":
+                self.snapshots_wanted += 1
             elif kind == "drain":
                 self.heartbeat.draining = True
                 await self.beat()

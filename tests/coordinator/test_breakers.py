@@ -1,10 +1,11 @@
 """Workers that keep failing get no work for a while, never nobody does, and retries are paced."""
 
 import pytest
+from routing_harness import Workers, decode
 
 from coordinator.breakers import FAILURES, FIRST_BACKOFF_S, MAX_BACKOFF_S, PROBE_S, Breakers
+from coordinator.policies.base import Work
 from coordinator.retries import BURST, FLOOR_PER_S, MAX_DELAY_S, RETRIES_PER_ADMISSION, RetryBudget
-from coordinator.routing import LeastLoaded, Work, WorkerLoad
 
 
 class Clock:
@@ -90,18 +91,13 @@ def test_what_began_before_it_opened_neither_closes_it_nor_opens_it_longer(break
     assert breakers.state("w") == "half_open"
 
 
-def load(id: str, requests: int = 0) -> WorkerLoad:
-    return WorkerLoad(id, False, True, False, requests, 0, 100, 1600, 16)
-
-
 def test_an_open_breaker_sends_work_elsewhere_and_where_all_are_open_the_least_bad_worker_works(
     breakers: Breakers, clock: Clock, events: list[tuple[str, str]]
 ) -> None:
-    policy, workers = LeastLoaded(64), [load("a"), load("b", requests=50)]
+    workers = Workers(a=decode(), b=decode(requests=50))
 
     def chosen() -> str:
-        route = policy.choose(Work(10, 20, 10, (), breakers.trouble()), workers)
-        assert route is not None
+        route = workers.route(Work(10, 20, trouble=breakers.trouble()))
         breakers.chosen(route.decode)
         return route.decode
 
@@ -113,13 +109,6 @@ def test_an_open_breaker_sends_work_elsewhere_and_where_all_are_open_the_least_b
     trip(breakers, "b")
     assert chosen() == "b", "it opened once, the other twice"
     assert events[-1] == ("b", "overridden")
-
-
-def test_a_suspect_keeps_away_from_other_suspects() -> None:
-    work = Work(10, 20, 10, crowd={"a": 2, "b": 1})
-    route = LeastLoaded(64).choose(work, [load("a"), load("b", requests=50)])
-    assert route is not None
-    assert route.decode == "b"
 
 
 def test_retries_in_a_burst_are_free_and_then_wait_for_their_share(clock: Clock) -> None:

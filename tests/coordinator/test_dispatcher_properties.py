@@ -16,7 +16,6 @@ from coordinator.dispatch import Dispatcher
 from coordinator.failures import RequestFailed
 from coordinator.metrics import Metrics
 from coordinator.rollout import Rollout
-from coordinator.routing import LeastLoaded
 from coordinator.shadows import Shadows
 from coordinator.workers import Worker, WorkerRegistry
 
@@ -78,9 +77,9 @@ class Model:
 class World:
     def __init__(self) -> None:
         self.registry = WorkerRegistry("demo")
-        options = CoordinatorOptions(max_attempts=4, worker_return_s=0)
+        options = CoordinatorOptions(max_attempts=4, worker_return_s=0, local_prefill_tokens=2)
         metrics = Metrics()
-        self.dispatcher = Dispatcher(options, self.registry, LeastLoaded(2), metrics)
+        self.dispatcher = Dispatcher(options, self.registry, metrics)
         self.shadows = Shadows(self.dispatcher, metrics, 3, options.max_requests, self._copy)
         self.models: list[Model] = []
         self.requests: list[Request] = []
@@ -221,6 +220,7 @@ async def play(draw: st.DataObject) -> None:
     check(world)
     assert world.dispatcher.requests == {}
     assert world.dispatcher.idle.is_set()
+    assert len(world.dispatcher.admission) == 0
     for model in world.models:
         assert model.worker.legs == {}
     for request in world.requests:

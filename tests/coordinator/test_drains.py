@@ -70,6 +70,7 @@ def test_a_moved_stream_may_have_its_kv_from_the_worker_that_drains(run) -> None
             prompt = "count the words of this " * 60
             call = asyncio.create_task(ask(system, prompt=prompt))
             await until(lambda: _tokens(system) == [2])
+            await one.hold(system.encode(prompt))
             two = await system.worker("two")
             await drain(system, workers=["one"])
             assert await call == right(system, prompt=prompt)

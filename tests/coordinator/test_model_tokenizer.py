@@ -3,6 +3,7 @@
 import asyncio
 import json
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -106,6 +107,27 @@ def test_the_template_file_wins_over_the_field_and_a_list_is_searched_for_defaul
 def test_special_tokens_may_be_objects(tmp_path: Path) -> None:
     folder(tmp_path, bos_token={"content": "<s>", "lstrip": False}, chat_template="{{ bos_token }}!")
     assert ModelTokenizer(tmp_path).render_chat([], {}) == "<s>!"
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "demo"])
+@pytest.mark.parametrize("keep_special_tokens", [False, True])
+def test_a_token_whose_text_is_known_shows_what_decoding_its_company_would(
+    tmp_path: Path, kind: str, keep_special_tokens: bool
+) -> None:
+    tokenizer = ModelTokenizer(DEMO_FOLDER if kind == "demo" else folder(tmp_path, kind))
+    size = tokenizer._tokenizer.get_vocab_size(with_added_tokens=True)
+    random, shortcuts = Random(7), 0
+    for _ in range(60):
+        # Bytes of characters that are not whole are among the first ids, and so are special tokens.
+        tokens = [random.choice((random.randrange(size), random.randrange(min(size, 260)))) for _ in range(80)]
+        quick = tokenizer.detokenizer(tokens[:5], keep_special_tokens)
+        slow = tokenizer.detokenizer(tokens[:5], keep_special_tokens)
+        slow._alone = lambda token_id: ""
+        for token_id in tokens[5:]:
+            shortcuts += bool(tokenizer._text_alone(token_id))
+            assert quick.push(token_id) == slow.push(token_id)
+        assert quick.flush() == slow.flush()
+    assert (shortcuts > 100) == (kind != "byte_fallback")
 
 
 @pytest.mark.parametrize(

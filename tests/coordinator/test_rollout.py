@@ -9,10 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.errors import ConfigurationError
-from coordinator import rollout
-from coordinator.rollout import Rollout, RolloutFile, parse_rollout
+from coordinator.rollout import Rollout, parse_rollout
+from coordinator.watched_file import WatchedFile
 
 KEYS = [f"request-{number}" for number in range(20_000)]
+
+
+def file_at(path: Path) -> WatchedFile[Rollout]:
+    return WatchedFile("--rollout", path, parse_rollout, poll_s=0.005)
 
 
 def share(of: str, weights: dict[str, float], keys: list[str] = KEYS) -> float:
@@ -91,22 +95,19 @@ def test_a_broken_file_says_what_to_change(text: str, says: str) -> None:
 
 def test_a_file_that_is_broken_at_the_start_ends_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"--rollout .*none.toml: No such file"):
-        RolloutFile(tmp_path / "none.toml")
+        file_at(tmp_path / "none.toml")
     path = tmp_path / "rollout.toml"
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigurationError, match="UTF-8"):
-        RolloutFile(path)
+        file_at(path)
 
 
-def test_a_file_is_read_when_it_changes_and_kept_while_it_is_broken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rollout, "POLL_S", 0.005)
+def test_a_file_is_read_when_it_changes_and_kept_while_it_is_broken(tmp_path: Path) -> None:
     path = tmp_path / "rollout.toml"
     path.write_text("[weights]\nv1 = 1")
 
     async def main() -> None:
-        file = RolloutFile(path)
+        file = file_at(path)
         changes: asyncio.Queue[Rollout] = asyncio.Queue()
         errors: asyncio.Queue[None] = asyncio.Queue()
         watching = asyncio.create_task(file.watch(changes.put_nowait, lambda: errors.put_nowait(None)))
@@ -114,7 +115,7 @@ def test_a_file_is_read_when_it_changes_and_kept_while_it_is_broken(
             path.write_text("[weights]\nv1 = ")
             await errors.get()
             assert "no TOML" in file.trouble
-            assert file.rollout.weights == {"v1": 1.0}
+            assert file.content.weights == {"v1": 1.0}
             path.write_text("[weights]\nv2 = 1")
             assert (await changes.get()).weights == {"v2": 1.0}
             assert file.trouble == ""
@@ -127,7 +128,7 @@ def test_a_file_is_read_when_it_changes_and_kept_while_it_is_broken(
             await errors.get()
             await asyncio.sleep(0.05)
             assert errors.empty(), "said once"
-            assert file.rollout.weights == {"v3": 1.0}
+            assert file.content.weights == {"v3": 1.0}
             path.write_text("[weights]\nv3 = 1")
             await changes.get()
         watching.cancel()

@@ -10,6 +10,7 @@ from baton.v1 import worker_link_pb2 as wire
 from coordinator import tickets
 from coordinator.delivery import AnswerForm, Choice, Request
 from coordinator.detokenizer import IncrementalDetokenizer, TextStream
+from coordinator.tenants.caller import Caller
 from coordinator.tickets import TicketError
 
 FORM = AnswerForm(chat=True, include_usage=True, stop=("\n\n", "Ende"), choices_per_prompt=2)
@@ -72,6 +73,14 @@ def test_what_is_no_ticket_of_this_version_is_refused_with_the_reason() -> None:
     contradicting.choice = 2
     with pytest.raises(TicketError, match="contradicts"):
         tickets.read(sealed(msgspec.msgpack.encode(contradicting)))
+
+
+def test_without_a_tenant_a_ticket_is_one_that_older_coordinators_read() -> None:
+    request = request_of([[1, 2, 3]])
+    assert tickets.issue(request.choices[0], "demo")[0] == 1
+    request.caller = type("Holder", (Caller,), {"tenant": "acme"})()
+    ticket = tickets.issue(request.choices[0], "demo")
+    assert (ticket[0], tickets.read(ticket).tenant) == (2, "acme")
 
 
 def test_no_damaged_bit_is_overlooked() -> None:

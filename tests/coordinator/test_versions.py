@@ -12,7 +12,7 @@ from fake_worker import FakeWorker, token_at
 
 import baton
 from baton.model_folder import tokenizer_fingerprint
-from coordinator import rollout
+from coordinator import watched_file
 from coordinator.rollout import Rollout
 from coordinator.shadows import first_difference
 
@@ -188,7 +188,7 @@ def test_a_weighted_version_that_is_not_there_leaves_its_share_to_the_others_and
 
 
 def test_the_file_is_followed_while_it_runs(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout, "POLL_S", 0.01)
+    monkeypatch.setattr(watched_file, "POLL_S", 0.01)
     path = tmp_path / "rollout.toml"
     path.write_text("[weights]\nv = 1\nnew = 0\n")
 

@@ -20,13 +20,13 @@ def leg_on(worker: Worker, handle: int) -> Leg:
 def test_load_counts_what_was_assigned_since_the_last_heartbeat() -> None:
     worker = registered()
     worker.beat(wire.WorkerHeartbeat(blocks=wire.BlockCounts(total=100, free=60, cached=30), running_requests=1))
-    assert (worker.load().requests, worker.load().free_blocks) == (1, 90)
+    assert (worker.load().requests, worker.load().free_tokens) == (1, 90 * 16)
     for handle in range(3):
         worker.open(leg_on(worker, handle), num_tokens=160, waiting_tokens=100)
     load = worker.load()
-    assert (load.requests, load.free_blocks, load.waiting_prefill_tokens) == (1 + 3, 90 - 3 * 11, 300)
+    assert (load.requests, load.free_tokens, load.waiting_prefill_tokens) == (1 + 3, (90 - 3 * 11) * 16, 300)
     worker.beat(wire.WorkerHeartbeat(blocks=wire.BlockCounts(total=100, free=50), running_requests=7))
-    assert (worker.load().requests, worker.load().free_blocks) == (7, 50)
+    assert (worker.load().requests, worker.load().free_tokens) == (7, 50 * 16)
 
 
 def test_what_is_assigned_comes_on_top_of_what_other_coordinators_gave() -> None:

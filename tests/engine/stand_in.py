@@ -24,10 +24,12 @@ from engine.requests import (
     Named,
     Placement,
     SamplingParams,
+    Standing,
     StepOutput,
 )
 from engine.scheduler import Scheduler
 from engine.sequence import Phase, Sequence
+from tests.told import Told
 
 PAGE = 4
 LAYERS, GROUPS = 5, (2, 4, 5)
@@ -388,6 +390,8 @@ class World:
         self.fenced: dict[str, list[int]] = {}
         """Blocks of requests that went on without them: a giver may write there until `lower_fence`."""
         self.num_placed = 0
+        self.told: Told | None = None
+        """What somebody knows of the prefix cache."""
 
     def add(self, request: EngineRequest) -> Stream:
         stream = self.runner.expect(request)
@@ -401,7 +405,16 @@ class World:
         output = self.engine.step(self._note if self.early else None)
         self._note(output)
         self.check()
+        assert self.told is None or self.told.names == self.engine._scheduler.tables.cache._block_of.keys()
         return output
+
+    def watch_cache(self) -> None:
+        """From now on somebody wants to know what the prefix cache holds; once more, if somebody did."""
+        held = self.engine.watch_cache()
+        if self.told is not None:
+            self.told.hear(held.before)
+            assert self.told.names == set(held.names)
+        self.told = Told(held)
 
     def _note(self, output: StepOutput) -> None:
         self.started += [started.request_id for started in output.started]
@@ -440,6 +453,9 @@ class World:
             assert token.index == len(seen)
             assert token.token_id == stream.outputs[token.index]
             seen.append(token.token_id)
+        if self.told is not None:
+            self.told.hear(output.cached)
+        assert self.told is not None or output.cached is None
         for ended in output.ended:
             self._note_end(ended.request_id, ended.reason, ended.num_output_tokens)
             assert ended.request_id not in self.drafter.known, "the drafter was told"
@@ -471,7 +487,8 @@ class World:
     def check(self) -> None:
         """What holds between any two events."""
         self.engine.check_idle()
-        for line in (self.engine._scheduler._waiting, self.engine._scheduler._running):
+        lines = [account.line for account in self.engine._scheduler._queue._accounts.values()]
+        for line in (*lines, self.engine._scheduler._running):
             assert line == sorted(line, key=lambda sequence: sequence.arrival)
         counts = self.allocator.counts()
         parts = (counts.free, counts.cached, counts.held, counts.leased, counts.quarantined)
@@ -620,8 +637,9 @@ class World:
         self.assert_idle()
 
     def assert_idle(self) -> None:
-        """The pool is whole, the scheduler is empty."""
+        """The pool is whole, the scheduler is empty, and everybody knows what is cached."""
         assert not self.engine.has_work()
+        assert self.told is None or self.told.names == self.engine._scheduler.tables.cache._block_of.keys()
         assert self.outputs.keys() == self.ended.keys()
         assert not self.drafter.known
         assert not self.runner._flights
@@ -645,9 +663,10 @@ def make_request(
     stop: tuple[int, ...] = (),
     num_delivered: int = 0,
     cache_root: bytes = ROOT,
+    standing: Standing = Standing(),  # noqa: B008 - frozen
 ) -> EngineRequest:
     """`num_delivered` output tokens came from earlier attempts."""
     sampling = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=stop)
-    request = EngineRequest(request_id, tuple(prompt), len(prompt), sampling, cache_root, handover)
+    request = EngineRequest(request_id, tuple(prompt), len(prompt), sampling, cache_root, handover, standing=standing)
     outputs = undisturbed(request, 1 << 30).outputs[:num_delivered]
-    return EngineRequest(request_id, (*prompt, *outputs), len(prompt), sampling, cache_root, handover)
+    return replace(request, token_ids=(*prompt, *outputs))

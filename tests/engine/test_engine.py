@@ -9,7 +9,7 @@ from baton.metrics import WORKER_COUNTERS
 from engine.blocks import BlockAccountingError
 from engine.engine import Engine
 from engine.plan import OnLayer, StepPlan
-from engine.requests import EngineLoad, Handover, StepOutput
+from engine.requests import EngineLoad, EngineRates, Handover, StepOutput
 from tests.engine.stand_in import PAGE, ROOT, World, make_request, shareable_tokens
 
 
@@ -111,3 +111,27 @@ def test_check_idle_notices_a_block_that_a_finished_request_left_behind() -> Non
     sequence.block_ids.append(sequence.block_ids[0])
     with pytest.raises(BlockAccountingError):
         world.engine.check_idle()
+
+
+@pytest.mark.parametrize("look_ahead", [False, True])
+def test_rates_are_those_of_work_and_not_of_rest(monkeypatch: pytest.MonkeyPatch, look_ahead: bool) -> None:
+    """Every look at the clock takes 10 ms here; between two requests there are hours."""
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 0.010
+        return now
+
+    monkeypatch.setattr("time.perf_counter", clock)
+    world = World(look_ahead=look_ahead)
+    assert world.engine.rates() == EngineRates(0.0, 0.0)
+    for number in range(4):
+        world.add(
+            make_request(f"r{number}", [number] * 12, Handover.TAKE if number % 2 else Handover.NONE, max_tokens=9)
+        )
+        now += 10_000
+        world.run_to_the_end()
+        rates = world.engine.rates()
+        assert 0.009 < rates.token_s < 0.05
+        assert 12 / 0.05 < rates.prompt_tokens_per_s < 12 / 0.009

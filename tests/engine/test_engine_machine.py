@@ -1,4 +1,4 @@
-"""Any order of requests, steps, guesses, deliveries, aborts and leases: right tokens, whole pool, empty scheduler."""
+"""Any order of requests, tenants, steps, guesses, deliveries, aborts, leases: right tokens, whole pool at the end."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from baton.block_names import root_name
 from baton.errors import InvalidRequestError
-from engine.requests import Elsewhere, EngineRequest, Handover
+from engine.requests import Elsewhere, EngineRequest, Handover, Standing
 from engine.scheduler import EngineFull
 from tests.engine.stand_in import LONG_PROMPT, PAGE, World, make_request, undisturbed
 
@@ -27,6 +27,18 @@ prompts = st.one_of(
 
 patterns = st.one_of(st.just([]), st.lists(st.lists(st.booleans(), max_size=7), min_size=1, max_size=3))
 """Guesses, right or wrong, of one request after the other."""
+
+
+standings = st.one_of(
+    st.just(Standing()),
+    st.builds(
+        Standing,
+        tenant=st.sampled_from("ab"),
+        weight=st.sampled_from([0.5, 1.0, 3.0]),
+        priority=st.sampled_from([-1, 0, 2]),
+        kv_share=st.sampled_from([0.0, 0.3, 0.6]),
+    ),
+)
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -75,9 +87,12 @@ class EngineMachine(RuleBasedStateMachine):
         fits = -(-positions // PAGE) <= self.world.allocator.num_blocks
         return fits and len(request.token_ids) < MAX_MODEL_TOKENS
 
-    def add(self, prompt, handover, max_tokens, min_tokens, stop, num_delivered, root, placed, elsewhere) -> None:
+    def add(
+        self, prompt, handover, max_tokens, min_tokens, stop, num_delivered, root, placed, elsewhere, standing
+    ) -> None:
         request_id = f"r{self.num_added}"
         options = {"max_tokens": max_tokens, "min_tokens": min_tokens, "stop": stop, "cache_root": root}
+        options["standing"] = standing
         whole = undisturbed(make_request(request_id, prompt, **options), MAX_MODEL_TOKENS)
         num_delivered = min(num_delivered, len(whole.outputs) - 1)
         request = make_request(request_id, prompt, handover, num_delivered=num_delivered, **options)
@@ -112,6 +127,7 @@ class EngineMachine(RuleBasedStateMachine):
                 root,
                 data.draw(st.sampled_from([None, 0.0, 0.5, 1.0]), "placed"),
                 data.draw(st.sampled_from([0, 0, 7, 30]), "elsewhere"),
+                data.draw(standings, "standing"),
             )
 
     @rule(count=st.integers(1, 8), pattern=patterns)
@@ -119,6 +135,14 @@ class EngineMachine(RuleBasedStateMachine):
         self.world.drafter.pattern = pattern
         for _ in range(count):
             self.world.step()
+
+    @rule(ends=st.booleans())
+    def watch_cache(self, ends: bool) -> None:
+        """Whoever is told of a moment and of all changes since knows what is cached; the world compares."""
+        self.world.watch_cache()
+        if ends:
+            self.world.engine.unwatch_cache()
+            self.world.told = None
 
     @precondition(lambda self: self.world.reserved)
     @rule(data=st.data(), with_first_token=st.booleans(), part=st.sampled_from([0.0, 0.3, 0.7, 1.0]))

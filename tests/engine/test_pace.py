@@ -1,9 +1,12 @@
 """Prompts are computed beside running requests in pieces that keep these going."""
 
+from dataclasses import replace
+
 import pytest
 
 from engine.pace import MIN_PROMPT_TOKENS, Pace
-from engine.plan import PlannedSequence, StepPlan
+from engine.plan import PlannedSequence, Sampled, SampleSpec, StepPlan, StepResult
+from engine.requests import SamplingParams
 
 
 def plan(singles: int, prompt_tokens: int, drafts: int = 0) -> StepPlan:
@@ -59,3 +62,35 @@ def test_tokens_with_guesses_are_singles_and_not_prompts() -> None:
         pace.observe(plan(4, 0, drafts=5), 0.024)
         pace.observe(plan(4, allowed, drafts=5), 0.024 + allowed * 0.0004)
     assert pace.prompt_tokens() == pytest.approx(60, abs=2)
+
+
+def sampled(plan: StepPlan, num_tokens: int) -> StepResult:
+    return StepResult({each.request_id: [Sampled(1)] * num_tokens for each in plan.sequences})
+
+
+def sampling(step: StepPlan) -> StepPlan:
+    spec = SampleSpec(SamplingParams(), [], [])
+    return StepPlan([replace(each, sample=spec) for each in step.sequences], [])
+
+
+def test_from_token_to_token_it_takes_what_a_step_with_prompts_takes_and_less_with_guesses() -> None:
+    pace, alone, mixed, guessed = Pace(0.0), sampling(plan(4, 0)), sampling(plan(4, 500)), sampling(plan(4, 0, 3))
+    pace.observe_streams(sampling(plan(0, 500)), StepResult({"p": [Sampled(1)]}), 9.0)
+    assert pace.token_s is None, "no stream waited for it"
+    for _ in range(50):
+        pace.observe_streams(alone, sampled(alone, 1), 0.010)
+    assert pace.token_s == pytest.approx(0.010)
+    for _ in range(50):
+        pace.observe_streams(mixed, sampled(mixed, 1), 0.050)
+    assert pace.token_s == pytest.approx(0.050, rel=1e-3)
+    for _ in range(50):
+        pace.observe_streams(guessed, sampled(guessed, 2), 0.030)
+    assert pace.token_s == pytest.approx(0.015, rel=1e-3)
+
+
+def test_prompts_are_as_fast_as_their_own_tokens_come_also_beside_streams() -> None:
+    pace = Pace(0.0)
+    pace.observe(plan(4, 0), 0.010)
+    assert pace.prompts.per_s == 0.0
+    pace.observe(plan(30, 20), 0.1)
+    assert pace.prompts.per_s == pytest.approx(200)

@@ -77,7 +77,7 @@ def test_what_is_here_or_stored_comes_first() -> None:
 def test_nobody_is_asked_where_computing_is_sooner(wait_s: float, asks: bool) -> None:
     """Of eight tokens that another worker should have, computing takes two seconds."""
     world = World()
-    world.engine._scheduler.block_compute_s = 1.0
+    world.engine._scheduler.sources.block_compute_s = 1.0
     world.add(elsewhere("r", 2 * PAGE, wait_s=wait_s))
     output = world.step()
     assert bool(output.reserved) == asks

@@ -33,6 +33,7 @@ from tests.faults.relay import (
     http2_frames,
     zmtp_frames,
 )
+from tests.system.cluster import ELSEWHERE, UNREFUSED
 from tests.system.etcd import Etcd
 
 LINK, PEERS, FRONT, STORE = "link", "peers", "front", "store"
@@ -146,9 +147,12 @@ class LinkTap(Connection):
                 message = wire.WorkerMessage.FromString(data)
                 if message.WhichOneof("message") == "registration":
                     frame = await self._register(message.registration, frame)
-                events += self._said(message)
+                for said in message.bundle or [message]:
+                    events += self._said(said)
             else:
-                events += self._told(wire.CoordinatorMessage.FromString(data))
+                order = wire.CoordinatorMessage.FromString(data)
+                for told in order.bundle or [order]:
+                    events += self._told(told)
         self._passing[from_client][:] = events
         for event in events:
             self._fleet.tell(event)
@@ -373,7 +377,15 @@ class Fleet:
         if isinstance(process, Coordinator):
             ports = {"port": process.http_port, "grpc-port": process.grpc_port, "link-port": process.link.port}
             words += [word for flag, port in ports.items() for word in (f"--{flag}", str(port))]
-            words += ["--advertise-host", LINK_HOST, "--discovery-ttl-s", "2", *self._coordinator_options]
+            words += [
+                "--advertise-host",
+                LINK_HOST,
+                "--discovery-ttl-s",
+                "2",
+                *ELSEWHERE,
+                *UNREFUSED,
+                *self._coordinator_options,
+            ]
         else:
             if self.store is None:
                 links = [f"{LINK_HOST}:{each.link.port}" for each in self.coordinators.values()]

@@ -262,7 +262,7 @@ def test_what_is_expected_keeps_its_leases_and_cancel_lets_them_go():
         assert [giver.owner.events for giver in world.givers] == [[], []], "three leases long"
         world.takers[0].ranks.cancel("h")
         for giver in world.givers:
-            await giver.owner.has_seen("h", "resolved")
+            await giver.owner.has_seen("h", "released", "unverified")
 
     run(scenario, lease_s=0.3)
 

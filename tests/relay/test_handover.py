@@ -54,6 +54,29 @@ def test_whatever_a_lane_does_the_tokens_are_right(
     asyncio.run(run())
 
 
+def test_what_waits_for_a_reader_that_waits_for_room_is_free_as_soon_as_that_one_is_aborted(
+    model: tuple[LoadedModel, list[int]],
+) -> None:
+    """The prefill worker is through with it, so only the decode worker is told; the lease would last for minutes."""
+
+    async def run() -> None:
+        patient = replace(HANDOVER, lease_s=300.0)
+        decode = replace(OPTIONS, max_running=1)
+        async with relay(model[0], prefill=OPTIONS, decode=decode, handover=patient) as pair:
+            assert pair.prefill is not None
+            busy, _ = pair.start(PROMPT[:40], 400, remote=False)
+            waiting, stream = pair.start(PROMPT, NEW_TOKENS, remote=True)
+            await pair.finished(stream, "prefill")
+            assert stream.endings["prefill"].reason == wire.END_REASON_HANDED_OVER
+            blocks = (await pair.prefill.shell.shell.steps.call(lambda engine: engine.load())).blocks
+            assert blocks.leased > 0
+            for request_id in (waiting, busy):
+                pair.decode.shell.shell.on_abort(pair.decode, wire.AttemptId(request_id=request_id, attempt=1))
+            await pair.whole()
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("moment", ["at once", "offered", "first token", "decoding"])
 def test_an_abort_at_any_moment_leaves_both_pools_whole(model: tuple[LoadedModel, list[int]], moment: str) -> None:
     async def reached(pair: Pair, tokens: dict[int, int]) -> None:

@@ -1,6 +1,7 @@
 """Whatever path a request takes, its greedy tokens and logprobs are those of transformers on the same weights."""
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -120,7 +121,12 @@ def test_preempted_and_resumed(oracle: Oracle, number: int) -> None:
 
     async def run() -> None:
         async with relay(oracle.model, decode=options) as pair:
+            both = threading.Event()
+            pair.decode.shell.shell.steps.submit(
+                lambda _: both.wait(30)
+            )  # or the older one has grown when the other comes
             streams = [pair.start(oracle.prompts[each], NEW_TOKENS, remote=False)[1] for each in (older, number)]
+            both.set()
             oracle.check(older, await pair.finished(streams[0]))
             oracle.check(number, await pair.finished(streams[1]))
             await pair.whole()

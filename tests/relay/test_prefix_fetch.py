@@ -62,7 +62,7 @@ class Case:
 
 
 def pretend_to_be_slow(engine: Engine) -> None:
-    engine._scheduler.block_compute_s = 0.1
+    engine._scheduler.sources.block_compute_s = 0.1
 
 
 def serve(
@@ -227,7 +227,7 @@ def test_a_busy_holder_is_not_waited_for_longer_than_computing_takes(model: tupl
 
     async def story(case: Case) -> None:
         def not_so_slow(engine: Engine) -> None:
-            engine._scheduler.block_compute_s = 0.02
+            engine._scheduler.sources.block_compute_s = 0.02
 
         await case.pair.decode.shell.shell.steps.call(not_so_slow)
         free = threading.Event()

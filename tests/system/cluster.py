@@ -11,8 +11,16 @@ from typing import Any, Self
 
 from benchmarks.serving import Serving
 
+ELSEWHERE = ("--routing", "least_loaded")
+"""Prompts go to prefill workers also where the decode worker would be as soon: a test sees all of the relay."""
+UNREFUSED = ("--service-classes", "standard=0/0")
+"""However long requests may have to wait while workers die."""
+
 
 class Cluster(Serving):
+    def __init__(self, *words: str, **others: Any) -> None:
+        super().__init__(*(() if "--routing" in words else ELSEWHERE), *words, **others)
+
     def at(self, url: str) -> Self:
         """The same processes, asked at another coordinator."""
         other = copy(self)

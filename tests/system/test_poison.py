@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.system.cluster import Cluster
+from tests.system.cluster import UNREFUSED, Cluster
 
-OPTIONS = ("--dtype", "float32", "--kv-memory", "64MiB", "--heartbeat-interval-s", "0.1")
+OPTIONS = ("--dtype", "float32", "--kv-memory", "64MiB", "--heartbeat-interval-s", "0.1", *UNREFUSED)
 POISON = {"model": "demo", "prompt": list(range(300, 1500)), "max_tokens": 400, "temperature": 0, "ignore_eos": True}
 MANY_TOKENS = 1000
 """Computed at once only for the poison."""

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from baton.client import Client, ClientError
+from tests.system.cluster import ELSEWHERE
 
 WORKER = ("--dtype", "float32", "--kv-memory", "32MiB", "--threads", "1")
 TIMEOUT_S = 60.0
@@ -39,6 +40,8 @@ class Parts:
         self._folder = folder
 
     def start(self, name: str, *words: str) -> None:
+        if name == "coordinator":
+            words += ELSEWHERE
         log = (self._folder / f"{name}.log").open("ab")
         command = [sys.executable, "-P", "-m", "cli.main", name.split("-")[0], *words]
         self.processes[name] = subprocess.Popen(command, stdout=log, stderr=log)
@@ -191,7 +194,7 @@ def test_with_convert_kv_dtype_a_decode_worker_takes_kv_of_another_dtype_and_sha
         tokens += 1
 
     assert parts.ask(prompt, 8, count)
-    assert tokens == 8
+    assert 1 <= tokens <= 8, "events, of which one may bring several"
     deadline = time.monotonic() + TIMEOUT_S
     while not parts.counted("handover_blocks_converted", "decode-a"):  # told with the next heartbeat
         assert time.monotonic() < deadline, parts.logs()

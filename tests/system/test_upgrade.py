@@ -262,7 +262,8 @@ def test_the_only_worker_of_the_canary_is_killed(parts: Parts, tmp_path: Path, n
     killed = parts.processes["mixed-new"]
 
     long = 600
-    id = next(id for id in map(str, range(10**15, 10**16)) if said.pick(id, said.weights) == "new")
+    ids = (id for id in map(str, range(10**15, 10**16)) if said.pick(id, said.weights) == "new")
+    id = next(ids)
     begun, streamed = threading.Event(), []
     one = threading.Thread(target=lambda: streamed.append(stream(parts.url, 0, long, begun.set, id)))
     one.start()
@@ -271,7 +272,7 @@ def test_the_only_worker_of_the_canary_is_killed(parts: Parts, tmp_path: Path, n
     killed.wait(TIMEOUT_S)
     parts.wait_for("prefill-old", "decode-old")
     # New requests go to the old version at once; what had begun at the new one waits for it.
-    assert stream(parts.url, 1).version == "old"
+    assert stream(parts.url, 1, id=next(ids)).version == "old"
     assert one.is_alive(), "it waits"
     canary.start_new(new_model)
     one.join(TIMEOUT_S)

@@ -13,8 +13,8 @@ import pytest
 from baton.errors import ConfigurationError
 from baton.v1 import worker_link_pb2 as wire
 from baton.v1 import worker_link_pb2_grpc as rpc
-from worker.link import CoordinatorLink, LinkHandler, Refused
-from worker.roles import Link
+from worker.link import BUNDLE_BYTES, CoordinatorLink, LinkHandler, Refused
+from worker.roles import KvLink, Link
 
 WELCOME = wire.CoordinatorMessage(welcome=wire.Welcome(heartbeat_interval_s=0.05, heartbeat_timeout_s=0.6))
 BEAT = wire.CoordinatorMessage(heartbeat=wire.CoordinatorHeartbeat())
@@ -32,6 +32,7 @@ class Recorder(LinkHandler):
         self.claimed: list[str] = []
         self.cached: dict[str, int] = {}
         self.linked: list[int] = []
+        self.kv_wanted = 0
         self.drains = 0
         self.lost = asyncio.Event()
 
@@ -68,6 +69,10 @@ class Recorder(LinkHandler):
     def on_linked(self, link: Link) -> None:
         self.linked.append(link.coordinator)
 
+    def on_kv_wanted(self, link: KvLink) -> None:
+        self.kv_wanted += 1
+        link.kv_sequence += 5
+
     def on_lost(self, link: Link) -> None:
         self.lost.set()
 
@@ -78,6 +83,7 @@ class FakeCoordinator(rpc.WorkerLinkServicer):
     def __init__(self, *scripts: Script) -> None:
         self.scripts = list(scripts)
         self.heard: asyncio.Queue[str | None] = asyncio.Queue()
+        self.kv_sequences: list[int] = []
         self.connections = 0
 
     async def Connect(self, request_iterator: Any, context: Any) -> Any:
@@ -92,6 +98,8 @@ class FakeCoordinator(rpc.WorkerLinkServicer):
 
     async def _listen(self, messages: Any) -> None:
         async for message in messages:
+            if message.HasField("heartbeat"):
+                self.kv_sequences.append(message.heartbeat.kv_sequence)
             self.heard.put_nowait(message.WhichOneof("message"))
 
 
@@ -147,6 +155,50 @@ def test_assignments_aborts_and_drains_arrive_and_heartbeats_go_up() -> None:
             assert recorder.pins == ["kept"]
             assert recorder.reserved == [6]
             assert not recorder.lost.is_set()
+
+    asyncio.run(run())
+
+
+def test_a_coordinator_that_wants_to_know_of_caches_is_told_how_far_its_link_is() -> None:
+    welcome = wire.Welcome(heartbeat_interval_s=0.05, heartbeat_timeout_s=0.6, kv_events=True)
+    ask = wire.CoordinatorMessage(send_kv_snapshot=wire.SendKvSnapshot())
+
+    async def asking_twice(_: Any, __: Any) -> AsyncIterator[wire.CoordinatorMessage]:
+        yield wire.CoordinatorMessage(welcome=welcome)
+        yield ask
+        await asyncio.sleep(0.2)
+
+    async def run() -> None:
+        coordinator = FakeCoordinator(asking_twice, lambda _, __: beating())
+        async with linked(coordinator) as (recorder, link, _):
+            await recorder.lost.wait()
+            assert recorder.kv_wanted == 2
+            assert coordinator.kv_sequences[-1] == 10
+            assert set(coordinator.kv_sequences) <= {5, 10}
+            await link.connected.wait()
+            link.send(wire.WorkerMessage(heartbeat=wire.WorkerHeartbeat(running_requests=3)))
+            while coordinator.kv_sequences[-1]:
+                await coordinator.heard.get()
+            assert recorder.kv_wanted == 2, "this one did not want to know"
+
+    asyncio.run(run())
+
+
+def test_what_comes_as_one_is_heard_one_after_the_other() -> None:
+    id = wire.AttemptId(request_id="r", attempt=1)
+    said = [
+        wire.CoordinatorMessage(assignment=wire.Assignment(id=id)),
+        wire.CoordinatorMessage(reserve=wire.Reserve(token=5)),
+        wire.CoordinatorMessage(unreserve=wire.Unreserve(token=5)),
+        wire.CoordinatorMessage(abort=wire.AbortAttempt(id=id)),
+    ]
+
+    async def run() -> None:
+        coordinator = FakeCoordinator(lambda _, __: beating(wire.CoordinatorMessage(bundle=said)))
+        async with linked(coordinator) as (recorder, _, _):
+            assert await recorder.aborted.get() == "r"
+            assert recorder.assigned.get_nowait() == "r"
+            assert recorder.reserved == []
 
     asyncio.run(run())
 
@@ -223,6 +275,42 @@ def test_messages_without_a_link_are_dropped_not_kept() -> None:
         for _ in range(100):
             link.send(wire.WorkerMessage())
         assert link._outgoing is None
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("bundles", "expected"), [(True, [2, 3, 1]), (False, [1] * 6)])
+def test_what_is_said_at_once_goes_as_one_where_the_coordinator_reads_that(bundles: bool, expected: list[int]) -> None:
+    heard: asyncio.Queue[wire.WorkerMessage] = asyncio.Queue()
+
+    async def listen(messages: Any, _: Any) -> AsyncIterator[wire.CoordinatorMessage]:
+        yield wire.CoordinatorMessage(
+            welcome=wire.Welcome(heartbeat_interval_s=0.5, heartbeat_timeout_s=5.0, bundles=bundles)
+        )
+        async for message in messages:
+            if message.WhichOneof("message") not in ("registration", "heartbeat"):
+                heard.put_nowait(message)
+
+    async def run() -> None:
+        coordinator = FakeCoordinator(listen)
+        coordinator._listen = lambda messages: asyncio.sleep(0)  # type: ignore[method-assign]
+        async with linked(coordinator) as (_, link, _):
+            await link.connected.wait()
+            # The second one fills a bundle, and the last one ends the stream.
+            details = ["", "x" * BUNDLE_BYTES, "", "", "", ""]
+            for index, detail in enumerate(details):
+                link.send(wire.WorkerMessage(ending=wire.Ending(num_tokens=index, detail=detail)))
+                if index == 4:
+                    while heard.qsize() < len(expected) - 1:
+                        await asyncio.sleep(0.01)
+            link.close()
+            messages = [await heard.get() for _ in expected]
+            said = [
+                [each.ending.num_tokens for each in message.bundle or [message] if each.HasField("ending")]
+                for message in messages
+            ]
+            assert [len(each) for each in said] == expected
+            assert [number for each in said for number in each] == list(range(6))
 
     asyncio.run(run())
 

@@ -230,3 +230,21 @@ def test_a_claim_takes_a_request_from_a_coordinator_that_only_hangs() -> None:
         assert new.sent[-1].ending.reason == wire.END_REASON_TAKEN
 
     asyncio.run(run())
+
+
+def test_a_claim_for_another_tenant_takes_nothing() -> None:
+    async def run() -> None:
+        world, old, new = World(), Wire(OLD), Wire(NEW)
+        for each in (old, new):
+            world.orphans.linked(each.coordinator, each.send)
+        goes_on, ended = attempt("id-0"), attempt("id-1")
+        for each in (goes_on, ended):
+            each.link, each.assignment.tenant = old, "of-acme"
+        world.orphans.ended(ended, wire.Ending(id=ended.id, reason=wire.END_REASON_STOP))
+        for tenant in ("", "of-another"):
+            world.orphans.claim("id", new, [goes_on, ended], tenant)
+        assert (old.sent, new.sent, goes_on.orphaned) == ([], [], False)
+        world.orphans.claim("id", new, [goes_on, ended], "of-acme")
+        assert len(new.sent) == 2
+
+    asyncio.run(run())

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from baton.errors import ConfigurationError
+from baton.name_changes import Held
 from kvtransfer.tiers.retention import POLICIES, Lfu, Lru, Retention, S3Fifo
 from kvtransfer.tiers.tenants import NOBODY
+from tests.told import Told
 
 
 def name(number: int) -> bytes:
@@ -381,6 +383,24 @@ class RetentionMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.held: dict[bytes, tuple[bytes, float]] = {}
         self.pins: dict[str, tuple[list[bytes], float]] = {}
+        self.told: Told | None = None
+
+    @rule()
+    def watch(self):
+        self.kept.changes.watch()
+        before = self.kept.changes.take()
+        assert self.told is not None or before is None
+        self.told = Told(Held(list(self.kept), before))
+
+    @rule()
+    def hear(self):
+        if self.told is not None:
+            self.told.hear(self.kept.changes.take())
+            assert self.told.names == self.held.keys()
+
+    def teardown(self):
+        if hasattr(self, "kept"):
+            self.hear()
 
     def pinned(self):
         return {entry for names, _ in self.pins.values() for entry in names}

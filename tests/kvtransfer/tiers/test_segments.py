@@ -7,9 +7,11 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from baton.name_changes import Held
 from kvtransfer.tiers.records import Claim
 from kvtransfer.tiers.segments import Segment, SegmentBook
 from kvtransfer.tiers.tenants import NOBODY, Tenants
+from tests.told import Told
 
 SLOTS = 4
 names = st.integers(0, 30).map(lambda number: number.to_bytes(16, "little"))
@@ -25,6 +27,23 @@ class SlotsHaveOneOwner(RuleBasedStateMachine):
         self.pinned: list[Segment] = []
         self.num_files = 0
         self.now = 500.0
+        self.told: Told | None = None
+
+    @rule()
+    def watch(self):
+        self.book.changes.watch()
+        before = self.book.changes.take()
+        assert self.told is not None or before is None
+        self.told = Told(Held(list(self.book.records), before))
+
+    @rule()
+    def hear(self):
+        if self.told is not None:
+            self.told.hear(self.book.changes.take())
+            assert self.told.names == self.book.records.keys()
+
+    def teardown(self):
+        self.hear()
 
     @precondition(lambda self: len(self.book.segments) < 4)
     @rule(claims=st.lists(st.tuples(st.integers(0, SLOTS - 1), names, st.integers(1, 500)), max_size=SLOTS))

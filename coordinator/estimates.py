@@ -1,0 +1,71 @@
+"""How long things will take, from what workers measured and told. Pure; each argument is a number or an array.
+
+A rate that a worker has not measured yet is 0 in the table. `filled` puts the mean of the others in its place; where
+nobody has measured, a prediction is 0, "nothing known", and whoever asks decides by a rule instead.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from coordinator.worker_table import Vector
+
+HALF_BATCH = 16.0
+"""So many streams double the time of a step: weights are read once a step, the rest is each stream's own. On 2 CPU
+cores it is about 9, an H100 with 8B parameters has about 30."""
+ANSWER_TOKENS = 128.0
+"""How long an answer is taken to be, at most what the request allows. Means of public traces are 150 to 340."""
+HOST_S_PER_BYTE, DISK_S_PER_BYTE = 1 / 4e9, 1 / 1e9
+"""Of blocks loaded from a worker's own tiers; heartbeats do not say. What takes longer than computing is computed."""
+
+Number = float | npt.NDArray[Any]
+"""Of several arguments that are arrays, all go together element by element."""
+
+
+def filled(rates: Vector, others: Vector | None = None) -> Vector:
+    """Those that are 0 replaced by the mean of the rest, or else of `others`."""
+    if rates.all():
+        return rates
+    known = rates[rates > 0]
+    if not len(known) and others is not None:
+        known = others[others > 0]
+    return np.where(rates > 0, rates, known.mean()) if len(known) else rates
+
+
+def compute_s(uncached: Number, token_s: Number) -> Number:
+    """To compute so many tokens."""
+    return uncached * token_s
+
+
+def fetch_saves_s(tokens: Number, token_s: Number, handover_s: Number) -> Number:
+    """What is saved where so many tokens need not be computed, because another worker's pool has them."""
+    return tokens * (handover_s > 0) * np.maximum(token_s - handover_s, 0.0)
+
+
+def load_s(host: Number, disk: Number, token_bytes: Number, token_s: Number) -> Number:
+    """To load so many tokens' KV from the worker's own slower tiers; never longer than computing them."""
+    from_host = np.minimum(HOST_S_PER_BYTE * token_bytes, token_s)
+    from_disk = np.minimum(DISK_S_PER_BYTE * token_bytes, token_s)
+    return host * from_host + disk * from_disk
+
+
+def tail_s(tokens: Number, handover_s: Number, compute_s: Number) -> Number:
+    """What is left to hand over when the prompt is computed: blocks go over while the next ones are computed."""
+    return np.maximum(tokens * handover_s - compute_s, 0.0)
+
+
+def stream_s(step_s: float, requests: float) -> float:
+    """What each stream adds to a step that took `step_s` among so many."""
+    return step_s / (max(requests, 1.0) + HALF_BATCH)
+
+
+def itl_s(stream_s: Number, requests: Number) -> Number:
+    """From token to token among so many requests."""
+    return stream_s * (requests + HALF_BATCH)
+
+
+def decode_s(stream_s: Number, requests: Number, answer_tokens: float) -> Number:
+    """Seconds that clients of a decode worker wait in all when it gets one stream more: the new one for its tokens, the
+    others for what it adds to their steps."""
+    return answer_tokens * (itl_s(stream_s, requests + 1) + requests * stream_s)

@@ -1,0 +1,186 @@
+"""One client's stream of server-sent events, on the connection that its request came on.
+
+Every token of every stream passes here, so no task is woken for one: whatever a step brought is taken and written, as
+one chunk, by a callback of the event loop. The handler's task sleeps until there is something that takes a wait:
+
+    flowing    callbacks write; silence is filled by signs of life
+    held up    the client reads slowly: nothing is taken until its connection has room, so that what waits for it is
+               tokens, which `max_tokens` bounds
+    over       all is written but the end; the request failed, or another client has it; the connection broke
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+from aiohttp import HttpVersion11, web
+
+from coordinator.delivery import Delta, Request
+from coordinator.openai_answers import AnswerWriter
+
+ALIVE = b":\n"
+"""A comment, which clients skip. Not a blank line more: some take that for an event without data."""
+
+
+class EventStreams:
+    """What all streams of a coordinator share: a turn of the event loop for those that a step brought something, and a
+    timer for those that have been silent for `alive_s`, which then say that they live."""
+
+    def __init__(self, alive_s: float) -> None:
+        self.alive_s = alive_s
+        self._with_news: list[EventStream] = []
+        self._wrote_at: dict[EventStream, float] = {}
+        """By the clock of the loop; whoever has been silent the longest first."""
+        self._timer: asyncio.TimerHandle | None = None
+
+    def has_news(self, stream: "EventStream") -> None:
+        """Have it take them once whoever brought them has finished."""
+        if not self._with_news:
+            asyncio.get_running_loop().call_soon(self._turn)
+        self._with_news.append(stream)
+
+    def _turn(self) -> None:
+        streams, self._with_news = self._with_news, []
+        for stream in streams:
+            stream.take()
+
+    def wrote(self, stream: "EventStream") -> None:
+        loop = asyncio.get_running_loop()
+        self._wrote_at.pop(stream, None)
+        self._wrote_at[stream] = now = loop.time()
+        if self._timer is None:
+            self._timer = loop.call_at(now + self.alive_s, self._tick)
+
+    def forget(self, stream: "EventStream") -> None:
+        self._wrote_at.pop(stream, None)
+
+    def _tick(self) -> None:
+        loop, self._timer = asyncio.get_running_loop(), None
+        silent_since = loop.time() - self.alive_s
+        while self._wrote_at:
+            stream, at = next(iter(self._wrote_at.items()))
+            if at > silent_since:
+                self._timer = loop.call_at(at + self.alive_s, self._tick)
+                return
+            self.wrote(stream)
+            stream.say_alive()
+
+
+class EventStream:
+    """`better_elsewhere`: whether a client that hears nothing should rather ask another coordinator. `reads`: waits
+    until something is written, or raises ConnectionError for a client that does not read."""
+
+    def __init__(
+        self,
+        http: web.Request,
+        request: Request,
+        reader: int,
+        writer: AnswerWriter,
+        all: EventStreams,
+        better_elsewhere: Callable[[Request], bool],
+        reads: Callable[[Awaitable[None]], Awaitable[None]],
+    ) -> None:
+        self._http = http
+        self._connection, self._transport = http.protocol, http.transport
+        self._request = request
+        self._reader = reader
+        self._writer = writer
+        self._all = all
+        self._better_elsewhere = better_elsewhere
+        self._reads = reads
+        # Until HTTP/1.1 an answer of unknown length ended with its connection.
+        self._frame: Callable[[bytes], bytes] = _chunk if http.version >= HttpVersion11 else bytes
+        self._due = False
+        self._held_up = False
+        self._over = False
+        self._failure: Exception | None = None
+        self._rest = b""
+        """The last events, once they are all that is left to write."""
+        self._turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def run(self, deltas: Sequence[Delta] | None) -> bytes:
+        """Write `deltas`, or a sign of life for None, and what follows, until all is written but the last events.
+
+        These are returned. The head of the answer has been written, and nobody else writes meanwhile. Raises
+        RequestFailed, or ConnectionError when the client is gone.
+        """
+        self._request.on_news = self._on_news
+        try:
+            if deltas is None:
+                self.say_alive()
+            else:
+                self._send(deltas)
+            self._on_news()  # whatever came before anybody was to be called
+            while not self._over:
+                await self._turn
+                self._turn = asyncio.get_running_loop().create_future()
+                if self._held_up and not self._over:
+                    await self._reads(self._http.writer.drain())
+                    self._held_up = False
+                    self.take()
+        finally:
+            self._over = True
+            self._all.forget(self)
+            if self._request.on_news == self._on_news:  # else it is that of a reader that came meanwhile
+                self._request.on_news = None
+        if self._failure is not None:
+            raise self._failure
+        return self._rest
+
+    def _on_news(self) -> None:
+        if not self._due:
+            self._due = True
+            self._all.has_news(self)
+
+    def take(self) -> None:
+        """Write what is new."""
+        self._due = False
+        if self._over or self._held_up:
+            return
+        try:
+            self._send(self._request.take(self._reader))
+            if self._request.failure is not None and self._request.drained:
+                raise self._request.failure
+        except Exception as failure:  # noqa: BLE001 - `run` raises it: nobody else waits for this callback
+            self._finish(failure)
+
+    def _send(self, deltas: Sequence[Delta]) -> None:
+        data = b"".join([self._writer.chunk(delta) for delta in deltas])
+        if self._request.drained and self._request.failure is None:
+            self._rest = data + self._writer.last()
+            self._finish(None)
+        elif data:
+            self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the client hung up")
+        transport.write(self._frame(data))
+        self._all.wrote(self)
+        if self._connection.writing_paused:
+            self._held_up = True
+            self._wake()
+
+    def say_alive(self) -> None:
+        if self._over or self._held_up:
+            return
+        if self._better_elsewhere(self._request):
+            self._finish(None)
+            return
+        try:
+            self._write(ALIVE)
+        except ConnectionError as failure:
+            self._finish(failure)
+
+    def _finish(self, failure: Exception | None) -> None:
+        self._over, self._failure = True, failure
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self._turn.done():
+            self._turn.set_result(None)
+
+
+def _chunk(data: bytes) -> bytes:
+    """As HTTP/1.1 frames a part of an answer whose length is not known yet."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
