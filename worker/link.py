@@ -11,6 +11,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
+from typing import cast
 
 import grpc
 
@@ -149,6 +150,8 @@ class CoordinatorLink:
                 if not held:
                     await self._session(on_connected)
             except (grpc.aio.AioRpcError, TimeoutError, ConnectionError) as error:
+                if cast("asyncio.Task[None]", asyncio.current_task()).cancelling():
+                    raise asyncio.CancelledError from error  # gRPC takes it for itself while it opens a call
                 if self.wanted:
                     await self._explain(error)
             if self.connected.is_set():

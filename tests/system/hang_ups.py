@@ -196,11 +196,11 @@ class Client:
         return time.monotonic()
 
 
-async def until(condition: Callable[[], bool], what: str) -> None:
+async def until(condition: Callable[[], bool], what: Callable[[], str]) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {TIMEOUT_S} s: {what}")
+            raise AssertionError(f"not within {TIMEOUT_S} s: {what()}")
         await asyncio.sleep(0.002)
 
 
@@ -208,7 +208,11 @@ async def run(shape: Shape, num_clients: int, gap_s: float, seed: int) -> Seen:
     """`gap_s`: between two hang-ups, in a random order; 0: all at once."""
     rng, seen = random.Random(seed), Seen()
     async with AsyncExitStack() as stack:
-        options = CoordinatorOptions(port=0, grpc_port=0, link_port=0, local_prefill_tokens=0, max_requests=1000)
+        options = CoordinatorOptions(
+            port=0, grpc_port=0, link_port=0, local_prefill_tokens=0, max_requests=1000,
+            service_classes="standard=0/0",  # all are taken, however long they will wait
+            heartbeat_timeout_s=TIMEOUT_S,  # everything shares one thread with a machine that may be busy
+        )  # fmt: skip
         coordinator = Coordinator(options, ModelOptions(), MODEL)
         ports = await coordinator.start()
         stack.push_async_callback(coordinator.stop)
@@ -217,14 +221,19 @@ async def run(shape: Shape, num_clients: int, gap_s: float, seed: int) -> Seen:
             await add_worker(stack, "decode", wire.ROLE_DECODE, shape.decode, ports.link),
         ]
         prefill.others, decode.others = [decode], [prefill]
-        await until(lambda: len(coordinator.registry.workers) == len(watches), "both workers are there")
+        await until(lambda: len(coordinator.registry.workers) == len(watches), lambda: "both workers are there")
         # Short prompts first, which decode while long ones are in all the phases before.
         clients = [Client(number) for number in range(num_clients)]
         for number, client in enumerate(clients):
             length = rng.randrange(20, 60) if number < num_clients // 4 else rng.randrange(300, 900)
             await client.start(ports.http, [rng.randrange(10, 4000) for _ in range(length)])
-        await until(lambda: len(decode.scheduler._sequences) == num_clients, "all streams are where they will decode")
-        await until(lambda: sum(client.num_events > 2 for client in clients) >= num_clients // 8, "streams that decode")
+        await until(
+            lambda: len(decode.scheduler._sequences) == num_clients,
+            lambda: f"{num_clients} streams are where they will decode, not {len(decode.scheduler._sequences)}",
+        )
+        await until(
+            lambda: sum(client.num_events > 2 for client in clients) >= num_clients // 8, lambda: "streams that decode"
+        )
         deadline = time.monotonic() + TIMEOUT_S
         while not seen.phases.keys() >= shape.phases:
             if time.monotonic() > deadline:

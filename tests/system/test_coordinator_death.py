@@ -132,11 +132,16 @@ class Streams:
 def test_streams_of_our_own_client_go_on_when_their_coordinator_is_killed(
     pools: Apart, undisturbed: list[str], moment: str, share: float
 ) -> None:
-    streams = Streams(pools, PROMPTS, round(share * len(undisturbed[-1])))
-    assert streams.reached.wait(60), moment
-    pools.kill_coordinator()
-    assert streams.texts() == undisturbed
-    assert pools.metric("baton_requests_resumed_total", how="adopted") > 0, "there was something to lose"
+    for _ in range(5):  # the last tokens may come before the blow
+        streams = Streams(pools, PROMPTS, round(share * len(undisturbed[-1])))
+        assert streams.reached.wait(60), moment
+        pools.kill_coordinator()
+        assert streams.texts() == undisturbed
+        pools.wait_for(pools.complete, "all workers are there")
+        if pools.metric("baton_requests_resumed_total", how="adopted") > 0:
+            break
+    else:
+        raise AssertionError("there was nothing to lose")
     pools.wait_for(pools.is_whole, "every block is free or cached")
 
 

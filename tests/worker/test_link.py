@@ -184,6 +184,29 @@ def test_a_coordinator_that_wants_to_know_of_caches_is_told_how_far_its_link_is(
     asyncio.run(run())
 
 
+def test_a_link_ends_though_grpc_has_taken_its_cancellation_for_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        link = CoordinatorLink("127.0.0.1:1", REGISTRATION, Recorder(), wire.WorkerHeartbeat)
+        dialling = asyncio.Event()
+
+        async def session(on_connected: Callable[[], None]) -> None:
+            dialling.set()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                raise ConnectionError("no such host") from None
+
+        monkeypatch.setattr(link, "_session", session)
+        running = asyncio.create_task(link.run(lambda: None))
+        async with asyncio.timeout(5):
+            await dialling.wait()
+            running.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running
+
+    asyncio.run(run())
+
+
 def test_what_comes_as_one_is_heard_one_after_the_other() -> None:
     id = wire.AttemptId(request_id="r", attempt=1)
     said = [
