@@ -162,6 +162,16 @@ def load(trace: str, num_requests: int, speed: float) -> list[Asked]:
     return sorted(asked, key=lambda each: each.arrival_s)
 
 
+class Nobody:
+    """The link of a worker that is told nothing."""
+
+    def send(self, message: wire.CoordinatorMessage) -> bool:
+        return True
+
+    def abort(self) -> None:
+        """There is no connection."""
+
+
 class Machine:
     """One worker: an LRU pool of names, a queue of prompts, streams that share steps."""
 
@@ -304,7 +314,7 @@ class Cluster:
                     total_blocks=10**6, max_model_tokens=10**6, block_bytes=BLOCK_TOKENS * KV_BYTES,
                     handover_address="x", model_version="v", model_fingerprint="f",
                 )  # fmt: skip
-                worker = registry.register(registration)
+                worker = registry.register(registration, Nobody())
                 self.machines[worker.id] = Machine(self, worker)
         self.registry = registry
         self.caches = {id: self.index.open(machine.worker.row) for id, machine in self.machines.items()}

@@ -1,40 +1,39 @@
-"""The worker link: one bidirectional gRPC stream a worker, on a port of its own.
+"""The worker link: one connection a worker, on a port of its own.
 
 1. The worker dials and registers; it is welcomed or refused with the reason.
-2. One task reads what it says into the dispatcher, one writes its outbox. Both sides send heartbeats.
+2. What it says goes to the dispatcher in the turn of the loop that read it. Both sides send heartbeats.
 3. The worker is lost when its link breaks, when it is silent for `heartbeat_timeout_s`, when it does not read, or when
-   it registers again. Losing it ends this call, and the dispatcher fails its attempts over.
+   it registers again. Losing it ends its link, and the dispatcher fails its attempts over.
 """
 
 import asyncio
-import contextlib
 import logging
 import math
 import secrets
 import time
 import traceback
-from collections import deque
-from typing import Any, NoReturn
-
-import grpc
+from functools import partial
 
 from baton.config import CoordinatorOptions
 from baton.errors import PeerError
+from baton.framed import Framed
 from baton.pulse import Pulse
 from baton.tls import Tls
 from baton.v1 import worker_link_pb2 as wire
-from baton.v1 import worker_link_pb2_grpc as rpc
 from coordinator.dispatch import Dispatcher
 from coordinator.workers import Worker, WorkerRegistry
 
 events = logging.getLogger("baton.events")
 
-_Context = grpc.aio.ServicerContext[wire.WorkerMessage, wire.CoordinatorMessage]
-_BUNDLE_BYTES = 64 << 10
+MAX_UNREGISTERED = 1024
+"""Connections that have not said who they are; more are hung up on."""
+SAY_AGAIN_S = 60.0
 _HEARTBEAT = wire.CoordinatorMessage(heartbeat=wire.CoordinatorHeartbeat())
 
+Link = Framed[wire.WorkerMessage]
 
-class LinkServicer(rpc.WorkerLinkServicer):
+
+class LinkServer:
     def __init__(
         self, options: CoordinatorOptions, registry: WorkerRegistry, dispatcher: Dispatcher, tls: Tls | None = None
     ) -> None:
@@ -46,95 +45,104 @@ class LinkServicer(rpc.WorkerLinkServicer):
         self._cut_off_at_s = -math.inf
         """When a worker was last lost because nobody was heard."""
         self._tls = tls
-        self._unknown: deque[float] = deque()
-        """When each connection was accepted that nothing was heard on yet."""
+        self._server: asyncio.Server | None = None
+        self._links: dict[Link, asyncio.Task[None]] = {}
+        self._num_unregistered = 0
+        self._said_s = -math.inf
+        """When somebody who is no worker was last told of in the log."""
 
-    async def Connect(self, request_iterator: Any, context: _Context) -> None:  # type: ignore[override]
-        with contextlib.suppress(IndexError):
-            self._unknown.popleft()  # whichever: only how many stay is of interest
-        worker = await self._register(context)
-        tasks = [
-            asyncio.create_task(self._read(worker, context)),
-            asyncio.create_task(self._write(worker, context)),
-            asyncio.create_task(worker.lost.wait()),
-        ]
+    async def start(self) -> int:
+        """Listen; returns the port. Raises OSError."""
+        options, tls = self._options, self._tls
+        self._server = await asyncio.get_running_loop().create_server(
+            lambda: Framed(wire.WorkerMessage, self._opened), options.link_host, options.link_port,
+            ssl=tls.listener("link") if tls is not None else None,
+            ssl_handshake_timeout=options.heartbeat_timeout_s if tls is not None else None,
+        )  # fmt: skip
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def stop(self) -> None:
+        """Hang up on every worker. Idempotent."""
+        if self._server is not None:
+            self._server.close()
+        for link in self._links:
+            link.close()
+        await asyncio.gather(*self._links.values(), return_exceptions=True)
+
+    def _opened(self, link: Link) -> None:
+        if self._num_unregistered >= MAX_UNREGISTERED:
+            link.abort()
+            return
+        self._num_unregistered += 1
+        task = self._links[link] = asyncio.get_running_loop().create_task(self._serve(link))
+        task.add_done_callback(lambda done: self._links.pop(link))
+
+    async def _serve(self, link: Link) -> None:
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            worker = await self._register(link)
+        except (ConnectionError, TimeoutError) as error:
+            link.abort()
+            self._say_stranger(str(error) or "no registration arrived in time")
+            return
+        finally:
+            self._num_unregistered -= 1
+        if worker is None:
+            link.close()
+            return
+        link.listen(partial(self._hear, worker))
+        try:
+            await asyncio.wait([link.ended])
         finally:
             worker.lose("its link closed", died=not self._pulse.stood_still)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _register(self, context: _Context) -> Worker:
+    async def _register(self, link: Link) -> Worker | None:
+        """None: it is none of ours, and was told why. Raises ConnectionError or TimeoutError."""
+        async with asyncio.timeout(self._options.heartbeat_timeout_s):
+            first = await link.read()
+        if first is None:
+            return None
+        if first.WhichOneof("message") != "registration":
+            link.send(_refusal("the first message must be a registration"))
+            return None
         try:
-            async with asyncio.timeout(self._options.heartbeat_timeout_s):
-                first = await context.read()
-        except TimeoutError:
-            await _refuse(context, "no registration arrived in time", grpc.StatusCode.DEADLINE_EXCEEDED)
-        if not isinstance(first, wire.WorkerMessage) or first.WhichOneof("message") != "registration":
-            await _refuse(context, "the first message must be a registration")
-        try:
-            worker = self._registry.register(first.registration)
+            worker = self._registry.register(first.registration, link)
         except PeerError as error:
             events.warning("worker %s refused: %s", first.registration.worker_id, error)
-            await _refuse(context, str(error))
+            link.send(_refusal(str(error)))
+            return None
         welcome = wire.Welcome(
             coordinator_incarnation=self._incarnation,
             heartbeat_interval_s=self._options.heartbeat_interval_s,
             heartbeat_timeout_s=self._options.heartbeat_timeout_s,
             kv_events=self._dispatcher.knowledge.wants_events,
-            bundles=True,
         )
         worker.send(wire.CoordinatorMessage(welcome=welcome))
         self._registry.on_joined(worker)
         return worker
 
-    async def _read(self, worker: Worker, context: _Context) -> None:
-        try:
-            while not worker.lost.is_set():
-                message = await context.read()
-                if not isinstance(message, wire.WorkerMessage):
-                    return
-                worker.last_seen_s = time.monotonic()
-                for each in message.bundle or (message,):
-                    if not worker.lost.is_set():
-                        self._dispatcher.on_message(worker, each)
-        except (grpc.RpcError, grpc.aio.UsageError):
+    def _hear(self, worker: Worker, message: wire.WorkerMessage) -> None:
+        if worker.lost.is_set():
             return
-        except Exception as error:
-            # A bug here must be seen. The message of the exception is left out: it might quote a prompt.
+        worker.last_seen_s = time.monotonic()
+        try:
+            self._dispatcher.on_message(worker, message)
+        except Exception as error:  # noqa: BLE001 - logged; a bug here must be seen
+            # The message of the exception is left out: it might quote a prompt.
             where = "".join(traceback.format_tb(error.__traceback__))
             events.error("link of worker %s broke on %s\n%s", worker.id, type(error).__name__, where)
-            raise
+            worker.lose("what it said could not be handled")
 
-    async def _write(self, worker: Worker, context: _Context) -> None:
-        """What was said at once goes as one to a worker that reads that."""
-        while True:
-            said = [await worker.outbox.get()]
-            size = said[0].ByteSize()
-            while worker.registration.bundles and not worker.outbox.empty() and size < _BUNDLE_BYTES:
-                said.append(worker.outbox.get_nowait())
-                size += said[-1].ByteSize()
-            await context.write(said[0] if len(said) == 1 else wire.CoordinatorMessage(bundle=said))
-
-    def on_connection(self) -> None:
-        """With TLS, for each connection that is accepted, on a thread of gRPC's. How its handshake ends is not told,
-        so that one which no call comes on within `heartbeat_timeout_s` counts as refused."""
-        self._unknown.append(time.monotonic())
-
-    def _judge_unknown(self, now: float) -> None:
-        while self._unknown and now - self._unknown[0] > self._options.heartbeat_timeout_s:
-            self._unknown.popleft()
-            if self._tls is not None:
-                self._tls.refuse("link", "no TLS, or no certificate of the authority of --tls-ca")
+    def _say_stranger(self, reason: str) -> None:
+        now = time.monotonic()
+        if now - self._said_s >= SAY_AGAIN_S:
+            self._said_s = now
+            events.warning("somebody who dialled the link is no worker of this version: %s", reason)
 
     async def watch(self) -> None:
         """Send heartbeats, and lose silent workers, until cancelled."""
         while True:
             workers = [worker for worker in self._registry.workers.values() if not worker.lost.is_set()]
             beats = await self._pulse.rest([worker.last_seen_s for worker in workers])
-            self._judge_unknown(time.monotonic())
             for worker in list(self._registry.workers.values()):
                 if self._pulse.silent(worker.last_seen_s):
                     self._lose_silent(worker)
@@ -153,9 +161,6 @@ class LinkServicer(rpc.WorkerLinkServicer):
         worker.lose(f"silent for {now - worker.last_seen_s:.1f} s", died)
 
 
-async def _refuse(
-    context: _Context, reason: str, code: grpc.StatusCode = grpc.StatusCode.FAILED_PRECONDITION
-) -> NoReturn:
-    """FAILED_PRECONDITION tells the worker that dialling again cannot help."""
-    await context.abort(code, reason)
-    raise AssertionError("abort always raises")
+def _refusal(reason: str) -> wire.CoordinatorMessage:
+    """Which tells the worker that dialling again cannot help."""
+    return wire.CoordinatorMessage(refusal=wire.Refusal(reason=reason))

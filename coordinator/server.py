@@ -1,6 +1,6 @@
 """Puts the coordinator together and runs it: three ports, one event loop, a drain at the end.
 
-clients --HTTP/SSE--> HttpApi --+                                        +-- LinkServicer <==gRPC==> workers
+clients --HTTP/SSE--> HttpApi --+                                        +-- LinkServer <==TCP==> workers
 clients --gRPC------> GrpcApi --+--> Intake --> Dispatcher --> Registry --+
 """
 
@@ -25,13 +25,12 @@ from baton.grpc_tls import server_credentials
 from baton.model_folder import served_name, tokenizer_fingerprint
 from baton.processes import stop_signals, watch_parent
 from baton.tls import COORDINATOR_NAME, inside, outside
-from baton.v1 import worker_link_pb2_grpc as link_rpc
 from coordinator.dispatch import Dispatcher
 from coordinator.drains import Drains
 from coordinator.failures import revoked, unavailable
 from coordinator.grpc_api import GrpcApi
 from coordinator.http_api import HttpApi
-from coordinator.link import LinkServicer
+from coordinator.link import LinkServer
 from coordinator.metrics import Metrics
 from coordinator.requests import Intake
 from coordinator.resumption import Resumption
@@ -45,8 +44,6 @@ from coordinator.watched_file import WatchedFile
 from coordinator.workers import WorkerRegistry
 
 events = logging.getLogger("baton.events")
-MAX_LINK_MESSAGE_BYTES = 64 << 20
-"""From a worker, as it takes from a coordinator: an orphan has all tokens of its prompt."""
 _STOP_GRACE_S = 1.0
 _RETRACT_TIMEOUT_S = 2.0
 _NOWHERE, _NO_TLS, _NO_PUBLIC_TLS = DiscoveryOptions(), TlsOptions(), PublicTlsOptions()
@@ -100,7 +97,7 @@ class Coordinator:
         self._rollout = WatchedFile("--rollout", Path(options.rollout), parse_rollout) if options.rollout else None
         if self._rollout is not None:
             self.dispatcher.versions.rollout = self._rollout.content
-        self._link = LinkServicer(options, self.registry, self.dispatcher, self._tls)
+        self._link = LinkServer(options, self.registry, self.dispatcher, self._tls)
         self.metrics.watch_tls({"inside": self._tls, "public": self._public_tls})
         self._tasks: set[asyncio.Task[None]] = set()
         self._announcing: asyncio.Task[None] | None = None
@@ -133,14 +130,12 @@ class Coordinator:
 
     async def _start_link(self) -> int:
         options = self._options
-        self._link_server = server = grpc.aio.server(
-            options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_LINK_MESSAGE_BYTES)]
-        )
-        link_rpc.add_WorkerLinkServicer_to_server(self._link, server)
-        credentials = server_credentials(self._tls, self._link.on_connection) if self._tls else None
-        port = _bind(server, options.link_host, options.link_port, "--link-port", credentials)
-        await server.start()
-        self._closing.push_async_callback(server.stop, None)
+        try:
+            port = await self._link.start()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise _port_error("--link-port", options.link_host, options.link_port, reason) from error
+        self._closing.push_async_callback(self._link.stop)
         self._spawn(self._link.watch())
         self._spawn(self._drains.watch())
         if self._rollout is not None:
@@ -225,7 +220,7 @@ class Coordinator:
         if running := len(self.dispatcher.requests):
             events.info("handing on: %d requests are left to other coordinators", running)
         self.dispatcher.let_go()
-        await self._link_server.stop(None)
+        await self._link.stop()
 
     async def stop(self) -> None:
         """End what still runs, close the ports. Idempotent."""

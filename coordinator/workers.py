@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 import baton
 from baton.config import check_version_label
@@ -20,8 +21,6 @@ AFTERMATH_S = 1.0
 """So long after an abort a worker may still be busy with what was aborted, and die of it."""
 PROTOCOLS = (wire.LINK_PROTOCOL_VERSION,)
 """That a worker may speak: this software's, and from the first change of meaning on also the one before."""
-OUTBOX_MESSAGES = 4096
-"""Messages that may wait for a worker. One that reads slower than this is not serving anyone."""
 
 events = logging.getLogger("baton.events")
 
@@ -73,17 +72,29 @@ class Leg:
         return wire.AttemptId(request_id=self.choice.stream_id, attempt=self.attempt)
 
 
+class Link(Protocol):
+    """To one worker."""
+
+    def send(self, message: wire.CoordinatorMessage) -> bool:
+        """Never blocks, never raises. False, and not said: too much waits to be read already."""
+
+    def abort(self) -> None:
+        """Hang up at once. Idempotent."""
+
+
 class Worker:
-    """A registered worker behind its link. Does no I/O: messages wait in `outbox` for the link to write them."""
+    """A registered worker behind its link."""
 
     def __init__(
         self,
         registration: wire.Registration,
+        link: Link,
         on_lost: Callable[["Worker"], None],
         on_load: Callable[["Worker"], None] = lambda worker: None,
     ) -> None:
         self.id = registration.worker_id
         self.registration = registration
+        self.link = link
         self.version = version_of(registration)
         self.draining_since_s: float | None = None
         self.prefills = wire.ROLE_PREFILL in registration.roles
@@ -95,7 +106,6 @@ class Worker:
         self.row = -1
         """In the registry's table."""
         self.joined_s = self.last_seen_s = time.monotonic()
-        self.outbox: asyncio.Queue[wire.CoordinatorMessage] = asyncio.Queue(OUTBOX_MESSAGES)
         self.legs: dict[int, Leg] = {}
         """By handle."""
         self.lost = asyncio.Event()
@@ -127,12 +137,8 @@ class Worker:
         return not self.legs and self._idle_beats >= 2
 
     def send(self, message: wire.CoordinatorMessage) -> None:
-        """Queue a message; a worker that does not keep up is lost. Never blocks, never raises."""
-        if self.lost.is_set():
-            return
-        try:
-            self.outbox.put_nowait(message)
-        except asyncio.QueueFull:
+        """Say something; a worker that does not keep up is lost. Never blocks, never raises."""
+        if not self.lost.is_set() and not self.link.send(message):
             self.lose("it does not read its messages")
 
     def lose(self, reason: str, died: bool = True) -> None:
@@ -143,6 +149,7 @@ class Worker:
         if self.lost.is_set():
             return
         self.lost.set()
+        self.link.abort()
         self._on_load(self)
         self.died = died and not self.heartbeat.draining
         expected = self.heartbeat.draining and not self.legs
@@ -276,14 +283,14 @@ class WorkerRegistry:
         self.on_change: Callable[[], None] = lambda: None
         """Called when readiness may have changed."""
 
-    def register(self, registration: wire.Registration) -> Worker:
+    def register(self, registration: wire.Registration, link: Link) -> Worker:
         """Raises PeerError with the reason for a worker that does not fit; the new one replaces one of its name."""
         self._check(registration)
         old = self.workers.get(registration.worker_id)
         if old is not None:
             same = old.registration.incarnation == registration.incarnation
             old.lose("it dialled again" if same else "it was started anew", died=not same)
-        worker = self.workers[registration.worker_id] = Worker(registration, self._lost, self._changed)
+        worker = self.workers[registration.worker_id] = Worker(registration, link, self._lost, self._changed)
         worker.row = self.table.add(worker.id, _group(worker), _fixed(worker))
         self._changed(worker)
         self.empty_since_s = None

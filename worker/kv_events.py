@@ -5,7 +5,7 @@ Told is who asks, for as long as its link lasts:
 1. `wanted`: between two steps the engine copies the names in its prefix cache, and when the copy is here the tiers do.
 2. That snapshot goes out in messages of at most MAX_NAMES names. Changes since then wait behind it, net: a name that
    came and went is told to nobody.
-3. Every BATCH_S the link gets one message at most, and none while MAX_BACKLOG messages wait to be written to it.
+3. Every BATCH_S the link gets one message at most, and none while MAX_UNSENT_BYTES wait to be read from it.
 4. Where more than MAX_WAITING changes wait, all are left out and the sequence skips a number. The coordinator sees the
    gap, in the next heartbeat at the latest, and asks again, which is 1. Whoever asks again and again is answered every
    SNAPSHOT_INTERVAL_S.
@@ -29,7 +29,7 @@ from worker.step_loop import StepLoop
 MAX_NAMES: Final = 8192
 """In a message: 64 KiB, and less than a millisecond to make it."""
 BATCH_S: Final = 0.015
-MAX_BACKLOG: Final = 64
+MAX_UNSENT_BYTES: Final = 1 << 20
 MAX_WAITING: Final = 65536
 SNAPSHOT_INTERVAL_S: Final = 1.0
 SHORT_NAME_BYTES: Final = 8
@@ -201,7 +201,7 @@ class KvReporter:
             for name, changed in self._store.take_changes().items():
                 self._spread(_TIERS[name], changed)
         for listener in self._listeners.values():
-            if listener.has_news and listener.link.backlog < MAX_BACKLOG:
+            if listener.has_news and listener.link.unsent_bytes < MAX_UNSENT_BYTES:
                 self._tell(listener)
         if any(listener.has_news for listener in self._listeners.values()):
             self._schedule()

@@ -1,4 +1,4 @@
-"""A worker's stream to one coordinator: register, answer, heartbeat, and dial again when it breaks.
+"""A worker's link to one coordinator: register, answer, heartbeat, and dial again when it breaks.
 
 The coordinator owns every stream of tokens, so work without a link has no reader: when the link breaks, the worker
 is told (`on_lost`), keeps what another coordinator may go on with, and registers afresh. Silence counts as a break:
@@ -6,27 +6,20 @@ both sides send a heartbeat every `heartbeat_interval_s`, and one that hears not
 """
 
 import asyncio
-import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
-from typing import cast
-
-import grpc
+from collections.abc import Callable
+from typing import Any
 
 from baton.errors import ConfigurationError
-from baton.grpc_tls import channel, trouble
+from baton.framed import Framed, dial, trouble
 from baton.pulse import Pulse
-from baton.tls import Tls
+from baton.tls import Tls, reason_of
 from baton.v1 import worker_link_pb2 as wire
-from baton.v1.worker_link_pb2_grpc import WorkerLinkStub
 from worker.roles import KvLink, Link
 
 log = logging.getLogger(__name__)
-MAX_OUTGOING = 8192
-MAX_MESSAGE_BYTES = 64 << 20
-BUNDLE_BYTES = 64 << 10
 WELCOME_TIMEOUT_S = 10.0
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 1.0
 
@@ -93,16 +86,16 @@ class CoordinatorLink:
         tls: Tls | None = None,
     ) -> None:
         self._address = address
-        self._registration = wire.Registration(bundles=True)
-        self._registration.MergeFrom(registration)
+        self._registration = registration
         self._handler = handler
         self._heartbeat = heartbeat
         self._tls = tls
-        self._outgoing: asyncio.Queue[wire.WorkerMessage | None] | None = None
-        self._overflow = asyncio.Event()
+        self._connection: Framed[wire.CoordinatorMessage] | None = None
+        """From its dialling on."""
         self._told = ""
         self._heard = 0.0
-        self._bundles = False
+        self._failure: Exception | None = None
+        """Of this worker, on what it heard."""
         self.connected = asyncio.Event()
         self.wanted = True
         """Dialled again when it breaks. A link that works is kept whether it is wanted or not."""
@@ -111,29 +104,26 @@ class CoordinatorLink:
         self.kv_sequence = 0
 
     @property
-    def backlog(self) -> int:
-        """Messages that wait to be written."""
-        return self._outgoing.qsize() if self._outgoing is not None else 0
+    def unsent_bytes(self) -> int:
+        return self._connection.unsent_bytes if self._connection is not None else 0
 
     def send(self, message: wire.WorkerMessage) -> None:
-        """Queue a message; without a link it is dropped, as its stream has failed over already."""
-        if self._outgoing is None:
+        """Say something; without a link it is dropped, as its stream has failed over already."""
+        connection = self._connection
+        if connection is None:
             return
         if message.HasField("heartbeat"):  # which several links may send, each with a number of its own
             heartbeat = wire.WorkerHeartbeat(kv_sequence=self.kv_sequence)
             heartbeat.MergeFrom(message.heartbeat)
             message = wire.WorkerMessage(heartbeat=heartbeat)
-        try:
-            self._outgoing.put_nowait(message)
-        except asyncio.QueueFull:
-            self._overflow.set()
+        if not connection.send(message):
+            connection.abort(ConnectionError("the coordinator does not read"))
 
     def close(self) -> None:
         """The last message has been sent: the coordinator hangs up when it has read it, and is not dialled again."""
         self.wanted = False
-        if self._outgoing is not None:
-            with contextlib.suppress(asyncio.QueueFull):
-                self._outgoing.put_nowait(None)
+        if self._connection is not None:
+            self._connection.finish()
 
     async def run(
         self, on_connected: Callable[[], None], is_reached_otherwise: Callable[[int], bool] = lambda coordinator: False
@@ -149,9 +139,7 @@ class CoordinatorLink:
             try:
                 if not held:
                     await self._session(on_connected)
-            except (grpc.aio.AioRpcError, TimeoutError, ConnectionError) as error:
-                if cast("asyncio.Task[None]", asyncio.current_task()).cancelling():
-                    raise asyncio.CancelledError from error  # gRPC takes it for itself while it opens a call
+            except OSError as error:
                 if self.wanted:
                     await self._explain(error)
             if self.connected.is_set():
@@ -166,15 +154,15 @@ class CoordinatorLink:
                 return
             backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
 
-    async def _explain(self, error: Exception) -> None:
+    async def _explain(self, error: OSError) -> None:
         """Say why there is no link, each reason once an outage. Raises Refused when dialling again cannot help."""
-        if not isinstance(error, grpc.aio.AioRpcError):
+        if self.connected.is_set():
             log.warning("link to the coordinator at %s broke: %s", self._address, error or type(error).__name__)
             return
-        if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
-            raise Refused(f"the coordinator at {self._address} refused this worker: {error.details()}") from error
-        reason = error.code().name
-        if error.code() == grpc.StatusCode.UNAVAILABLE and (problem := await trouble(self._address, self._tls)):
+        reason = "no answer in time" if isinstance(error, TimeoutError) else reason_of(error)
+        if not isinstance(error, ConnectionRefusedError | TimeoutError) and (
+            problem := await trouble(self._address, self._tls)
+        ):
             if problem == self._told and not self.coordinator:  # no chance of a moment, nor files being replaced
                 raise Refused(f"no link with the coordinator at {self._address}: {problem}") from error
             reason = problem
@@ -183,72 +171,58 @@ class CoordinatorLink:
             log.info("link to the coordinator at %s: %s", self._address, reason)
 
     async def _session(self, on_connected: Callable[[], None]) -> None:
-        """One connection from dialling to its end."""
-        self._outgoing = asyncio.Queue(MAX_OUTGOING)
-        self._overflow.clear()
+        """One connection from dialling to its end, which is an OSError."""
         self.kv_sequence = 0
-        self._bundles = False
-        options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
         try:
-            async with channel(self._address, self._tls, options) as opened:
-                self._outgoing.put_nowait(wire.WorkerMessage(registration=self._registration))
-                call = WorkerLinkStub(opened).Connect(self._messages(self._outgoing))
-                async with asyncio.timeout(WELCOME_TIMEOUT_S):  # wait_for() may lose a cancellation
-                    welcome = await call.read()
-                if not isinstance(welcome, wire.CoordinatorMessage):  # the end of the stream
-                    raise ConnectionError("the coordinator hung up before its welcome")
-                self.coordinator = welcome.welcome.coordinator_incarnation
-                self._bundles = welcome.welcome.bundles
-                self.connected.set()
-                self._told = ""
-                self._handler.on_linked(self)
-                if welcome.welcome.kv_events:
-                    self._handler.on_kv_wanted(self)
-                on_connected()
-                log.info("registered with the coordinator at %s", self._address)
-                await self._serve(call, welcome.welcome)
+            async with asyncio.timeout(WELCOME_TIMEOUT_S):
+                connection = await dial(self._address, wire.CoordinatorMessage, self._tls)
+                self._connection = connection
+                connection.send(wire.WorkerMessage(registration=self._registration))
+                first = await connection.read()
+            if first is None:
+                raise ConnectionError("the coordinator hung up before its welcome")
+            if first.HasField("refusal"):
+                raise Refused(f"the coordinator at {self._address} refused this worker: {first.refusal.reason}")
+            self.coordinator = first.welcome.coordinator_incarnation
+            self.connected.set()
+            self._told = ""
+            self._handler.on_linked(self)
+            if first.welcome.kv_events:
+                self._handler.on_kv_wanted(self)
+            on_connected()
+            log.info("registered with the coordinator at %s", self._address)
+            await self._serve(connection, first.welcome)
         finally:
-            self._outgoing = None
+            if self._connection is not None:
+                self._connection.abort()
+                self._connection = None
 
-    async def _messages(self, queue: "asyncio.Queue[wire.WorkerMessage | None]") -> AsyncIterator[wire.WorkerMessage]:
-        """What was said at once, as after a step, goes as one: a message on the way costs more than what is in it."""
-        ended = False
-        while not ended and (message := await queue.get()) is not None:
-            said, size = [message], message.ByteSize()
-            while self._bundles and not (ended or queue.empty()) and size < BUNDLE_BYTES:
-                following = queue.get_nowait()
-                if following is None:
-                    ended = True
-                else:
-                    said.append(following)
-                    size += following.ByteSize()
-            yield message if len(said) == 1 else wire.WorkerMessage(bundle=said)
-
-    async def _serve(self, call: "grpc.aio.StreamStreamCall[wire.WorkerMessage, wire.CoordinatorMessage]",
-                     welcome: wire.Welcome) -> None:  # fmt: skip
+    async def _serve(self, connection: Framed[wire.CoordinatorMessage], welcome: wire.Welcome) -> None:
         """Until the link breaks, and then raises why."""
         self._heard = time.monotonic()
         pulse = Pulse(welcome.heartbeat_interval_s, welcome.heartbeat_timeout_s)
-        tasks = [asyncio.create_task(work) for work in (self._read(call), self._beat(pulse), self._overflown())]
+        beating = asyncio.create_task(self._beat(pulse))
+        connection.listen(self._hear)
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            done.pop().result()
+            ends: list[asyncio.Future[Any]] = [beating, connection.ended]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if self._failure is not None:
+                raise self._failure
+            if beating.done():
+                beating.result()
+            raise connection.ended.result() or ConnectionError("the coordinator hung up")
         finally:
-            for task in tasks:
-                task.cancel()
-            call.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
 
-    async def _read(self, call: "grpc.aio.StreamStreamCall[wire.WorkerMessage, wire.CoordinatorMessage]") -> None:
-        while isinstance(message := await call.read(), wire.CoordinatorMessage):
-            self._heard = time.monotonic()
-            for each in message.bundle or (message,):
-                self._dispatch(each)
-        raise ConnectionError("the coordinator closed the stream")
-
-    async def _overflown(self) -> None:
-        await self._overflow.wait()
-        raise ConnectionError("outgoing queue full")
+    def _hear(self, message: wire.CoordinatorMessage) -> None:
+        self._heard = time.monotonic()
+        try:
+            self._dispatch(message)
+        except Exception as failure:  # noqa: BLE001 - the session raises it, and this worker ends
+            self._failure = failure
+            if self._connection is not None:
+                self._connection.abort()
 
     def _dispatch(self, message: wire.CoordinatorMessage) -> None:
         match message.WhichOneof("message"):

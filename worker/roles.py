@@ -43,8 +43,8 @@ class KvLink(Link, Protocol):
     """Number of the last KvEvents on it, sent or left out."""
 
     @property
-    def backlog(self) -> int:
-        """Messages that wait to be written."""
+    def unsent_bytes(self) -> int:
+        """That wait for the coordinator to read."""
 
 
 @dataclass(slots=True)

@@ -3,7 +3,6 @@
 import grpc
 import warnings
 
-from baton.v1 import worker_link_pb2 as baton_dot_v1_dot_worker__link__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -23,77 +22,3 @@ if _version_not_supported:
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
-
-
-class WorkerLinkStub:
-    """Missing associated documentation comment in .proto file."""
-
-    def __init__(self, channel):
-        """Constructor.
-
-        Args:
-            channel: A grpc.Channel.
-        """
-        self.Connect = channel.stream_stream(
-                '/baton.v1.WorkerLink/Connect',
-                request_serializer=baton_dot_v1_dot_worker__link__pb2.WorkerMessage.SerializeToString,
-                response_deserializer=baton_dot_v1_dot_worker__link__pb2.CoordinatorMessage.FromString,
-                _registered_method=True)
-
-
-class WorkerLinkServicer:
-    """Missing associated documentation comment in .proto file."""
-
-    def Connect(self, request_iterator, context):
-        """First message up: Registration. First message down: Welcome, or the call ends with FAILED_PRECONDITION and the
-        reason. From then on both sides send a heartbeat at least every Welcome.heartbeat_interval_s.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-
-def add_WorkerLinkServicer_to_server(servicer, server):
-    rpc_method_handlers = {
-            'Connect': grpc.stream_stream_rpc_method_handler(
-                    servicer.Connect,
-                    request_deserializer=baton_dot_v1_dot_worker__link__pb2.WorkerMessage.FromString,
-                    response_serializer=baton_dot_v1_dot_worker__link__pb2.CoordinatorMessage.SerializeToString,
-            ),
-    }
-    generic_handler = grpc.method_handlers_generic_handler(
-            'baton.v1.WorkerLink', rpc_method_handlers)
-    server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('baton.v1.WorkerLink', rpc_method_handlers)
-
-
- # This class is part of an EXPERIMENTAL API.
-class WorkerLink:
-    """Missing associated documentation comment in .proto file."""
-
-    @staticmethod
-    def Connect(request_iterator,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
-            target,
-            '/baton.v1.WorkerLink/Connect',
-            baton_dot_v1_dot_worker__link__pb2.WorkerMessage.SerializeToString,
-            baton_dot_v1_dot_worker__link__pb2.CoordinatorMessage.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)

@@ -10,11 +10,9 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-import grpc
-
 from baton.block_names import block_name, root_name
+from baton.framed import dial
 from baton.v1 import worker_link_pb2 as wire
-from baton.v1 import worker_link_pb2_grpc as rpc
 
 FIRST_TOKEN, NUM_TOKENS = 300, 3000
 _incarnations = itertools.count(1000)
@@ -55,6 +53,10 @@ class Reservation:
     async def beat(self) -> None:
         for link in self.links:
             await link.beat()
+
+
+class Refused(Exception):
+    """By the coordinator, and why."""
 
 
 class FakeWorker:
@@ -113,27 +115,26 @@ class FakeWorker:
         self.heard = asyncio.Condition()
         self.closed = asyncio.Event()
         self._link_port = link_port
-        self._outbox: asyncio.Queue[wire.WorkerMessage] = asyncio.Queue()
         self._runs: dict[tuple[str, int], asyncio.Task[None]] = {}
 
     async def start(self) -> "FakeWorker":
-        """Returns when welcomed; raises grpc.aio.AioRpcError when refused."""
-        self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{self._link_port}")
-        self._call = rpc.WorkerLinkStub(self._channel).Connect()
-        await self._call.write(wire.WorkerMessage(registration=self.registration))
-        message = await self._call.read()
-        assert isinstance(message, wire.CoordinatorMessage)
+        """Returns when welcomed; raises Refused."""
+        self._link = await dial(f"127.0.0.1:{self._link_port}", wire.CoordinatorMessage, None)
+        self._link.send(wire.WorkerMessage(registration=self.registration))
+        message = await self._link.read()
+        assert message is not None
+        if message.HasField("refusal"):
+            raise Refused(message.refusal.reason)
         self.welcome = message.welcome
         await self.beat()
-        self._tasks = [asyncio.create_task(work) for work in (self._read(), self._write(), self._beat())]
+        self._tasks = [asyncio.create_task(work) for work in (self._read(), self._beat())]
         return self
 
     async def stop(self) -> None:
         """Dies: the link breaks at once. Idempotent."""
         for task in [*self._tasks, *self._runs.values()]:
             task.cancel()
-        self._call.cancel()
-        await self._channel.close()
+        self._link.abort()
         self.closed.set()
 
     async def wait_for(self, condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
@@ -148,7 +149,7 @@ class FakeWorker:
         await self.send(orphan=wire.Orphan(assignment=assignment, **told))
 
     async def send(self, **message: object) -> None:
-        self._outbox.put_nowait(wire.WorkerMessage(**message))
+        self._link.send(wire.WorkerMessage(**message))
 
     async def hold(
         self, tokens: Sequence[int], cache_salt: str = "", *, snapshot: bool | None = None, is_lost: bool = False
@@ -169,12 +170,6 @@ class FakeWorker:
             await self.send(kv_events=said)
         await self.beat()
 
-    async def _write(self) -> None:
-        """One task writes: cancelling a task in the middle of a write would break the whole link."""
-        with contextlib.suppress(grpc.aio.UsageError, grpc.RpcError, asyncio.InvalidStateError):
-            while True:
-                await self._call.write(await self._outbox.get())
-
     async def beat(self) -> None:
         reservation = self.reservation
         self.heartbeat.reservation, self.heartbeat.reservation_wanted = reservation.token, reservation.wanted
@@ -193,15 +188,12 @@ class FakeWorker:
                 await self.beat()
 
     async def _read(self) -> None:
-        with contextlib.suppress(grpc.RpcError):
+        with contextlib.suppress(ConnectionError):
             await self._hear()
         self.closed.set()
 
     async def _hear(self) -> None:
-        while True:
-            message = await self._call.read()
-            if not isinstance(message, wire.CoordinatorMessage):
-                return
+        while (message := await self._link.read()) is not None:
             kind = message.WhichOneof("message")
             if kind == "assignment":
                 assignment = message.assignment
@@ -266,8 +258,7 @@ class FakeWorker:
             if self.dies_of(assignment, index):
                 self._death = asyncio.create_task(self.on_death())
                 return
-            if self.pace_s:
-                await asyncio.sleep(self.pace_s)
+            await asyncio.sleep(self.pace_s)  # if only so that each token comes by itself
             if index == self.fail_at and not well:
                 await self.send(
                     ending=wire.Ending(id=id, reason=wire.END_REASON_ERROR, num_tokens=index, detail="oops")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fake_worker import token_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from outbox import Outbox
 
 from baton.config import CoordinatorOptions
 from baton.v1 import worker_link_pb2 as wire
@@ -56,8 +57,8 @@ class Model:
         )  # fmt: skip
 
     def read(self) -> None:
-        while not self.worker.outbox.empty():
-            message = self.worker.outbox.get_nowait()
+        while self.worker.link:
+            message = self.worker.link.popleft()
             if message.HasField("assignment"):
                 sent = len(message.assignment.token_ids) - message.assignment.num_prompt_tokens
                 self.runs.append(Run(message.assignment, sent))
@@ -101,7 +102,8 @@ class World:
                 protocol_version=1, worker_id=f"w{self.num_joined % 4}", incarnation=self.num_joined, roles=roles,
                 page_size_tokens=16, total_blocks=64, max_model_tokens=512, model="demo", handover_address="x",
                 model_version=version, model_fingerprint=version,
-            )
+            ),
+            Outbox(),
         )  # fmt: skip
         self.models.append(Model(worker))
 

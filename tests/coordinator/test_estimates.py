@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from outbox import Outbox
 from routing_harness import Workers, decode, mixed, prefill
 
 from baton.v1 import worker_link_pb2 as wire
@@ -71,7 +72,7 @@ def test_what_cannot_have_been_measured_counts_as_not_measured() -> None:
     registration = wire.Registration(
         worker_id="w", roles=[2], total_blocks=10, page_size_tokens=16, max_model_tokens=99
     )
-    worker = Worker(registration, lambda worker: None)
+    worker = Worker(registration, Outbox(), lambda worker: None)
     for nonsense in (float("nan"), float("inf"), -1.0):
         worker.beat(wire.WorkerHeartbeat(prefill_tokens_per_s=nonsense, step_s=nonsense, handover_bytes_per_s=nonsense))
         load = worker.load()

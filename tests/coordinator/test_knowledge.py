@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from outbox import Outbox
 
 from baton.block_names import block_name, root_name
 from baton.v1 import worker_link_pb2 as wire
@@ -33,7 +34,8 @@ class Cluster:
             wire.Registration(
                 protocol_version=1, worker_id=id, roles=[wire.ROLE_DECODE], page_size_tokens=page_size, model="demo",
                 total_blocks=640, max_model_tokens=4096, **(usual | registration),
-            )
+            ),
+            Outbox(),
         )  # fmt: skip
 
     def holds(self, worker: Worker, num_blocks: int, salt: str = "", sequence: int = 1) -> None:

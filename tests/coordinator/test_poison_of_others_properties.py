@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 from fake_worker import token_at
+from outbox import Outbox
 from test_dispatcher_properties import Model, Run, World
 from test_poison_properties import MAX_TOKENS, POISON
 
@@ -57,7 +58,7 @@ class Host:
             page_size_tokens=16, total_blocks=64, max_model_tokens=512, model="demo", handover_address="x",
         )  # fmt: skip
         self.doors = doors
-        self.models = [Model(door.registry.register(registration)) for door in doors]
+        self.models = [Model(door.registry.register(registration, Outbox())) for door in doors]
         for door in doors:
             door.said[registration.worker_id] = deque()
         self.holder: Model | None = None
@@ -65,8 +66,8 @@ class Host:
         self.cleared = self.wanted = False
 
     def read(self, door: Door, model: Model) -> None:
-        while not model.worker.outbox.empty():
-            message = model.worker.outbox.get_nowait()
+        while model.worker.link:
+            message = model.worker.link.popleft()
             if message.HasField("assignment") and self.holder not in (None, model):
                 refusal = wire.Admission(id=message.assignment.id, accepted=False, reserved=True)
                 door.say(model, admission=refusal)

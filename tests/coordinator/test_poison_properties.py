@@ -5,6 +5,7 @@ import random
 
 import pytest
 from fake_worker import token_at
+from outbox import Outbox
 from test_dispatcher_properties import Model, Run, World
 
 from baton.v1 import worker_link_pb2 as wire
@@ -34,7 +35,7 @@ class Fleet(World):
             protocol_version=1, worker_id=f"w{self.num_joined}", incarnation=self.num_joined, roles=roles,
             page_size_tokens=16, total_blocks=64, max_model_tokens=512, model="demo", handover_address="x",
         )  # fmt: skip
-        self.models.append(Model(self.registry.register(registration)))
+        self.models.append(Model(self.registry.register(registration, Outbox())))
 
     def submit(self, id: str, prompt: list[int]) -> Request:
         request = Request(id)

@@ -3,6 +3,7 @@
 import asyncio
 
 from fake_worker import token_at
+from outbox import Outbox
 
 from baton.block_names import root_name
 from baton.config import CoordinatorOptions
@@ -73,7 +74,8 @@ class World:
             wire.Registration(
                 protocol_version=1, worker_id=name, incarnation=incarnation, roles=roles, page_size_tokens=16,
                 total_blocks=640, max_model_tokens=4096, model="demo", handover_address=f"tcp://{name}",
-            )
+            ),
+            Outbox(),
         )  # fmt: skip
 
     def ask(self, tokens: list[int], max_tokens: int = 4) -> Choice:
@@ -92,8 +94,8 @@ class World:
     @staticmethod
     def assigned(worker: Worker) -> wire.Assignment:
         found = []
-        while not worker.outbox.empty():
-            message = worker.outbox.get_nowait()
+        while worker.link:
+            message = worker.link.popleft()
             if message.HasField("assignment"):
                 found.append(message.assignment)
         (assignment,) = found

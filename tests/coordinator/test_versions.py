@@ -5,10 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 from coordinator_harness import DECODE, DEMO_FOLDER, PREFILL, System, running, until
-from fake_worker import FakeWorker, token_at
+from fake_worker import FakeWorker, Refused, token_at
 
 import baton
 from baton.model_folder import tokenizer_fingerprint
@@ -70,7 +69,7 @@ def test_a_worker_that_does_not_fit_is_refused_with_the_reason(run, changes: dic
     async def main() -> None:
         async with running() as system:
             await system.worker()
-            with pytest.raises(grpc.aio.AioRpcError, match=says):
+            with pytest.raises(Refused, match=says):
                 await FakeWorker(system.ports.link, "other", [PREFILL], **changes).start()
 
     run(main())
@@ -100,7 +99,7 @@ def test_a_worker_without_a_label_gets_one_from_its_weights(run) -> None:
             await system.worker("one", model_version="", **fingerprints)
             assert system.coordinator.registry.workers["one"].version == "w" * 12
             other = {**fingerprints, "model_fingerprint": "n" * 32, "model_version": "w" * 12}
-            with pytest.raises(grpc.aio.AioRpcError, match="model_fingerprint"):
+            with pytest.raises(Refused, match="model_fingerprint"):
                 await FakeWorker(system.ports.link, "two", [DECODE], **other).start()
 
     run(main())

@@ -3,14 +3,15 @@
 import asyncio
 from types import SimpleNamespace
 
+from outbox import Outbox
+
 from baton.v1 import worker_link_pb2 as wire
-from coordinator import workers
 from coordinator.workers import Leg, Worker
 
 
 def registered(**changes: object) -> Worker:
     usual = {"worker_id": "w", "roles": [1, 2], "total_blocks": 100, "page_size_tokens": 16, "max_model_tokens": 4096}
-    return Worker(wire.Registration(**(usual | changes)), lambda worker: None)
+    return Worker(wire.Registration(**(usual | changes)), Outbox(), lambda worker: None)
 
 
 def leg_on(worker: Worker, handle: int) -> Leg:
@@ -57,8 +58,12 @@ def test_the_context_is_no_longer_than_the_pool() -> None:
 def test_a_worker_that_does_not_read_is_lost_once() -> None:
     async def main() -> None:
         lost: list[Worker] = []
-        worker = Worker(wire.Registration(worker_id="slow", total_blocks=1, page_size_tokens=1), lost.append)
-        for _ in range(workers.OUTBOX_MESSAGES + 2):
+        link = Outbox()
+        worker = Worker(wire.Registration(worker_id="slow", total_blocks=1, page_size_tokens=1), link, lost.append)
+        worker.send(wire.CoordinatorMessage())
+        assert worker.accepts
+        link.reads = False
+        for _ in range(2):
             worker.send(wire.CoordinatorMessage())
         worker.lose("said twice")
         await asyncio.sleep(0)

@@ -19,6 +19,7 @@ from typing import Any, Self
 import aiohttp
 import grpc.aio
 
+from baton.framed import GREETING, LENGTH_BYTES
 from baton.v1 import handover_pb2 as handover
 from baton.v1 import worker_link_pb2 as wire
 from tests.faults.processes import Nursery, num_descriptors, send
@@ -26,11 +27,10 @@ from tests.faults.relay import (
     Addresses,
     Connection,
     Cuts,
-    GrpcMessages,
     Relay,
     ZmtpMessages,
     any_bytes,
-    http2_frames,
+    link_frames,
     zmtp_frames,
 )
 from tests.system.cluster import ELSEWHERE, UNREFUSED
@@ -136,23 +136,19 @@ class LinkTap(Connection):
         super().__init__({coordinator})
         self._fleet, self._coordinator = fleet, coordinator
         self._worker = Worker("", "")
-        self._messages = GrpcMessages(), GrpcMessages()
         self._passing: tuple[list[Event], list[Event]] = [], []
         self._registered = False
 
     async def before(self, frame: bytes, from_client: bool) -> bytes:
-        events: list[Event] = []
-        for data in self._messages[from_client].of(frame):
-            if from_client:
-                message = wire.WorkerMessage.FromString(data)
-                if message.WhichOneof("message") == "registration":
-                    frame = await self._register(message.registration, frame)
-                for said in message.bundle or [message]:
-                    events += self._said(said)
-            else:
-                order = wire.CoordinatorMessage.FromString(data)
-                for told in order.bundle or [order]:
-                    events += self._told(told)
+        if frame == GREETING:
+            return frame
+        if from_client:
+            message = wire.WorkerMessage.FromString(frame[LENGTH_BYTES:])
+            if message.HasField("registration"):
+                frame = await self._register(message.registration, frame)
+            events = self._said(message)
+        else:
+            events = self._told(wire.CoordinatorMessage.FromString(frame[LENGTH_BYTES:]))
         self._passing[from_client][:] = events
         for event in events:
             self._fleet.tell(event)
@@ -319,7 +315,7 @@ class Fleet:
         await self._store_relay.start()
 
     async def _add_coordinator(self, name: str) -> None:
-        link = Relay(LINK, self.cuts, http2_frames, lambda: LinkTap(self, name))
+        link = Relay(LINK, self.cuts, link_frames, lambda: LinkTap(self, name))
         port = free_port()
         link.target = "127.0.0.1", port
         await link.start(LINK_HOST, port)

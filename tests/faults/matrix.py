@@ -496,11 +496,17 @@ def batches(num_cases: int, seed: int, victims: str = "") -> list[Batch]:
 
 
 def sample(fleet: tuple[tuple[str, int], ...], num_cases: int, seed: int) -> Batch:
-    """Some cases of one deterministic fleet, for each kind of victim that it has."""
+    """Some cases of one deterministic fleet, for each kind of victim that it has, each at another moment: what comes
+    with the last token often comes too late to be proven."""
     chance = random.Random(seed)
     chosen: list[Cell] = []
     for victim in (victim for victim in VICTIMS if victim.fleet == fleet):
-        chosen += chance.sample([cell for cell in cells() if cell.victim is victim], num_cases)
+        own = [cell for cell in cells() if cell.victim is victim]
+        moments = list(dict.fromkeys(cell.moment for cell in own))
+        chosen += [
+            chance.choice([cell for cell in own if cell.moment is moment])
+            for moment in chance.sample(moments, min(num_cases, len(moments)))
+        ]
     return Batch(fleet, VARIANTS[1], tuple(chosen))
 
 

@@ -1,30 +1,29 @@
 """Between every two processes: TCP relays that see each message pass, and can hold it back for ever.
 
-A relay cuts the bytes into frames (HTTP/2 of the worker link, ZMTP of hand-overs) and passes them on as they came. Its
-tap hears of each message before and after, in the same turn of the loop, so that what a test does then is done before
-the message arrives, or right after. `Cuts` says who is cut off: nothing passes any more, in neither direction, and no
-connection ends; what was held back goes on when the cut is healed, as on a network that retransmits.
+A relay cuts the bytes into frames (messages of the worker link, ZMTP of hand-overs) and passes them on as they came.
+Its tap hears of each message before and after, in the same turn of the loop, so that what a test does then is done
+before the message arrives, or right after. `Cuts` says who is cut off: nothing passes any more, in neither direction,
+and no connection ends; what was held back goes on when the cut is healed, as on a network that retransmits.
 
 Workers tell each other addresses. Each is replaced by the one of a relay in front of it, which is as long.
 """
 
 import asyncio
 import re
-import struct
 from collections.abc import AsyncIterator, Callable
 
-PREFACE_BYTES, FRAME_HEADER_BYTES = 24, 9  # of HTTP/2
+from baton.framed import GREETING, LENGTH_BYTES
+
 GREETING_BYTES, LONG, COMMAND = (10, 1, 53), 2, 4  # of ZMTP 3
 HOST = "127.0.0.1"
 Frames = Callable[[asyncio.StreamReader, bool], AsyncIterator[bytes]]
 
 
-async def http2_frames(reader: asyncio.StreamReader, from_client: bool) -> AsyncIterator[bytes]:
-    if from_client:
-        yield await reader.readexactly(PREFACE_BYTES)
+async def link_frames(reader: asyncio.StreamReader, from_client: bool) -> AsyncIterator[bytes]:
+    yield await reader.readexactly(len(GREETING))
     while True:
-        header = await reader.readexactly(FRAME_HEADER_BYTES)
-        yield header + await reader.readexactly(int.from_bytes(header[:3], "big"))
+        length = await reader.readexactly(LENGTH_BYTES)
+        yield length + await reader.readexactly(int.from_bytes(length, "little"))
 
 
 async def zmtp_frames(reader: asyncio.StreamReader, from_client: bool) -> AsyncIterator[bytes]:
@@ -53,27 +52,6 @@ class ZmtpMessages:
             self._greetings_left -= 1
             return []
         return [] if frame[0] & COMMAND else [frame[9:] if frame[0] & LONG else frame[2:]]
-
-
-class GrpcMessages:
-    """Messages of the one call of a connection, out of the DATA frames of one direction."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-
-    def of(self, frame: bytes) -> list[bytes]:
-        """The messages that this frame completes."""
-        if frame.startswith(b"PRI *") or frame[3] != 0:
-            return []
-        self._buffer += frame[FRAME_HEADER_BYTES:]
-        messages = []
-        while len(self._buffer) >= 5:
-            (size,) = struct.unpack_from(">xI", self._buffer)
-            if len(self._buffer) < 5 + size:
-                break
-            messages.append(bytes(self._buffer[5 : 5 + size]))
-            del self._buffer[: 5 + size]
-        return messages
 
 
 class Cuts:

@@ -113,7 +113,7 @@ class Coordinator:
 
     def __init__(self, world: "World") -> None:
         self.kv_sequence = 0
-        self.backlog = 0
+        self.unsent_bytes = 0
         self.told: Told | None = None
         self.messages: list[wire.KvEvents] = []
         self.num_gaps = 0
@@ -127,7 +127,7 @@ class Coordinator:
         now = self._world.clock.now
         assert now - self._sent_at > 0.99 * BATCH_S
         self._sent_at = now
-        assert self.backlog < module.MAX_BACKLOG
+        assert self.unsent_bytes < module.MAX_UNSENT_BYTES
         assert 0 <= events.age_s < 1000
         assert sum(len(each.stored) + len(each.removed) for each in events.changes) <= 8 * module.MAX_NAMES
         assert events.snapshot or events.changes
@@ -202,7 +202,7 @@ class World:
     def settle(self) -> None:
         """Until all that was asked for has been said, also where something was left out."""
         for link in self.links:
-            link.backlog = 0
+            link.unsent_bytes = 0
         for _ in range(4):
             self.turn()
             self.clock.pass_time(SNAPSHOT_INTERVAL_S + 30 * BATCH_S)
@@ -282,7 +282,7 @@ def test_a_coordinator_that_does_not_read_gets_little_and_then_a_snapshot(
     monkeypatch.setattr(module, "MAX_WAITING", 20)
     slow, quick = world.join(), world.join()
     world.settle()
-    slow.backlog = module.MAX_BACKLOG
+    slow.unsent_bytes = module.MAX_UNSENT_BYTES
     for number in range(21):
         world.flip(POOL, number)
         world.turn()
@@ -346,7 +346,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        for bound, value in {"MAX_NAMES": 5, "MAX_WAITING": 12, "MAX_BACKLOG": 3}.items():
+        for bound, value in {"MAX_NAMES": 5, "MAX_WAITING": 12, "MAX_UNSENT_BYTES": 3}.items():
             self.patch.setattr(module, bound, value)
         self.world = World(self.patch)
 
@@ -375,9 +375,9 @@ class Machine(RuleBasedStateMachine):
             case "leave":
                 self.world.leave(link)
             case "stop reading":
-                link.backlog = 3
+                link.unsent_bytes = 3
             case "read":
-                link.backlog = 0
+                link.unsent_bytes = 0
             case "heartbeat":
                 link.hear_heartbeat()
             case _:

@@ -10,19 +10,18 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from baton.block_names import root_name
+from baton.framed import Framed
 from baton.v1 import worker_link_pb2 as wire
-from baton.v1 import worker_link_pb2_grpc as rpc
 from engine.prefix_cache import NameChain
 
 PAGE, PROMPT_TOKENS, NEW_TOKENS, TIMEOUT_S = 16, 100, 8, 60.0
 POOL, HOST, DISK = wire.KV_TIER_POOL, wire.KV_TIER_HOST, wire.KV_TIER_DISK
 
 
-class Coordinator(rpc.WorkerLinkServicer):
+class Coordinator:
     """Knows of one worker what that says, and asks anew where a message is missing."""
 
     def __init__(self) -> None:
@@ -34,28 +33,28 @@ class Coordinator(rpc.WorkerLinkServicer):
         self.ended: set[str] = set()
         self.misses_one = False
         self.changed = asyncio.Condition()
-        self.outbox: asyncio.Queue[wire.CoordinatorMessage] = asyncio.Queue()
+        self._link: Framed[wire.WorkerMessage] | None = None
         self._sequence = 0
 
-    async def Connect(self, request_iterator: Any, context: Any) -> Any:
+    def connected(self, link: Framed[wire.WorkerMessage]) -> None:
+        self._link = link
+        self._hearing = asyncio.create_task(self._hear(link))
         welcome = wire.Welcome(
             coordinator_incarnation=7, heartbeat_interval_s=0.1, heartbeat_timeout_s=30, kv_events=True
         )
-        yield wire.CoordinatorMessage(welcome=welcome)
-        hearing = asyncio.create_task(self._hear(request_iterator))
-        try:
-            while True:
-                yield await self.outbox.get()
-        finally:
-            hearing.cancel()
+        self.send(welcome=welcome)
+
+    def send(self, **message: Any) -> None:
+        if self._link is not None:
+            self._link.send(wire.CoordinatorMessage(**message))
 
     async def beat(self) -> None:
         while True:
-            self.outbox.put_nowait(wire.CoordinatorMessage(heartbeat=wire.CoordinatorHeartbeat()))
+            self.send(heartbeat=wire.CoordinatorHeartbeat())
             await asyncio.sleep(0.1)
 
-    async def _hear(self, messages: Any) -> None:
-        async for message in messages:
+    async def _hear(self, link: Framed[wire.WorkerMessage]) -> None:
+        while (message := await link.read()) is not None:
             match message.WhichOneof("message"):
                 case "registration":
                     self.registration = message.registration
@@ -78,7 +77,7 @@ class Coordinator(rpc.WorkerLinkServicer):
         if sequence > self._sequence:
             self.told = None
             self._sequence = sequence
-            self.outbox.put_nowait(wire.CoordinatorMessage(send_kv_snapshot=wire.SendKvSnapshot()))
+            self.send(send_kv_snapshot=wire.SendKvSnapshot())
 
     def _on_events(self, events: wire.KvEvents) -> None:
         if not events.snapshot:
@@ -110,7 +109,7 @@ class Coordinator(rpc.WorkerLinkServicer):
             id=id, handle=number, role=wire.ROLE_DECODE, token_ids=prompt, num_prompt_tokens=len(prompt), deadline_s=60,
             sampling=wire.EngineSampling(top_p=1.0, repetition_penalty=1.0, max_tokens=NEW_TOKENS),
         )  # fmt: skip
-        self.outbox.put_nowait(wire.CoordinatorMessage(assignment=assignment))
+        self.send(assignment=assignment)
         await self.until(lambda: id.request_id in self.ended)
         computed = [*prompt, *self.tokens[number][:-1]]  # the last token's KV is not needed
         names = NameChain(root_name(self.registration.model_fingerprint), PAGE, 1 << 40).extend(computed)
@@ -124,10 +123,11 @@ def cut(names: bytes) -> set[bytes]:
 
 @asynccontextmanager
 async def worker(folder: Path) -> AsyncIterator[Coordinator]:
-    coordinator, server = Coordinator(), grpc.aio.server()
-    rpc.add_WorkerLinkServicer_to_server(coordinator, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
+    coordinator = Coordinator()
+    server = await asyncio.get_running_loop().create_server(
+        lambda: Framed(wire.WorkerMessage, coordinator.connected), "127.0.0.1", 0
+    )
+    port = server.sockets[0].getsockname()[1]
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-P", "-m", "cli.main", "mixed", "--coordinator", f"127.0.0.1:{port}", "--dtype", "float32",
         "--kv-memory", "1536KiB", "--host-kv-memory", "2MiB", "--disk-kv-folder", str(folder), "--speculate", "off",
@@ -142,7 +142,7 @@ async def worker(folder: Path) -> AsyncIterator[Coordinator]:
         async with asyncio.timeout(TIMEOUT_S):
             await process.wait()
         beating.cancel()
-        await server.stop(None)
+        server.close()
 
 
 @pytest.mark.slow
@@ -172,7 +172,7 @@ def test_a_snapshot_and_all_changes_since_are_what_a_worker_holds(tmp_path: Path
             await it.until(lambda: len(it.told[POOL]) == it.heartbeat.blocks.cached)
             # 3. Asked again, with nothing lost: the same.
             before = it.told
-            it.outbox.put_nowait(wire.CoordinatorMessage(send_kv_snapshot=wire.SendKvSnapshot()))
+            it.send(send_kv_snapshot=wire.SendKvSnapshot())
             await it.until(lambda: it.num_snapshots == 3)
             await it.until(lambda: it.told == before)
         # 4. Another life has what is on the disk, and nothing else.

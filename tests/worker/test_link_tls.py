@@ -5,11 +5,11 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import grpc
 import pytest
 
-from baton.grpc_tls import server_credentials, trouble
+from baton.framed import Framed, trouble
 from baton.tls import COORDINATOR_NAME, Tls, inside
+from baton.v1 import worker_link_pb2 as wire
 from tests.authority import Authority
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -27,22 +27,19 @@ def ours(authority: Authority) -> Tls:
     return tls
 
 
-async def asked_of_grpc(listens: Tls | None, asks: Tls | None) -> str | None:
-    server = grpc.aio.server()
-    address = "127.0.0.1:0"
-    port = (
-        server.add_secure_port(address, server_credentials(listens)) if listens else server.add_insecure_port(address)
+async def asked(listens: Tls | None, asks: Tls | None) -> str | None:
+    server = await asyncio.get_running_loop().create_server(
+        lambda: Framed(wire.WorkerMessage), "127.0.0.1", 0, ssl=listens.listener("link") if listens else None
     )
-    await server.start()
     try:
-        return await trouble(f"127.0.0.1:{port}", asks)
+        return await trouble(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", asks)
     finally:
-        await server.stop(0)
+        server.close()
 
 
 def test_what_goes_together_is_no_trouble(ours: Tls) -> None:
-    assert asyncio.run(asked_of_grpc(ours, ours)) is None
-    assert asyncio.run(asked_of_grpc(None, None)) is None
+    assert asyncio.run(asked(ours, ours)) is None
+    assert asyncio.run(asked(None, None)) is None
 
 
 def test_what_does_not_go_together_is_named(ours: Tls, authority: Authority, tmp_path: Path) -> None:
@@ -53,11 +50,11 @@ def test_what_does_not_go_together_is_named(ours: Tls, authority: Authority, tmp
     for listens, asks, says in (
         (ours, None, "talks TLS only"),
         (None, ours, "talks no TLS"),
-        (ours, stranger, "certificate is not good: unable to get local issuer"),
+        (ours, stranger, "certificate is not good: self-signed|certificate is not good: unable"),
         (stranger, ours, "certificate is not good: self-signed|certificate is not good: unable"),
         (worker_only, ours, "certificate is not good: Hostname mismatch"),
     ):
-        found = asyncio.run(asked_of_grpc(listens, asks))
+        found = asyncio.run(asked(listens, asks))
         assert found is not None
         assert any(each in found for each in says.split("|")), found
 

@@ -4,19 +4,19 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
 
-import grpc
 import pytest
 
 from baton.discovery.base import Discovery, Fixed
 from baton.errors import ConfigurationError
 from baton.v1 import worker_link_pb2 as wire
-from baton.v1 import worker_link_pb2_grpc as rpc
-from tests.worker.test_link import BEAT, REGISTRATION, FakeCoordinator, Recorder, beating
+from tests.worker.fake_coordinator import BEAT, FakeCoordinator, refusing
+from tests.worker.test_link import REGISTRATION, Recorder
 from worker import links as module
 from worker.link import Refused
 from worker.links import CoordinatorLinks
+
+pytestmark = pytest.mark.timeout(60)
 
 
 class Told(Discovery):
@@ -38,33 +38,6 @@ class Told(Discovery):
         self._on_change(frozenset(addresses))
 
 
-class Coordinator(FakeCoordinator):
-    address = ""
-
-    def __init__(self, reason: str = "") -> None:
-        async def refuse(_: Any, context: Any) -> AsyncIterator[wire.CoordinatorMessage]:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
-            yield wire.CoordinatorMessage()
-
-        super().__init__(refuse if reason else lambda _, __: beating())
-
-    async def hears(self, kind: str) -> None:
-        while await self.heard.get() != kind:
-            pass
-
-    @asynccontextmanager
-    async def up(self) -> AsyncIterator["Coordinator"]:
-        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-        rpc.add_WorkerLinkServicer_to_server(self, server)
-        port = server.add_insecure_port(self.address or "127.0.0.1:0")
-        self.address = f"127.0.0.1:{port}"
-        await server.start()
-        try:
-            yield self
-        finally:
-            await server.stop(None)
-
-
 @asynccontextmanager
 async def linked(discovery: Discovery, timeout_s: float = 5.0) -> AsyncIterator[tuple[CoordinatorLinks, Recorder]]:
     recorder = Recorder()
@@ -80,7 +53,7 @@ async def linked(discovery: Discovery, timeout_s: float = 5.0) -> AsyncIterator[
 
 def test_every_coordinator_is_registered_with_and_hears_what_all_are_told() -> None:
     async def run() -> None:
-        async with Coordinator().up() as one, Coordinator().up() as two, Coordinator().up() as late:
+        async with FakeCoordinator().up() as one, FakeCoordinator().up() as two, FakeCoordinator().up() as late:
             told = Told(one.address, two.address)
             async with linked(told) as (links, _):
                 for each in (one, two):
@@ -98,7 +71,7 @@ def test_every_coordinator_is_registered_with_and_hears_what_all_are_told() -> N
 def test_a_link_that_works_is_kept_though_its_coordinator_is_announced_no_more() -> None:
     async def run() -> None:
         async with AsyncExitStack() as stack:
-            one = await stack.enter_async_context(Coordinator().up())
+            one = await stack.enter_async_context(FakeCoordinator().up())
             told = Told(one.address)
             async with linked(told) as (_, recorder):
                 await one.hears("heartbeat")
@@ -120,7 +93,7 @@ def test_a_link_that_works_is_kept_though_its_coordinator_is_announced_no_more()
 
 def test_a_coordinator_that_is_gone_and_still_announced_is_dialled_until_it_is_back() -> None:
     async def run() -> None:
-        one = Coordinator()
+        one = FakeCoordinator()
         async with one.up():
             pass
         async with linked(Told(one.address)):
@@ -138,8 +111,8 @@ def test_one_coordinator_that_refuses_is_asked_again_later_while_another_has_tak
 
     async def run() -> None:
         async with AsyncExitStack() as stack:
-            refuses = await stack.enter_async_context(Coordinator("another model").up())
-            takes = await stack.enter_async_context(Coordinator().up())
+            refuses = await stack.enter_async_context(FakeCoordinator(refusing("another model")).up())
+            takes = await stack.enter_async_context(FakeCoordinator().up())
             await stack.enter_async_context(linked(Told(refuses.address, takes.address)))
             await takes.hears("heartbeat")
             while refuses.connections < 3:
@@ -149,15 +122,14 @@ def test_one_coordinator_that_refuses_is_asked_again_later_while_another_has_tak
     asyncio.run(run())
 
 
-class Jealous(Coordinator):
+class Jealous(FakeCoordinator):
     """Like a real one: a worker that registers again has no other link any more."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.scripts = [self._newest]
+        super().__init__(self._newest)
         self._hang_up = asyncio.Event()
 
-    async def _newest(self, _: Any, __: Any) -> AsyncIterator[wire.CoordinatorMessage]:
+    async def _newest(self) -> AsyncIterator[wire.CoordinatorMessage]:
         self._hang_up.set()
         self._hang_up = mine = asyncio.Event()
         welcome = wire.Welcome(coordinator_incarnation=5, heartbeat_interval_s=0.05, heartbeat_timeout_s=0.3)
@@ -185,7 +157,10 @@ def test_a_coordinator_with_two_addresses_gets_one_link_that_stays() -> None:
 
 def test_a_worker_that_every_coordinator_refuses_ends_and_says_why() -> None:
     async def run() -> None:
-        async with Coordinator("another model").up() as one, Coordinator("another model").up() as two:
+        async with (
+            FakeCoordinator(refusing("another model")).up() as one,
+            FakeCoordinator(refusing("another model")).up() as two,
+        ):
             links = CoordinatorLinks(REGISTRATION, Recorder(), wire.WorkerHeartbeat)
             with pytest.raises(Refused, match="another model"):
                 await links.run(Told(one.address, two.address), 5)
@@ -211,28 +186,13 @@ def test_a_worker_without_any_coordinator_gives_up_with_a_hint(discovery: Discov
     asyncio.run(run())
 
 
-class HangsUp(Coordinator):
-    """When it has read everything, as the real one does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scripts = [lambda _, __: self._answer()]
-        self.has_read = asyncio.Event()
-
-    async def _answer(self) -> AsyncIterator[wire.CoordinatorMessage]:
-        async for message in beating():
-            yield message
-            if self.has_read.is_set():
-                return
-
-    async def _listen(self, messages: Any) -> None:
-        await super()._listen(messages)
-        self.has_read.set()
-
-
 def test_a_link_that_is_closed_ends_when_its_coordinator_has_read_everything() -> None:
     async def run() -> None:
-        async with HangsUp().up() as one, HangsUp().up() as two, linked(Told(one.address, two.address)) as (links, to):
+        async with (
+            FakeCoordinator().up() as one,
+            FakeCoordinator().up() as two,
+            linked(Told(one.address, two.address)) as (links, to),
+        ):
             for each in (one, two):
                 await each.hears("heartbeat")
             for _ in range(100):
@@ -251,7 +211,7 @@ def test_closing_waits_for_no_coordinator_that_is_not_there() -> None:
     async def run() -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and never says a word
             address = f"127.0.0.1:{silent.getsockname()[1]}"
-            async with HangsUp().up() as one, linked(Told(one.address, address)) as (links, _):
+            async with FakeCoordinator().up() as one, linked(Told(one.address, address)) as (links, _):
                 await one.hears("heartbeat")
                 async with asyncio.timeout(5):
                     await links.close(60.0)
