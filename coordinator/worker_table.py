@@ -1,9 +1,10 @@
 """What routing knows of each worker: one row a worker, one column a figure, so that a decision is vector arithmetic.
 
-A row is written when something changes (a registration, a heartbeat, an assignment, an end), not when a request comes.
+What changes with a request (an assignment, a first token, an end) is written when the next decision asks for
+candidates, once for however many changes; figures are as of then.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -91,6 +92,9 @@ class WorkerTable:
         self._candidates: dict[str, Candidates] = {}
         """By version, until a worker comes, goes, or accepts work no more."""
         self._of_version: dict[str, set[Group]] = {}
+        self._ready: list[str] | None = None
+        self._stale: dict[int, Callable[[], Load]] = {}
+        """Rows whose load has changed, and who knows it now."""
         self._free: list[int] = []
         self._capacity = 0
         self._fixed = np.zeros((len(Fixed._fields), 0))
@@ -134,8 +138,19 @@ class WorkerTable:
             self._forget()
         self._load[:, row] = load
 
+    def changed(self, row: int, load: Callable[[], Load]) -> None:
+        """The row is to be `put` before it counts again."""
+        self._stale[row] = load
+
+    def _settle(self) -> None:
+        if self._stale:
+            for row, load in self._stale.items():
+                self.put(row, load())
+            self._stale.clear()
+
     def remove(self, row: int) -> None:
         """The worker is gone."""
+        self._stale.pop(row, None)
         if self._rows.get(self.ids[row]) == row:
             del self._rows[self.ids[row]]
         self.ids[row], self.groups[row] = "", None
@@ -147,14 +162,25 @@ class WorkerTable:
         """What was derived from who is there."""
         self._candidates.clear()
         self._of_version.clear()
+        self._ready = None
 
     def candidates(self, version: str) -> Candidates:
+        self._settle()
         if (found := self._candidates.get(version)) is None:
             rows = [row for row, group in enumerate(self.groups) if group and group.version == version]
             found = self._candidates[version] = self.among(row for row in rows if self.accepts[row])
         return found
 
+    def ready_versions(self) -> list[str]:
+        """Those of which a worker that decodes, or stands in for those that do, accepts work."""
+        self._settle()
+        if self._ready is None:
+            able = np.flatnonzero((self.accepts > 0) & ((self.decodes > 0) | (self.stands_in > 0))).tolist()
+            self._ready = list(dict.fromkeys(group.version for row in able if (group := self.groups[row])))
+        return self._ready
+
     def among(self, rows: Iterable[int]) -> Candidates:
+        self._settle()
         all_ = np.fromiter(rows, np.intp)
         decoders, prefillers, stand_ins = (
             all_[role[all_] > 0] for role in (self.decodes, self.prefills, self.stands_in)

@@ -272,6 +272,8 @@ class WorkerRegistry:
         self.workers: dict[str, Worker] = {}
         self.table = WorkerTable()
         """Of these workers, for routing."""
+        self._context_tokens: dict[str, int] = {}
+        """By version, until a worker comes or goes."""
         self.version_starts: dict[str, float] = {}
         """When the first worker of each version was started that was ever here; Unix seconds."""
         self.on_lost: Callable[[Worker], None] = lambda worker: None
@@ -291,6 +293,7 @@ class WorkerRegistry:
             same = old.registration.incarnation == registration.incarnation
             old.lose("it dialled again" if same else "it was started anew", died=not same)
         worker = self.workers[registration.worker_id] = Worker(registration, link, self._lost, self._changed)
+        self._context_tokens.clear()
         worker.row = self.table.add(worker.id, _group(worker), _fixed(worker))
         self._changed(worker)
         self.empty_since_s = None
@@ -347,6 +350,7 @@ class WorkerRegistry:
     def _lost(self, worker: Worker) -> None:
         if self.workers.get(worker.id) is worker:
             del self.workers[worker.id]
+            self._context_tokens.clear()
             if not self.workers:
                 self.empty_since_s = time.monotonic()
         self.on_lost(worker)
@@ -354,7 +358,7 @@ class WorkerRegistry:
         self.on_change()
 
     def _changed(self, worker: Worker) -> None:
-        self.table.put(worker.row, worker.load())
+        self.table.changed(worker.row, worker.load)
 
     def candidates(self, version: str) -> Candidates:
         """The workers of one model version that accept new work."""
@@ -362,8 +366,7 @@ class WorkerRegistry:
 
     def ready_versions(self) -> list[str]:
         """Those of which a worker that decodes, or stands in for those that do, accepts work."""
-        ready = (worker for worker in self.workers.values() if worker.accepts and (worker.decodes or worker.stands_in))
-        return list(dict.fromkeys(worker.version for worker in ready))
+        return self.table.ready_versions()
 
     @property
     def context_tokens(self) -> int:
@@ -373,7 +376,10 @@ class WorkerRegistry:
 
     def context_tokens_of(self, version: str) -> int:
         """Of one version: what every decode worker, or else every stand-in, can hold; 0 without any."""
-        workers = [worker for worker in self.workers.values() if worker.version == version]
-        decoding = [worker for worker in workers if worker.decodes]
-        standing_in = [worker for worker in workers if worker.stands_in]
-        return min((worker.context_tokens for worker in decoding or standing_in), default=0)
+        if (known := self._context_tokens.get(version)) is None:
+            workers = [worker for worker in self.workers.values() if worker.version == version]
+            decoding = [worker for worker in workers if worker.decodes]
+            standing_in = [worker for worker in workers if worker.stands_in]
+            known = min((worker.context_tokens for worker in decoding or standing_in), default=0)
+            self._context_tokens[version] = known
+        return known
