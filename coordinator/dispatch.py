@@ -339,6 +339,12 @@ class Dispatcher:
         decode = workers[route.decode]
         prefill = workers[route.prefill] if route.prefill is not None else None
         tokens = choice.prompt + choice.stream.tokens
+        common = wire.Assignment(
+            id=wire.AttemptId(request_id=choice.stream_id, attempt=attempt), token_ids=tokens,
+            num_prompt_tokens=len(choice.prompt), sampling=choice.sampling, cache_salt=choice.request.cache_salt,
+            deadline_s=max(0.001, self._remaining_s(choice.request)),
+        )  # fmt: skip
+        choice.request.caller.assign(common)
         parts = [(decode, wire.ROLE_DECODE)]
         if prefill is not None:
             parts.insert(0, (prefill, wire.ROLE_PREFILL))
@@ -349,17 +355,9 @@ class Dispatcher:
             computes = worker is prefill or prefill is None
             leg.expected_tokens = route.cached_tokens if computes else None
             worker.open(leg, len(tokens), len(tokens) - route.cached_tokens if computes else 0)
-            message = wire.CoordinatorMessage()
+            message = wire.CoordinatorMessage(assignment=common)
             assignment = message.assignment
-            assignment.id.CopyFrom(leg.id)
-            assignment.handle = leg.handle
-            assignment.role = role
-            assignment.token_ids.extend(tokens)
-            assignment.num_prompt_tokens = len(choice.prompt)
-            assignment.sampling.CopyFrom(choice.sampling)
-            assignment.cache_salt = choice.request.cache_salt
-            choice.request.caller.assign(assignment)
-            assignment.deadline_s = max(0.001, self._remaining_s(choice.request))
+            assignment.handle, assignment.role = leg.handle, role
             if prefill is not None:
                 (assignment.decode if worker is prefill else assignment.prefill).CopyFrom(
                     peer(decode if worker is prefill else prefill)
