@@ -82,11 +82,6 @@ class Delta:
     digest: str = ""
     """See `Position`."""
 
-    @property
-    def position(self) -> Position:
-        """Of a client that has this delta and all before it."""
-        return Position(self.first_index + len(self.token_ids), self.finish_reason is not None, self.digest)
-
 
 class Choice:
     """One stream of a request: its prompt, its tokens and text so far."""

@@ -154,7 +154,7 @@ class AnswerWriter:
         self._frames: dict[int, _Frame] = {}
         """By choice: of its events that carry text and nothing else."""
         self._introduced = {number for number, position in enumerate(had) if position != Position()}
-        self._had = [_written(position) for position in had]
+        self._had = [_written(*position) for position in had]
 
     def whole(self, deltas: Sequence[Delta]) -> bytes:
         """`deltas` are all deltas of the request."""
@@ -174,7 +174,8 @@ class AnswerWriter:
     def chunk(self, delta: Delta) -> bytes:
         """An event, or nothing for a delta that shows nothing (half a character, or text held back)."""
         first = delta.choice not in self._introduced
-        self._had[delta.choice] = _written(delta.position)
+        num_tokens = delta.first_index + len(delta.token_ids)
+        self._had[delta.choice] = _written(num_tokens, delta.finish_reason is not None, delta.digest)
         plain = delta.text and not delta.finish_reason and not delta.logprobs and not (first and self._chat)
         if plain:
             frame = self._frames.get(delta.choice) or self._frame(delta.choice)
@@ -264,8 +265,8 @@ def positions_of(event_id: str, request_id: str) -> list[Position] | None:
     return [Position(int(had.rstrip("e")), had.endswith("e"), digest) for had, _, digest in found]
 
 
-def _written(position: Position) -> str:
-    num_tokens, ended, digest = position
+def _written(num_tokens: int, ended: bool, digest: str) -> str:
+    """A `Position`."""
     end = "e" if ended else ""
     return f"{num_tokens}{end}-{digest}" if num_tokens else f"0{end}"
 
