@@ -33,7 +33,7 @@ def random_prompt(seed: int) -> list[int]:
 class Listener:
     """A link whose coordinator wants to know."""
 
-    coordinator, backlog = 77, 0
+    coordinator, unsent_bytes = 77, 0
 
     def __init__(self, worker: Worker) -> None:
         self.kv_sequence = 0

@@ -109,12 +109,15 @@ class Watch:
 
         def abort(link: Link, id: wire.AttemptId) -> None:
             key = f"{id.request_id}/{id.attempt}"
+            again = key in self._arrived
             self._arrived.setdefault(key, self._now())
             if key in self.phases:
                 self.phases[key] = self._phase(key)
             for other in self.others:
                 other._heard.setdefault(key, other._now())
             on_abort(link, id)
+            if not again:  # steps are counted from when the engine has it: this thread may have stood still before that
+                self._arrived[key] = self._arrived[key][0], self._now()[1]
 
         def watched(on_output: OnOutput | None = None) -> StepOutput:
             self.look()  # commands come before a step
