@@ -178,13 +178,23 @@ class Framed(asyncio.Protocol, Generic[Incoming]):
 
 async def dial(address: str, incoming: type[Incoming], tls: Tls | None) -> Framed[Incoming]:
     """A connection to the coordinator's link at `host:port`, with the latest files. Raises OSError; no deadline."""
-    host, _, port = address.rpartition(":")
+    host, port = _parted(address)
     _, connection = await asyncio.get_running_loop().create_connection(
-        lambda: Framed(incoming), host.strip("[]"), int(port),
+        lambda: Framed(incoming), host, port,
         ssl=tls.material.naming if tls is not None else None,
         server_hostname=COORDINATOR_NAME if tls is not None else None,
     )  # fmt: skip
     return connection
+
+
+def _parted(address: str) -> tuple[str, int]:
+    """Host and port of what may have been announced by anybody. Raises ConnectionError."""
+    host, _, port = address.rpartition(":")
+    try:
+        host.encode("idna")
+        return host.strip("[]"), int(port)
+    except ValueError:
+        raise ConnectionError(f"'{address}' is no address like host:port") from None
 
 
 async def trouble(address: str, tls: Tls | None) -> str | None:
@@ -196,7 +206,6 @@ async def trouble(address: str, tls: Tls | None) -> str | None:
 
 
 def _probe(address: str, tls: Tls | None) -> str | None:
-    host, _, port = address.rpartition(":")
     if tls is None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -204,7 +213,7 @@ def _probe(address: str, tls: Tls | None) -> str | None:
         context = tls.material.naming
     try:
         with (
-            socket.create_connection((host.strip("[]"), int(port)), PROBE_TIMEOUT_S) as plain,
+            socket.create_connection(_parted(address), PROBE_TIMEOUT_S) as plain,
             context.wrap_socket(plain, server_hostname=COORDINATOR_NAME) as connection,
         ):
             if tls is None:

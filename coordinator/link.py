@@ -56,7 +56,7 @@ class LinkServer:
         options, tls = self._options, self._tls
         self._server = await asyncio.get_running_loop().create_server(
             lambda: Framed(wire.WorkerMessage, self._opened), options.link_host, options.link_port,
-            ssl=tls.listener("link") if tls is not None else None,
+            backlog=MAX_UNREGISTERED, ssl=tls.listener("link") if tls is not None else None,
             ssl_handshake_timeout=options.heartbeat_timeout_s if tls is not None else None,
         )  # fmt: skip
         return int(self._server.sockets[0].getsockname()[1])

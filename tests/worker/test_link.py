@@ -205,6 +205,19 @@ def test_a_refused_worker_stops_and_says_why() -> None:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("address", ["nowhere", "host:port", "." * 70 + ":1", "127.0.0.1:1"])
+def test_whatever_was_announced_is_dialled_again_and_again_until_it_is_not_wanted(address: str) -> None:
+    async def run() -> None:
+        link = CoordinatorLink(address, REGISTRATION, Recorder(), wire.WorkerHeartbeat)
+        running = asyncio.create_task(link.run(lambda: None))
+        done, _ = await asyncio.wait({running}, timeout=0.3)
+        assert not done
+        link.close()
+        await asyncio.wait_for(running, 10)
+
+    asyncio.run(run())
+
+
 def test_messages_without_a_link_are_dropped_not_kept() -> None:
     async def run() -> None:
         link = CoordinatorLink("127.0.0.1:1", REGISTRATION, Recorder(), wire.WorkerHeartbeat)
