@@ -89,12 +89,12 @@ def _recent(recent: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "bad", f"{_some(sum(lost.values()), 'request')} failed {over}: {_counted(lost)}."
     if refused := recent["refused"]:
         yield "warn", f"{_some(sum(refused.values()), 'request')} refused {over}: {_counted(refused)}."
-    if wrong := recent["faults"].get("handover_checksum_failures"):
+    if wrong := recent["work"].get("handover_checksum_failures"):
         yield (
             "bad",
             f"{_some(wrong, 'block')} came with wrong bytes twice {over}, and were computed: is memory broken?",
         )
-    if slower := recent["faults"].get("handover_lane_fallbacks"):
+    if slower := recent["work"].get("handover_lane_fallbacks"):
         yield "warn", f"{_some(slower, 'connection')} between workers fell back to a slower lane {over}."
 
 

@@ -36,35 +36,29 @@ ID_CHARACTERS = 6
 WAITING, QUEUED, PREFILL, HAND_OVER, DECODE = "waiting", "queued", "prefill", "hand_over", "decode"
 STAGES: Final = (WAITING, QUEUED, PREFILL, HAND_OVER, DECODE)
 
-WORKER_COUNTERS: Final = (
-    "generated_tokens", "prompt_tokens_computed", "prompt_tokens_cached", "prompt_tokens_loaded",
-    "prompt_tokens_fetched", "prompt_tokens_received", "handover_blocks_received", "handover_bytes_received",
-    "handover_seconds", "preemptions",
-)  # fmt: skip
+RATES: Final = ("generated_tokens", "prompt_tokens_computed", "handover_bytes_received")
+"""Of each worker, per second."""
 WORKER_FAULTS: Final = (
     "handover_failures", "handover_blocks_retried", "handover_checksum_failures", "handover_leases_expired",
     "handover_peer_losses", "handover_lane_fallbacks", "local_prefill_fallbacks", "prefix_fetches_failed",
     "kv_loads_missed", "requests_expired", "requests_refused", "orphans_aborted", "discovery_losses", "tls_refused",
 )  # fmt: skip
 """What went otherwise than it should and was made good; each has its line in `baton.metrics`."""
-RATES: Final = ("generated_tokens", "prompt_tokens_computed", "handover_bytes_received")
+WORKER_COUNTERS: Final = (
+    *RATES, "prompt_tokens_cached", "prompt_tokens_loaded", "prompt_tokens_fetched", "prompt_tokens_received",
+    "handover_seconds", *WORKER_FAULTS,
+)  # fmt: skip
+"""Of which the last minute is told: as `work/…`."""
+WORKER_STATUS: Final = (
+    "id", "pid", "roles", "address", "model_version", "state", "blocks", "running", "waiting",
+    "waiting_prefill_tokens", "measured", "lanes_in_use", "heartbeat_age_s",
+)  # fmt: skip
 GROUPS: Final = (
-    "requests", "refused", "admission_refused", "attempts", "attempts_failed", "faults", "work", "tokens", "breakers",
+    "requests", "refused", "admission_refused", "attempts", "attempts_failed", "work", "tokens", "breakers",
 )  # fmt: skip
 """Of what the last minute is told."""
-TIER_FIGURES: Final = (
-    "bytes",
-    "capacity_bytes",
-    "on",
-    "pinned",
-    "stored",
-    "loaded",
-    "misses",
-    "evicted",
-    "checksum_failures",
-    "io_errors",
-    "timeouts",
-)
+TIER_FIGURES: Final = ("bytes", "capacity_bytes", "on", "loaded", "misses")
+_NEEDED: Final = (*WORKER_COUNTERS, *(f"kv_{tier}_{name}" for tier in TIERS for name in TIER_FIGURES))
 
 
 def stage_of(choice: Choice, legs: Sequence[Leg]) -> str:
@@ -102,9 +96,7 @@ class Feed:
         self._losses = Losses(registry, dispatcher)
         self._journal = Journal()
         logging.getLogger("baton.events").addHandler(self._journal)
-        self._recent = Recent(
-            [*(f"work/{name}" for name in WORKER_COUNTERS), *(f"faults/{name}" for name in WORKER_FAULTS)]
-        )
+        self._recent = Recent([f"work/{name}" for name in WORKER_COUNTERS])
         self._made: tuple[float, bytes] | None = None
 
     def close(self) -> None:
@@ -118,12 +110,11 @@ class Feed:
 
     def _document(self) -> dict[str, Any]:
         workers = sorted(self._registry.workers.values(), key=self._calm)
-        latencies, counters, totals = self._metrics.latencies(), self._counters(), _totals(workers)
-        of_workers = {
-            _life(each): [each.heartbeat.counters.get(name, 0.0) for name in (*WORKER_COUNTERS, *WORKER_FAULTS)]
-            for each in workers[:MAX_WORKERS]
-        }
-        self._recent.look(self._clock(), _figures(latencies, counters), of_workers)
+        counted = [_needed(worker.heartbeat.counters) for worker in workers]
+        shown = list(zip(workers, counted, strict=True))[:MAX_WORKERS]
+        latencies, counters = self._metrics.latencies(), self._counters()
+        seen = {_life(worker): [each.get(name, 0.0) for name in WORKER_COUNTERS] for worker, each in shown}
+        self._recent.look(self._clock(), _figures(latencies, counters), seen)
         document = summary(self._model, self._registry, self._dispatcher, self._rollout_trouble()) | {
             "at": time.time(),
             "started": self._started_unix_s,
@@ -134,8 +125,8 @@ class Feed:
             "recent": self._last_minute(latencies),
             "pressure": _values(self._metrics.admission_pressure),
             "num_workers": len(workers),
-            "workers": [self._worker(worker) for worker in workers[:MAX_WORKERS]],
-            "totals": totals,
+            "workers": [self._worker(worker, each) for worker, each in shown],
+            "totals": {"faults": _sums(counted), "tiers": _tiers(counted)},
             "losses": self._losses.latest(),
             "journal": self._journal.lines(MAX_LINES),
         }
@@ -192,7 +183,11 @@ class Feed:
 
     def _counters(self) -> dict[str, dict[str, float]]:
         metrics = self._metrics
-        return {
+        breakers: dict[str, float] = {}
+        for name, number in _values(metrics.breakers).items():
+            event = name.rpartition(" ")[2]  # whose, the metrics say
+            breakers[event] = breakers.get(event, 0.0) + number
+        return {"breakers": breakers} | {
             name: _values(metric)
             for name, metric in (
                 ("requests", metrics.requests), ("refused", metrics.refused),
@@ -200,7 +195,7 @@ class Feed:
                 ("prompt_tokens", metrics.prompt_tokens), ("attempts", metrics.attempts),
                 ("attempts_failed", metrics.attempts_failed), ("prefill_choice", metrics.prefill_choice),
                 ("resumed", metrics.resumed), ("orphans", metrics.orphans), ("suspects", metrics.suspects),
-                ("quarantine", metrics.quarantine), ("breakers", metrics.breakers),
+                ("quarantine", metrics.quarantine),
                 ("retries_delayed", metrics.retries_delayed), ("waits_for_worker", metrics.waits_for_worker),
                 ("slow_readers", metrics.slow_readers), ("version_moves", metrics.version_moves),
                 ("drains", metrics.drains), ("shadows", metrics.shadows),
@@ -220,16 +215,14 @@ class Feed:
         }
         return result
 
-    def _worker(self, worker: Worker) -> dict[str, Any]:
-        counters = worker.heartbeat.counters
-        rates = dict(zip(WORKER_COUNTERS, self._recent.rates(_life(worker)), strict=False))
-        return worker_status(worker) | {
+    def _worker(self, worker: Worker, counted: Mapping[str, float]) -> dict[str, Any]:
+        rates = dict(zip(RATES, self._recent.rates(_life(worker), len(RATES)), strict=False))
+        status = worker_status(worker)
+        return {name: status[name] for name in WORKER_STATUS} | {
             "breaker": self._dispatcher.breakers.state(worker.id),
-            "since_s": round(time.monotonic() - worker.joined_s, 1),
-            "streams": len(worker.legs),
-            "tiers": _tiers([worker]),
-            "rates": {name: rates.get(name) if name in counters else None for name in RATES},
-            "faults": {name: value for name in WORKER_FAULTS if (value := counters.get(name, 0.0))},
+            "tiers": {tier: {"on": on} for tier in TIERS if (on := counted.get(f"kv_{tier}_on")) is not None},
+            "rates": {name: rates.get(name) if name in counted else None for name in RATES},
+            "faults": {name: value for name in WORKER_FAULTS if (value := counted.get(name, 0.0))},
         }
 
 
@@ -251,36 +244,28 @@ def _without_ids(quarantine: dict[str, Any]) -> dict[str, Any]:
     return quarantine | {"lanes": lanes}
 
 
-def _totals(workers: Sequence[Worker]) -> dict[str, Any]:
+def _needed(counters: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name in _NEEDED if (value := counters.get(name)) is not None}
+
+
+def _sums(counted: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Of all workers, those that are not shown included."""
-    sums: Counter[str] = Counter()
-    for worker in workers:
-        for name in (*WORKER_COUNTERS, *WORKER_FAULTS):
-            sums[name] += worker.heartbeat.counters.get(name, 0.0)  # type: ignore[assignment]
-    return {
-        "work": {name: sums[name] for name in WORKER_COUNTERS},
-        "faults": {name: sums[name] for name in WORKER_FAULTS},
-        "tiers": _tiers(workers),
-    }
+    return {name: sum(each.get(name, 0.0) for each in counted) for name in WORKER_FAULTS}
 
 
-def _tiers(workers: Sequence[Worker]) -> dict[str, dict[str, float]]:
-    """Of each tier that one of them has, their figures together: the least `on`, and what a shared store holds once."""
+def _tiers(counted: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Of each tier that some worker has, their figures together: the least `on`, and what a shared store holds once."""
     tiers: dict[str, dict[str, float]] = {}
-    for worker in workers:
-        counters = worker.heartbeat.counters
-        for tier in TIERS:
-            if f"kv_{tier}_bytes" in counters:
-                figures = tiers.setdefault(tier, dict.fromkeys(TIER_FIGURES, 0.0) | {"on": 1.0, "workers": 0.0})
-                figures["workers"] += 1
-                for name in TIER_FIGURES:
-                    value = counters.get(f"kv_{tier}_{name}", 0.0)
-                    if name == "on":
-                        figures[name] = min(figures[name], value)
-                    elif tier == "shared" and name in ("bytes", "capacity_bytes"):
-                        figures[name] = max(figures[name], value)
-                    else:
-                        figures[name] += value
+    for tier in TIERS:
+        having = [each for each in counted if f"kv_{tier}_bytes" in each]
+        if not having:
+            continue
+        once = ("bytes", "capacity_bytes") if tier == "shared" else ()
+        values = {name: [each.get(f"kv_{tier}_{name}", 0.0) for each in having] for name in TIER_FIGURES}
+        tiers[tier] = {
+            name: min(each) if name == "on" else max(each) if name in once else sum(each)
+            for name, each in values.items()
+        } | {"workers": len(having)}
     return tiers
 
 

@@ -15,6 +15,10 @@ Life = tuple[str, str]
 class _Look(NamedTuple):
     at_s: float
     figures: Mapping[str, float]
+
+
+class _Roll(NamedTuple):
+    at_s: float
     workers: Mapping[Life, Sequence[float]]
 
 
@@ -25,15 +29,21 @@ class Recent:
         self._sums = dict.fromkeys(names, 0.0)
         """Of what was seen to happen: not what a worker had counted before it came, nor what it took along."""
         self._looks: deque[_Look] = deque()
+        self._rolls: deque[_Roll] = deque()
+        """Kept for RATE_S only: of many workers they are large."""
 
     def look(self, at_s: float, figures: Mapping[str, float], workers: Mapping[Life, Sequence[float]]) -> None:
-        before = self._looks[-1].workers if self._looks else {}
+        before = self._rolls[-1].workers if self._rolls else {}
         for life, values in workers.items():
             for name, now, then in zip(self._sums, values, before.get(life, values), strict=True):
-                self._sums[name] += max(0.0, now - then)
-        self._looks.append(_Look(at_s, {**figures, **self._sums}, workers))
+                if now > then:
+                    self._sums[name] += now - then
+        self._looks.append(_Look(at_s, {**figures, **self._sums}))
+        self._rolls.append(_Roll(at_s, workers))
         while at_s - self._looks[0].at_s > WINDOW_S:
             self._looks.popleft()
+        while at_s - self._rolls[0].at_s > RATE_S:
+            self._rolls.popleft()
 
     @property
     def window_s(self) -> float:
@@ -54,12 +64,11 @@ class Recent:
                 return (last.figures[name] - look.figures.get(name, 0.0)) / seconds
         return None
 
-    def rates(self, life: Life) -> list[float]:
-        """Of a worker's figures, per second, over the last RATE_S; [] where it has been seen only once."""
-        last = self._looks[-1]
-        for look in self._looks:
-            seconds = last.at_s - look.at_s
-            if 0 < seconds <= RATE_S and life in look.workers:
-                pairs = zip(last.workers[life], look.workers[life], strict=True)
+    def rates(self, life: Life, number: int) -> list[float]:
+        """Of a worker's first figures, per second, over the last RATE_S; [] where it has been seen only once."""
+        last = self._rolls[-1]
+        for roll in self._rolls:
+            if (seconds := last.at_s - roll.at_s) > 0 and life in roll.workers:
+                pairs = zip(last.workers[life][:number], roll.workers[life], strict=False)
                 return [max(0.0, now - then) / seconds for now, then in pairs]
         return []

@@ -20,7 +20,7 @@ WELL: dict[str, Any] = {
     "at": 1000.0, "state": "ready", "rollout_trouble": "", "pressure": {"standard": 0.2}, "workers": [WORKER],
     "losses": [], "quarantine": {"waiting": 0, "lanes": {}},
     "on_their_way": {"stages": {"waiting": 0, "decode": 1}, "shown": [ROW]},
-    "recent": {"window_s": 60.0, "requests": {"completed": 5}, "refused": {}, "faults": {"preemptions": 1.0}},
+    "recent": {"window_s": 60.0, "requests": {"completed": 5}, "refused": {}, "work": {"preemptions": 1.0}},
 }  # fmt: skip
 
 
@@ -62,8 +62,8 @@ def test_a_cluster_that_is_well_has_none() -> None:
         ("workers/0/tiers/host/on", 0.5, "warn", "Tiers off or read-only: host of decode-0"),
         ("recent/requests", {"failed": 2, "poisoned": 1}, "bad", "3 requests failed in the last 60 s: 2 failed, 1 p"),
         ("recent/refused", {"overloaded": 1}, "warn", "1 request refused in the last 60 s: 1 overloaded"),
-        ("recent/faults", {"handover_checksum_failures": 1}, "bad", "wrong bytes"),
-        ("recent/faults", {"handover_lane_fallbacks": 1}, "warn", "slower lane"),
+        ("recent/work", {"handover_checksum_failures": 1}, "bad", "wrong bytes"),
+        ("recent/work", {"handover_lane_fallbacks": 1}, "warn", "slower lane"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_once_with_its_level(path: str, value: Any, level: str, words: str) -> None:

@@ -246,10 +246,10 @@ def test_the_last_minute_is_what_came_in_it_and_a_worker_counts_from_when_it_is_
     assert recent.window_s == WINDOW_S
     assert recent.gains() == {"ended": 120.0, "work/tokens": 50.0 * 60 + 9}
     assert recent.rate("ended") == 2.0
-    assert recent.rates(("a", "1")) == [50.0]
-    assert recent.rates(("b", "1")) == [1.0]
+    assert recent.rates(("a", "1"), 1) == [50.0]
+    assert recent.rates(("b", "1"), 1) == [1.0]
     recent.look(99.0 + RATE_S * 2, {"ended": 198.0, "still": 7.0}, {("b", "2"): [0.0]})
-    assert recent.rates(("b", "2")) == []
+    assert recent.rates(("b", "2"), 1) == []
     assert recent.rate("ended") is None  # nobody has looked for a while
 
 

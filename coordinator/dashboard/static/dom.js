@@ -32,28 +32,32 @@ export function say(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
-// Rows by key: a row that stays keeps its element, and only cells that changed are written.
+// Rows by key; a cell is its text, { text, as: its class }, or { make, key, as } as in `fill`. A row that stays keeps its element, and only cells that changed are written.
 export function rows(body, items, { key, cells, kind = () => "", none }) {
   const old = new Map([...body.children].map((row) => [row.dataset.key, row]));
   const wanted = items.map((item) => {
     const id = key(item);
     const row = old.get(id) ?? element("tr", { "data-key": id });
-    old.delete(id);
+    old.delete(id); // of two with one name the second gets a row of its own
     if (row.className !== kind(item)) row.className = kind(item);
     cells(item).forEach((cell, index) => {
-      const content = Array.isArray(cell) || cell instanceof Object ? cell : { text: cell };
+      const content = cell instanceof Object ? cell : { text: cell };
       const td = row.children[index] ?? row.appendChild(element("td"));
       if (td.className !== (content.as ?? "")) td.className = content.as ?? "";
       if (content.make) fill(td, content.key, content.make);
-      else say(td, String(content.text));
+      else {
+        shown.delete(td);
+        say(td, String(content.text));
+      }
     });
     return row;
   });
-  for (const row of old.values()) row.remove();
   if (!wanted.length && none) {
     const columns = body.closest("table").tHead.rows[0].cells.length;
     wanted.push(element("tr", { "data-key": "" }, element("td", { colspan: columns, class: "empty wrap" }, none)));
   }
+  const stay = new Set(wanted);
+  for (const row of [...body.children]) if (!stay.has(row)) row.remove();
   wanted.forEach((row, index) => {
     if (body.children[index] !== row) body.insertBefore(row, body.children[index] ?? null);
   });

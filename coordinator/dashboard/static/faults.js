@@ -48,13 +48,7 @@ export function losses(feed) {
 }
 
 export function faults({ counters, totals, recent }) {
-  const opened = (values) =>
-    sum(
-      Object.entries(values)
-        .filter(([name]) => name.endsWith(" opened"))
-        .map(([, value]) => value),
-    );
-  const fault = (title, name) => [title, totals.faults[name], recent.faults[name]];
+  const fault = (title, name) => [title, totals.faults[name], recent.work[name]];
   const failed = Object.entries(counters.attempts_failed)
     .filter(([, number]) => number)
     .map(([cause, number]) => [`Attempts abandoned: ${words(cause)}`, number, recent.attempts_failed[cause]]);
@@ -64,7 +58,7 @@ export function faults({ counters, totals, recent }) {
       ["Attempts begun again", counters.attempts.again, recent.attempts.again],
       ...failed,
       ["Waited for any worker to return", counters.waits_for_worker[""], 0],
-      ["Breakers opened", opened(counters.breakers), opened(recent.breakers)],
+      ["Breakers opened", counters.breakers.opened ?? 0, recent.breakers.opened],
       ["Poison requests stopped", counters.quarantine.convicted, 0],
       ["Clients that came back", sum(Object.values(counters.resumed)), 0],
       fault("Hand-overs that ended early", "handover_failures"),

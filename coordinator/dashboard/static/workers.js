@@ -237,8 +237,8 @@ export function lanes(feed) {
         "While pulling",
         work.handover_seconds ? `${bytes(work.handover_bytes_received / work.handover_seconds)}/s` : "–",
       ],
-      ["Fell back to a slower lane", faults.handover_lane_fallbacks, feed.recent.faults.handover_lane_fallbacks],
-      ["Blocks pulled once more", faults.handover_blocks_retried, feed.recent.faults.handover_blocks_retried],
+      ["Fell back to a slower lane", faults.handover_lane_fallbacks, feed.recent.work.handover_lane_fallbacks],
+      ["Blocks pulled once more", faults.handover_blocks_retried, feed.recent.work.handover_blocks_retried],
     ],
     feed.recent.window_s,
   );
