@@ -14,6 +14,8 @@ PRESSED = 0.9
 MAX_NAMES = 3
 FAILED = ("failed", "timeout", "poisoned")
 """Outcomes of requests."""
+OURS = {"overloaded", "unavailable", "internal"}
+"""Refusals that say something of the cluster; others are their clients' doing."""
 _LEVELS = ("bad", "warn", "info")
 
 
@@ -87,13 +89,11 @@ def _recent(recent: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     lost = {name: number for name, number in recent["requests"].items() if name in FAILED}
     if lost:
         yield "bad", f"{_some(sum(lost.values()), 'request')} failed {over}: {_counted(lost)}."
-    if refused := recent["refused"]:
-        yield "warn", f"{_some(sum(refused.values()), 'request')} refused {over}: {_counted(refused)}."
+    for reasons, level in ((OURS, "warn"), (recent["refused"].keys() - OURS, "info")):
+        if refused := {name: number for name, number in recent["refused"].items() if name in reasons}:
+            yield level, f"{_some(sum(refused.values()), 'request')} refused {over}: {_counted(refused)}."
     if wrong := recent["work"].get("handover_checksum_failures"):
-        yield (
-            "bad",
-            f"{_some(wrong, 'block')} came with wrong bytes twice {over}, and were computed: is memory broken?",
-        )
+        yield "bad", f"{_some(wrong, 'block')} with wrong bytes, twice, {over}: computed again, but is memory broken?"
     if slower := recent["work"].get("handover_lane_fallbacks"):
         yield "warn", f"{_some(slower, 'connection')} between workers fell back to a slower lane {over}."
 

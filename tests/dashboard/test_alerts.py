@@ -62,6 +62,7 @@ def test_a_cluster_that_is_well_has_none() -> None:
         ("workers/0/tiers/host/on", 0.5, "warn", "Tiers off or read-only: host of decode-0"),
         ("recent/requests", {"failed": 2, "poisoned": 1}, "bad", "3 requests failed in the last 60 s: 2 failed, 1 p"),
         ("recent/refused", {"overloaded": 1}, "warn", "1 request refused in the last 60 s: 1 overloaded"),
+        ("recent/refused", {"invalid_request": 3}, "info", "3 requests refused"),
         ("recent/work", {"handover_checksum_failures": 1}, "bad", "wrong bytes"),
         ("recent/work", {"handover_lane_fallbacks": 1}, "warn", "slower lane"),
     ],
