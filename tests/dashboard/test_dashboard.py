@@ -10,6 +10,7 @@ import pytest
 from fleet import Fleet
 from tenant_files import KeyFile
 
+pytestmark = pytest.mark.usefixtures("chromium")  # first: without it nothing is started
 Open = Callable[..., Any]
 ELSEWHERE = {"extra_http_headers": {"X-Forwarded-For": "203.0.113.9"}}
 """As if from another machine."""
