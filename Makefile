@@ -41,13 +41,18 @@ $(VENV)/.optional-lanes: $(VENV)/.dev
 	$(BIN)/pip install --quiet --retries 1 --constraint constraints.txt --editable ".[ucx,nixl]" && touch $@ || \
 		echo "The libraries of lanes ucx and nixl cannot be installed; their tests are skipped."
 
-system-packages: $(VENV)/.system-packages  ## etcd from the system's packages, for the tests of discovery
+system-packages: $(VENV)/.system-packages $(VENV)/.chromium  ## etcd and chromium from the system's packages, for tests
 
-# Needs root and apt-get. Where it cannot be had, these tests are skipped and say so.
+# They need root and apt-get. Where they cannot be had, the tests of discovery or of the dashboard are skipped and say so.
 $(VENV)/.system-packages: | $(VENV)/bin/python
 	{ command -v etcd && command -v etcdctl || { apt-get update -qq -o Acquire::http::Timeout=20 && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends etcd-server etcd-client; }; } \
 		>/dev/null 2>&1 && touch $@ || echo "etcd cannot be installed here; its tests are skipped."
+
+$(VENV)/.chromium: | $(VENV)/bin/python
+	{ command -v chromium || { apt-get update -qq -o Acquire::http::Timeout=20 && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium fonts-dejavu-core; }; } \
+		>/dev/null 2>&1 && touch $@ || echo "chromium cannot be installed here; the dashboard's tests are skipped."
 
 test: lint types contracts proto-check unit  ## everything CI runs
 

@@ -168,6 +168,10 @@ class AsyncClient:
         """State of the coordinator and its workers; answered only on the coordinator's own machine."""
         return await self._get("/status")
 
+    async def dashboard(self) -> dict[str, Any]:
+        """The figures of the dashboard: for whom and from where as `status`. Rates need two looks."""
+        return await self._get("/dashboard/feed")
+
     async def drain(self, workers: Sequence[str] = (), version: str = "") -> dict[str, Any]:
         """Have workers, or all of a model version, finish and end; answered only on the coordinator's own machine."""
         body = {"workers": list(workers), "version": version}
@@ -429,6 +433,9 @@ class Client:
 
     def status(self) -> dict[str, Any]:
         return self._run(self._client.status())
+
+    def dashboard(self) -> dict[str, Any]:
+        return self._run(self._client.dashboard())
 
     def drain(self, workers: Sequence[str] = (), version: str = "") -> dict[str, Any]:
         return self._run(self._client.drain(workers, version))

@@ -153,6 +153,10 @@ class Dispatcher:
         request.deadline = loop.call_later(self._patience_s(request), self._expire, request)
         return route
 
+    def legs(self, choice: Choice) -> Sequence[Leg]:
+        """Of its current attempt, who prefills first; none while it waits for the next one."""
+        return self._legs.get(choice, ())
+
     def abort(self, request: Request) -> None:
         """The client does not want the rest. Effective in every state, idempotent."""
         if not request.ended:

@@ -23,6 +23,7 @@ from aiohttp import web
 import baton
 from baton.errors import InvalidRequestError
 from coordinator import openai_api
+from coordinator.dashboard.pages import FEED, Pages
 from coordinator.delivery import Delta, Position, Request
 from coordinator.drains import DrainRequest, Drains
 from coordinator.event_stream import EventStream, EventStreams
@@ -59,7 +60,7 @@ _HTTP_STATUS = {
 _BODY_TIMEOUT_S = 30.0
 _READ_TIMEOUT_S = 30.0
 """A client that makes no room for the next piece for so long is not reading, and is hung up on."""
-_PROBES = {"/health", "/ready", "/metrics", "/status"}  # asked every few seconds by somebody's monitor
+_PROBES = {"/health", "/ready", "/metrics", "/status", FEED}  # asked every few seconds by somebody's monitor
 _RETRY_AFTER_S = {FailureKind.OVERLOADED: 1.0, FailureKind.UNAVAILABLE: 5.0}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -83,16 +84,18 @@ class HttpApi:
         resumption: Resumption,
         max_body_bytes: int,
         worker_status: Callable[[], Mapping[str, Any]],
+        feed: Callable[[], bytes],
         drains: Drains,
         alive_interval_s: float,
         tenants: Tenants | None = None,
     ) -> None:
-        """`alive_interval_s`: of signs of life, while a stream has nothing else to say."""
+        """`feed`: of the dashboard. `alive_interval_s`: of signs of life, while a stream has nothing else to say."""
         self._tenants = tenants
         self._intake = intake
         self._resumption = resumption
         self._max_body_bytes = max_body_bytes
         self._worker_status = worker_status
+        self._feed = feed
         self._drains = drains
         self._streams = EventStreams(alive_interval_s)
 
@@ -117,6 +120,7 @@ class HttpApi:
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/status", self._status)
         app.router.add_post("/drain", self._drain)
+        Pages(self._feed, _operators_only).install(app)
         if self._tenants is not None:
             HttpGate(self._tenants, _is_local).install(app)
         return app

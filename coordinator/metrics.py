@@ -133,6 +133,11 @@ class Metrics:
         """Of clients' streams: the sum of all times between tokens, and their number."""
         return self._itl().total()
 
+    def latencies(self) -> dict[str, Buckets]:
+        """Of clients' requests so far, in seconds."""
+        ttft = self.versions.of_clients(lambda each: each.ttft)
+        return {"ttft": ttft, "itl": self._itl(), "request": self._e2e}
+
     def _itl(self) -> Buckets:
         return self.versions.of_clients(lambda each: each.itl)
 
@@ -221,9 +226,10 @@ def _gauges(workers: "list[Worker]") -> Iterator[Metric]:
     info = GaugeMetricFamily("baton_worker_info", "Always 1: what it runs", labels=["worker", "version", "software"])
     lanes = GaugeMetricFamily("baton_lane_in_use", "Always 1: who hands over how", labels=["worker", "peer", "lane"])
     size = GaugeMetricFamily("baton_worker_kv_tier_bytes", "What its blocks take", labels=["worker", "tier"])
+    room = GaugeMetricFamily("baton_worker_kv_tier_capacity_bytes", "What they may", labels=["worker", "tier"])
     on = GaugeMetricFamily("baton_worker_kv_tier_on", "1 on, 0.5 read-only, 0 off", labels=["worker", "tier"])
     pinned = GaugeMetricFamily("baton_worker_kv_tier_pinned", "Blocks that pins keep", labels=["worker", "tier"])
-    for family, name in ((size, "bytes"), (on, "on"), (pinned, "pinned")):
+    for family, name in ((size, "bytes"), (room, "capacity_bytes"), (on, "on"), (pinned, "pinned")):
         for id, tier, value in _of_tiers(workers, name):
             family.add_metric([id, tier], value)
     for worker in workers:
@@ -240,4 +246,4 @@ def _gauges(workers: "list[Worker]") -> Iterator[Metric]:
                 up.add_metric([worker.id, role], float(worker.accepts))
         for peer, lane in beat.lanes_in_use.items():
             lanes.add_metric([worker.id, peer, lane], 1)
-    yield from (blocks, total, running, waiting, tokens, up, info, lanes, size, on, pinned)
+    yield from (blocks, total, running, waiting, tokens, up, info, lanes, size, room, on, pinned)

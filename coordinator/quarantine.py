@@ -12,6 +12,7 @@ others of other coordinators. A request for which a reserved worker was not empt
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import Choice, Request
@@ -90,7 +91,7 @@ class Quarantine:
             return False
         return bool(worker.legs) and lane.cleared
 
-    def status(self) -> dict[str, object]:
+    def status(self) -> dict[str, Any]:
         """JSON-ready."""
         lanes = {id: None if lane.request is None else lane.request.id for id, lane in self._lanes.items()}
         return {"suspects": len(self._suspects), "waiting": len(self._waiting), "lanes": lanes}

@@ -25,6 +25,7 @@ from baton.grpc_tls import server_credentials
 from baton.model_folder import served_name, tokenizer_fingerprint
 from baton.processes import stop_signals, watch_parent
 from baton.tls import COORDINATOR_NAME, inside, outside
+from coordinator.dashboard.feed import Feed
 from coordinator.dispatch import Dispatcher
 from coordinator.drains import Drains
 from coordinator.failures import revoked, unavailable
@@ -97,6 +98,7 @@ class Coordinator:
         self._rollout = WatchedFile("--rollout", Path(options.rollout), parse_rollout) if options.rollout else None
         if self._rollout is not None:
             self.dispatcher.versions.rollout = self._rollout.content
+        self._feed = Feed(name, self.registry, self.dispatcher, self.metrics, self._rollout_trouble)
         self._link = LinkServer(options, self.registry, self.dispatcher, self._tls)
         self.metrics.watch_tls({"inside": self._tls, "public": self._public_tls})
         self._tasks: set[asyncio.Task[None]] = set()
@@ -151,6 +153,7 @@ class Coordinator:
             self.resumption,
             options.max_body_bytes,
             self._status,
+            self._feed.json,
             self._drains,
             options.heartbeat_interval_s,
             self.tenants,
@@ -167,8 +170,10 @@ class Coordinator:
         return port, own
 
     def _status(self) -> dict[str, Any]:
-        trouble = self._rollout.trouble if self._rollout is not None else ""
-        return cluster_status(self.intake.model_name, self.registry, self.dispatcher, trouble)
+        return cluster_status(self.intake.model_name, self.registry, self.dispatcher, self._rollout_trouble())
+
+    def _rollout_trouble(self) -> str:
+        return self._rollout.trouble if self._rollout is not None else ""
 
     def _roll_out(self, rollout: Rollout) -> None:
         events.info("rollout: weights %s, shadow %s", dict(rollout.weights), dict(rollout.shadow))
@@ -232,6 +237,7 @@ class Coordinator:
         for task in list(self._tasks):
             task.cancel()
         await self._closing.aclose()
+        self._feed.close()
         self._tokenizer.close()
         if self.tenants is not None:
             await asyncio.to_thread(self.tenants.close)

@@ -13,7 +13,16 @@ def cluster_status(
 ) -> dict[str, Any]:
     """JSON-ready. Counts are of the workers' last heartbeats, ages in seconds."""
     ordered = sorted(registry.workers.values(), key=lambda worker: worker.id)
-    workers = [_worker_status(worker) | {"breaker": dispatcher.breakers.state(worker.id)} for worker in ordered]
+    workers = [
+        worker_status(worker)
+        | {"breaker": dispatcher.breakers.state(worker.id), "counters": dict(worker.heartbeat.counters)}
+        for worker in ordered
+    ]
+    return summary(model, registry, dispatcher, rollout_trouble) | {"workers": workers}
+
+
+def summary(model: str, registry: WorkerRegistry, dispatcher: Dispatcher, rollout_trouble: str) -> dict[str, Any]:
+    """The same without the workers."""
     return {
         "version": baton.__version__,
         "model": model,
@@ -29,17 +38,17 @@ def cluster_status(
         "quarantine": dispatcher.quarantine.status(),
         "versions": dispatcher.versions.status(),
         "rollout_trouble": rollout_trouble,
-        "workers": workers,
     }
 
 
-def _worker_status(worker: Worker) -> dict[str, Any]:
+def worker_status(worker: Worker) -> dict[str, Any]:
+    """Without its counters."""
     registration, beat = worker.registration, worker.heartbeat
     blocks = beat.blocks
     return {
         "id": worker.id,
         "pid": registration.pid,
-        "roles": [name for name, has in (("prefill", worker.prefills), ("decode", worker.decodes)) if has],
+        "roles": list(worker.role_names),
         "address": registration.host,
         "model_version": worker.version,
         "software": registration.software_version,
@@ -65,5 +74,4 @@ def _worker_status(worker: Worker) -> dict[str, Any]:
         "lanes": list(registration.lanes),
         "lanes_in_use": dict(beat.lanes_in_use),
         "heartbeat_age_s": round(time.monotonic() - worker.last_seen_s, 3),
-        "counters": dict(beat.counters),
     }

@@ -111,6 +111,7 @@ class Worker:
         self.lost = asyncio.Event()
         self.died = False
         """Lost, and not because it was told to go or only dialled again."""
+        self.lost_because = ""
         self._legs_by_attempt: dict[tuple[str, int], Leg] = {}
         self._aborted: deque[tuple[float, Leg]] = deque(maxlen=64)
         self._blocks_assigned = 0
@@ -126,6 +127,10 @@ class Worker:
         """Longest prompt plus output that this worker can hold."""
         registration = self.registration
         return min(registration.max_model_tokens, registration.total_blocks * registration.page_size_tokens)
+
+    @property
+    def role_names(self) -> tuple[str, ...]:
+        return tuple(name for name, has in (("prefill", self.prefills), ("decode", self.decodes)) if has)
 
     @property
     def accepts(self) -> bool:
@@ -152,6 +157,7 @@ class Worker:
         self.link.abort()
         self._on_load(self)
         self.died = died and not self.heartbeat.draining
+        self.lost_because = reason
         expected = self.heartbeat.draining and not self.legs
         level = logging.INFO if expected else logging.WARNING
         events.log(level, "worker %s lost: %s (%d attempts)", self.id, reason, len(self.legs))
@@ -299,11 +305,10 @@ class WorkerRegistry:
         self.empty_since_s = None
         started = registration.started_unix_s
         self.version_starts[worker.version] = min(self.version_starts.get(worker.version, started), started)
-        roles = "+".join(name for name, has in (("prefill", worker.prefills), ("decode", worker.decodes)) if has)
         events.info(
             "worker %s joined: %s, pid %d, %d blocks of %d tokens, incarnation %016x",
-            worker.id, roles, registration.pid, registration.total_blocks, registration.page_size_tokens,
-            registration.incarnation,
+            worker.id, "+".join(worker.role_names), registration.pid, registration.total_blocks,
+            registration.page_size_tokens, registration.incarnation,
         )  # fmt: skip
         self.on_change()
         return worker

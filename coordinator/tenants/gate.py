@@ -10,14 +10,15 @@ from typing import Any, Final
 import grpc
 from aiohttp import web
 
+from coordinator.dashboard.pages import FEED, PAGES
 from coordinator.failures import FailureKind, RequestFailed
 from coordinator.openai_answers import json_body
 from coordinator.tenants.accounts import Account, KeyHolder
 from coordinator.tenants.caller import ANYBODY, Caller, calling
 from coordinator.tenants.tenants import Tenants
 
-OPEN: Final = frozenset({"/health", "/ready"})
-OPERATE: Final = frozenset({"/metrics", "/status", "/drain"})
+OPEN: Final = frozenset({"/health", "/ready"}) | PAGES
+OPERATE: Final = frozenset({"/metrics", "/status", "/drain", FEED})
 """These ask for the scope themselves, because from this machine they need none."""
 ANY_SCOPE: Final = frozenset({"/v1/usage", "/version"})
 PINS: Final = "/v1/cache/pins"

@@ -88,6 +88,8 @@ class Tier(ABC):
 
     name: str
     block_bytes: int
+    capacity_bytes: int
+    """What `bytes` may come to; of a shared store for all workers together."""
     pins: PrefixPins
     """What pinned prefixes keep, for others to look at."""
 

@@ -117,7 +117,7 @@ class DiskTier(OwnTier):
         """
         self.block_bytes = block_bytes
         self._format = RecordFormat(layout_hash(layout_fingerprint, block_bytes), block_bytes)
-        self._usable_bytes = capacity_bytes - SMALL_FILES_BYTES
+        self.capacity_bytes = self._usable_bytes = capacity_bytes - SMALL_FILES_BYTES
         self._num_slots = slots_of_a_segment(self._usable_bytes, self._format.slot_bytes, segment_bytes)
         num_segments = self._usable_bytes // charge(self._num_slots * self._format.slot_bytes)
         self.pins = PrefixPins(int(PINNED_SHARE * num_segments * self._num_slots))

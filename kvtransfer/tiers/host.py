@@ -65,7 +65,7 @@ class HostTier(OwnTier):
         num_slots = capacity_bytes // max(block_bytes, 1)
         if block_bytes <= 0 or num_slots <= 0:
             raise ConfigurationError(f"a host tier of {capacity_bytes} bytes has no room for blocks of {block_bytes}")
-        self.block_bytes = block_bytes
+        self.block_bytes, self.capacity_bytes = block_bytes, num_slots * block_bytes
         self._retention = Retention(
             num_slots, policy, ttl_s=ttl_s, pinned_share=pinned_share, tenant_share=tenant_share
         )

@@ -135,7 +135,7 @@ class SharedStore(Tier):
             raise ConfigurationError(
                 f"a shared store of {capacity_bytes} bytes has no room for blocks of {block_bytes}"
             )
-        self.block_bytes = block_bytes
+        self.block_bytes, self.capacity_bytes = block_bytes, capacity_bytes
         self._format = RecordFormat(layout_hash(layout_fingerprint, block_bytes), block_bytes)
         self._root, self._folder = root, root / self._format.layout.hex()
         try:

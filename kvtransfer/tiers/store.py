@@ -182,12 +182,14 @@ class BlockStore:
 
     @property
     def counters(self) -> dict[str, float]:
-        """Its own and those of the tiers; of each `kv_<tier>_on` (1 on, 0.5 read-only, 0 off) and `_pinned`."""
+        """Its own and those of the tiers; of each `kv_<tier>_on` (1 on, 0.5 read-only, 0 off), `_pinned` and
+        `_capacity_bytes`."""
         result = dict(self._counters)
         for tier in self._tiers:
             result |= tier.counters
             result[f"kv_{tier.name}_on"] = _ON[tier.status.state]
             result[f"kv_{tier.name}_pinned"] = len(tier.pins)
+            result[f"kv_{tier.name}_capacity_bytes"] = tier.capacity_bytes
         return result
 
     # -- Saving ------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ class DictTier(Tier):
     """Keeps everything; `gate` holds up whoever gets, `before_put` runs before each put."""
 
     block_bytes = SIZE
+    capacity_bytes = 100 * SIZE
 
     def __init__(self, name: str, delay_s: float = 0.0, max_pinned: int = 8) -> None:
         self.name = name
