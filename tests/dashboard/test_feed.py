@@ -117,6 +117,7 @@ def test_requests_that_a_loss_costs_are_said_to_have_failed(run: Run) -> None:
             await until(lambda: len(_requests(system)) == 1 and len(_requests(system)[0].choices[0].stream.tokens) == 2)
             await look(system)
             await worker.stop()
+            await until(lambda: not system.coordinator.registry.workers)
             feed = await look(system)
             assert feed["state"] == "waiting for workers"
             await asyncio.gather(answer, return_exceptions=True)
