@@ -68,9 +68,29 @@ def parse_etcd(text: str) -> EtcdAddress:
         raise ConfigurationError("--discovery holds a user or password; write both to a file for --discovery-login")
     match = re.fullmatch(r"etcd://([^/]+)(/.*)?", text)
     if not match:
-        raise ConfigurationError(f"--discovery is '{text}'; write etcd://host:port[,host:port][/prefix]")
+        raise ConfigurationError(
+            f"--discovery is '{text}'; write etcd://host:port[,host:port][/prefix] or kubernetes://[namespace/]service"
+        )
     prefix = (match[2] or "").strip("/") or "baton"
     return EtcdAddress(parse_addresses(match[1], "--discovery"), f"/{prefix}/")
+
+
+KUBERNETES = "kubernetes://"
+
+
+class KubernetesService(NamedTuple):
+    namespace: str
+    """Empty: that of the pod."""
+    name: str
+
+
+def parse_kubernetes(text: str) -> KubernetesService:
+    """From 'kubernetes://namespace/service' or 'kubernetes://service'."""
+    label = "[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+    match = re.fullmatch(f"{KUBERNETES}(?:({label})/)?({label})", text)
+    if not match:
+        raise ConfigurationError(f"--discovery is '{text}'; write kubernetes://[namespace/]service")
+    return KubernetesService(match[1] or "", match[2])
 
 
 class ServiceClass(NamedTuple):
@@ -233,7 +253,8 @@ class DiscoveryOptions:
 
     discovery: str = setting(
         "", "where coordinators announce themselves and workers look for them: etcd://host:port[,host:port][/prefix], "
-        "one prefix a cluster; empty: nowhere, workers need --coordinator",
+        "one prefix a cluster; or kubernetes://[namespace/]service, whose endpoints with a port named link are "
+        "coordinators; empty: nowhere, workers need --coordinator",
     )  # fmt: skip
     discovery_ttl_s: int = setting(5, "seconds after which a coordinator that died is announced no more")
     discovery_login: str = setting("", "file with user:password in one line for etcd; empty: none")
@@ -387,7 +408,9 @@ def validate(options: object) -> None:
     if isinstance(options, CoordinatorOptions) and not -1 <= options.own_port <= 65535:
         raise ConfigurationError(f"--own-port is {options.own_port}; a port is 0 to 65535, and -1 none")
     if isinstance(options, DiscoveryOptions):
-        if options.discovery:
+        if options.discovery.startswith(KUBERNETES):
+            parse_kubernetes(options.discovery)
+        elif options.discovery:
             parse_etcd(options.discovery)
         if bool(options.discovery_cert) != bool(options.discovery_key) or (
             options.discovery_cert and not options.discovery_ca

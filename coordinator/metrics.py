@@ -60,7 +60,7 @@ class Metrics:
         self.discovery_up = Gauge(
             "baton_discovery_up", "1 while --discovery answers, or none is used", registry=registry
         )
-        self.discovery_losses = Counter("baton_discovery_losses", "Times that etcd was lost", registry=registry)
+        self.discovery_losses = Counter("baton_discovery_losses", "Times that --discovery was lost", registry=registry)
         self.version_absent = Counter(
             "baton_version_absent", "Requests of a version that was not there, taken by others", ["version"],
             registry=registry,

@@ -78,7 +78,7 @@ class CoordinatorLinks:
                 "check --coordinator and that `baton coordinator` runs there"
             )
         if discovery.trouble:
-            return f"etcd gave no answer for {timeout_s:g} s ({discovery.trouble}); check --discovery"
+            return f"--discovery gave no answer for {timeout_s:g} s ({discovery.trouble}); check --discovery"
         return f"no coordinator was announced for {timeout_s:g} s; start one with the same --discovery"
 
     def _update(self, addresses: frozenset[str]) -> None:
