@@ -279,6 +279,9 @@ class WorkerOptions:
     orphan_s: float = setting(
         10.0, "seconds that requests of a dead coordinator go on and wait for their clients at another; 0: not at all"
     )
+    monitor_port: int = setting(
+        -1, "HTTP port on --host of /health, /ready, for whoever reaches it: probes; 0 takes a free one, -1: none"
+    )
     parent_pid: int = setting(0, "exit when this process is gone; 0 watches nobody")
 
 
@@ -305,6 +308,10 @@ class CoordinatorOptions:
         "-1: none does",
     )  # fmt: skip
     grpc_port: int = setting(50051, "gRPC port; 0 takes a free one")
+    monitor_port: int = setting(
+        -1, "HTTP port on --host of /health, /ready and /metrics, without TLS or keys, for whoever reaches it: probes, "
+        "Prometheus, routers; 0 takes a free one, -1: none",
+    )  # fmt: skip
     link_host: str = setting("127.0.0.1", "address where workers connect")
     link_port: int = setting(50052, "port where workers connect; 0 takes a free one")
     advertise_host: str = setting("", "address announced to --discovery for workers to dial; empty: --link-host")
@@ -373,6 +380,7 @@ _NOT_NEGATIVE = {
     "max_shadows", "step_ms", "prefill_tokens_per_s",
 }  # fmt: skip
 _PORTS = {"port", "grpc_port", "link_port"}
+_OPTIONAL_PORTS = {"own_port", "monitor_port"}
 
 
 def flag(name: str) -> str:
@@ -400,13 +408,13 @@ def validate(options: object) -> None:
             raise ConfigurationError(f"{flag(name)} is {value}; it must not be negative")
         if name in _PORTS and not 0 <= value <= 65535:
             raise ConfigurationError(f"{flag(name)} is {value}; a port is 0 to 65535")
+        if name in _OPTIONAL_PORTS and not -1 <= value <= 65535:
+            raise ConfigurationError(f"{flag(name)} is {value}; a port is 0 to 65535, and -1 none")
     interval, timeout = getattr(options, "heartbeat_interval_s", 0.0), getattr(options, "heartbeat_timeout_s", 1.0)
     if interval * 2 > timeout:
         raise ConfigurationError(
             f"--heartbeat-timeout-s is {timeout}; it must be at least twice --heartbeat-interval-s ({interval})"
         )
-    if isinstance(options, CoordinatorOptions) and not -1 <= options.own_port <= 65535:
-        raise ConfigurationError(f"--own-port is {options.own_port}; a port is 0 to 65535, and -1 none")
     if isinstance(options, DiscoveryOptions):
         if options.discovery.startswith(KUBERNETES):
             parse_kubernetes(options.discovery)

@@ -37,6 +37,7 @@ from baton.config import (
 )
 from baton.discovery import Discovery, open_discovery
 from baton.model_folder import served_name, tokenizer_fingerprint
+from baton.monitor import monitored
 from baton.processes import log_to_stderr, stop_signals, watch_parent
 from baton.tls import inside
 from baton.v1 import worker_link_pb2 as wire
@@ -52,6 +53,8 @@ from worker.shell import WorkerShell
 log = logging.getLogger(__name__)
 PROGRESS_INTERVAL_S = 2.0
 UNLINK_TIMEOUT_S = 5.0
+STALLED_S = 180.0
+"""A step that takes longer never ends; one on a GPU ends its worker before."""
 EXIT_CRASHED = 70
 Roles = list["wire.Role.ValueType"]
 ROLES: dict[str, Roles] = {
@@ -126,7 +129,11 @@ async def _live(settings: Settings, worker_id: str, folder: Path) -> int:
         watching = asyncio.create_task(tls.watch()) if tls else None
         serving = asyncio.create_task(links.run(_discovery(settings, wired.shell), settings.worker.connect_timeout_s))
         try:
-            return await _until_stopped(settings.worker, wired.shell, links, serving, stop, crashed)
+            async with monitored(
+                settings.worker.host, settings.worker.monitor_port,
+                lambda: unhealthy(wired.shell), lambda: unready(wired.shell, links),
+            ):  # fmt: skip
+                return await _until_stopped(settings.worker, wired.shell, links, serving, stop, crashed)
         finally:
             if watching:
                 watching.cancel()
@@ -207,6 +214,16 @@ def _discovery(settings: Settings, shell: WorkerShell) -> Discovery:
     named = settings.worker.coordinator or ("" if settings.discovery.discovery else DEFAULT_LINK)
     fixed = frozenset(parse_addresses(named, "--coordinator")) if named else frozenset()
     return open_discovery(settings.discovery, fixed, on_lost)
+
+
+def unhealthy(shell: WorkerShell) -> str:
+    """Only what a new process would cure: what coordinators and peers do is not this one's fault."""
+    silent_s = shell.steps.silent_s
+    return f"the engine has been at one step for {silent_s:.0f} s" if silent_s > STALLED_S else ""
+
+
+def unready(shell: WorkerShell, links: CoordinatorLinks) -> str:
+    return "draining" if shell.draining else "" if links.is_linked else "no coordinator has this worker"
 
 
 async def _until_stopped(

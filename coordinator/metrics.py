@@ -105,6 +105,7 @@ class Metrics:
             _Histogram(name, help, buckets, registry)
         self._first_attempts = self.attempts.labels("first")
         self._other_attempts = self.attempts.labels("again")
+        self.refused.labels("unavailable")  # whoever starts workers because of it sees the first one, too
         for cause in ("diverged", "gap", "refused", "ended", "expired", "worker_lost", "moved"):
             self.attempts_failed.labels(cause)
         for event in ("waited", "ran_alone", "stranded_others", "moved_others", "convicted"):

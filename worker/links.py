@@ -37,6 +37,11 @@ class CoordinatorLinks:
         """Set by the first link ever."""
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
+    @property
+    def is_linked(self) -> bool:
+        """Some coordinator has this worker."""
+        return any(link.connected.is_set() for link in self._links.values())
+
     def send_all(self, message: wire.WorkerMessage) -> None:
         for link in self._links.values():
             link.send(message)
