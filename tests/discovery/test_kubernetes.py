@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import ssl
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from baton.config import DiscoveryOptions, validate
 from baton.discovery import Discovery, open_discovery
 from baton.discovery import kubernetes as module
 from baton.errors import ConfigurationError
+from baton.v1 import worker_link_pb2 as wire
 from tests.authority import Authority, Files
 from tests.discovery.fake_kubernetes import SERVICE, FakeKubernetes, endpoint_slice, fake_kubernetes
 from tests.discovery.watching import Seen, running, until
+from tests.worker.test_links import Coordinator, linked
 
 A, B, C = "10.0.0.1:50052", "10.0.0.2:50052", "10.0.0.3:50052"
 
@@ -402,3 +405,26 @@ def test_a_token_is_kept_out_of_messages(pod: Pod) -> None:
     with pytest.raises(ConfigurationError, match="holds no token") as refused:
         open_discovery(DiscoveryOptions(discovery="kubernetes://a"))
     assert "SECRET" not in str(refused.value)
+
+
+def test_a_worker_links_to_the_endpoints_and_keeps_its_links_while_the_api_is_gone(pod: Pod) -> None:
+    async def run() -> None:
+        async with AsyncExitStack() as api, Coordinator().up() as one, Coordinator().up() as two:
+            kubernetes = await api.enter_async_context(fake_kubernetes(pod.context))
+            ports = [int(each.address.rpartition(":")[2]) for each in (one, two)]
+            kubernetes.put(endpoint_slice("one", "127.0.0.1", ready=False, port=ports[0]))
+            discovery, losses = pod.discovery(kubernetes)
+            async with linked(discovery) as (links, recorder):
+                await one.hears("heartbeat")
+                kubernetes.put(endpoint_slice("two", "127.0.0.1", port=ports[1]))
+                await two.hears("heartbeat")
+                kubernetes.delete("two")
+                await api.aclose()
+                await until(lambda: bool(losses))
+                links.send_all(wire.WorkerMessage(progress=wire.Progress()))
+                for each in (one, two):
+                    await each.hears("progress")
+                    assert each.connections == 1
+                assert not recorder.lost.is_set()
+
+    asyncio.run(run())

@@ -19,7 +19,22 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
 {{- end -}}
 
-{{/* The pools with their defaults, as JSON by name. What is nonsense ends the rendering here. */}}
+{{/* Ends the rendering where values make no sense together. */}}
+{{- define "baton.check" -}}
+{{- with .Values.model }}
+{{- if and (eq .source "hub") (or (eq .name "demo") (hasPrefix "/" .name)) }}
+{{- fail "model.name: a hub id, such as Qwen/Qwen3-0.6B, where model.source is hub" }}
+{{- end }}
+{{- if and (eq .source "volume") (not (hasPrefix "/models/" .name)) }}
+{{- fail "model.name: a folder below /models, where the volume is, as model.source is volume" }}
+{{- end }}
+{{- end }}
+{{- if ne (empty .Values.tls.coordinatorSecret) (empty .Values.tls.workerSecret) }}
+{{- fail "tls.coordinatorSecret and tls.workerSecret: both or neither" }}
+{{- end }}
+{{- end -}}
+
+{{/* The pools with their defaults, as JSON by name. What is nonsense ends the rendering here, too. */}}
 {{- define "baton.pools" -}}
 {{- $pools := dict -}}
 {{- range $name, $own := .Values.pools -}}
