@@ -105,7 +105,7 @@ async def _live(settings: Settings, worker_id: str, folder: Path) -> int:
     stop, crashed = stop_signals(), loop.create_future()
     watch_parent(settings.worker.parent_pid, stop.set)
     cores, tls = cores_for(settings.engine), inside(settings.tls)
-    parts = await asyncio.to_thread(_load, settings, folder)
+    parts = await _loaded(settings, folder, stop)
     tokenizer = await asyncio.to_thread(tokenizer_fingerprint, folder)
     me = PeerIdentity(worker_id, random.SystemRandom().getrandbits(64))
 
@@ -137,6 +137,20 @@ async def _live(settings: Settings, worker_id: str, folder: Path) -> int:
         finally:
             if watching:
                 watching.cancel()
+
+
+async def _loaded(settings: Settings, folder: Path, stop: asyncio.Event) -> Parts:
+    """Whoever is told to end meanwhile does so at once: nobody knows of this worker yet."""
+    loading, stopping = (
+        asyncio.create_task(asyncio.to_thread(_load, settings, folder)),
+        asyncio.create_task(stop.wait()),
+    )
+    await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not loading.done():
+        log.info("told to end while the model is loaded")
+        os._exit(0)  # a thread cannot be stopped
+    stopping.cancel()
+    return loading.result()
 
 
 def _load(settings: Settings, folder: Path) -> Parts:

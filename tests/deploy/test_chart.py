@@ -468,7 +468,7 @@ def test_groups_are_placed_together_and_their_workers_live_on_their_own() -> Non
         "memory": "128Gi", "nvidia.com/gpu": "1", "rdma/hca_shared_devices_a": "1",
     }  # fmt: skip
     tiers = options_of(pod)[config.TierOptions]
-    assert (tiers.disk_kv_folder, tiers.disk_kv_memory) == ("/kv", "500GiB")
+    assert (tiers.disk_kv_folder, tiers.disk_kv_memory) == ("/kv/blocks", "500GiB")
     (kv,) = (each for each in pod.spec["volumes"] if each["name"] == "kv")
     assert kv["ephemeral"]["volumeClaimTemplate"]["spec"]["resources"]["requests"]["storage"] == "551Gi", (
         "and its books"

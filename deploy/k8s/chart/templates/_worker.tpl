@@ -74,7 +74,7 @@ spec:
         - --threads=$(CPUS)
         {{- end }}
         {{- if $pool.kvDisk.gib }}
-        - --disk-kv-folder=/kv
+        - --disk-kv-folder=/kv/blocks
         - --disk-kv-memory={{ $pool.kvDisk.gib }}GiB
         {{- end }}
         {{- include "baton.tlsFlags" $root.Values.tls.workerSecret | nindent 8 }}
