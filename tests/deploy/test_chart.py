@@ -329,22 +329,13 @@ def test_nobody_is_root_and_nothing_is_written_but_what_is_meant_for_it(whole: l
             own = container["securityContext"]
             assert own["allowPrivilegeEscalation"] is False
             assert own["readOnlyRootFilesystem"] is True
-            assert own["capabilities"]["drop"] == ["ALL"]
-            assert set(own["capabilities"].get("add", [])) <= {"IPC_LOCK"}
+            assert own["capabilities"] == {"drop": ["ALL"]}
             assert {"memory"} <= set(container["resources"]["limits"])
             assert {"memory", "cpu"} <= set(container["resources"]["requests"])
             assert {"name": "HOME", "value": "/tmp"} in container["env"]
             assert "/tmp" in {each["mountPath"] for each in container["volumeMounts"]}
         writable = {each["mountPath"] for each in pod.main["volumeMounts"] if not each.get("readOnly")}
         assert writable <= {"/tmp", "/dev/shm", "/kv"}
-
-
-def test_only_rdma_may_lock_memory() -> None:
-    for case in ("defaults", "gpu", "rdma-groups"):
-        for pod in pods(written(case)):
-            locks = "IPC_LOCK" in json.dumps(pod.main["securityContext"])
-            assert locks is ("rdma/hca_shared_devices_a" in pod.main["resources"]["limits"])
-            assert locks is (case == "rdma-groups" and pod.words()[0] != "coordinator")
 
 
 def test_the_link_is_for_workers_and_hand_over_for_workers_among_themselves(whole: list[Object]) -> None:
@@ -459,11 +450,18 @@ def test_groups_are_placed_together_and_their_workers_live_on_their_own() -> Non
     groups = of_kind(written("rdma-groups"), "LeaderWorkerSet")
     assert len(groups) == 2
     for each in groups:
-        place = {"leaderworkerset.sigs.k8s.io/exclusive-topology": "topology.example.com/rack"}
-        assert each["metadata"]["annotations"] == place
+        assert "annotations" not in each["metadata"], "prefill and decode may share a rack"
         assert each["spec"]["leaderWorkerTemplate"]["size"] == 4
         assert each["spec"]["leaderWorkerTemplate"]["restartPolicy"] == "None"
+    alone = objects(render({"poolDefaults": {"groupSize": 2, "groupTopologyKey": "example.com/rack"}}))
+    for each in of_kind(alone, "LeaderWorkerSet"):
+        place = {"leaderworkerset.sigs.k8s.io/exclusive-topology": "example.com/rack"}
+        assert each["metadata"]["annotations"] == place
     (pod, *_) = (pod for pod in pods(written("rdma-groups")) if pod.words()[0] == "decode")
+    (near,) = pod.spec["affinity"]["podAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert near["podAffinityTerm"]["topologyKey"] == "topology.example.com/rack"
+    workers = [pod for pod in pods(written("rdma-groups")) if pod.words()[0] != "coordinator"]
+    assert all(selects(near["podAffinityTerm"]["labelSelector"]["matchLabels"], pod) for pod in workers)
     assert pod.main["resources"]["limits"] == {
         "memory": "128Gi", "nvidia.com/gpu": "1", "rdma/hca_shared_devices_a": "1",
     }  # fmt: skip

@@ -104,16 +104,12 @@ securityContext:
   seccompProfile: {type: RuntimeDefault}
 {{- end -}}
 
-{{/* Of containers; takes a list of capabilities. */}}
+{{/* Of containers. */}}
 {{- define "baton.security" -}}
 securityContext:
   allowPrivilegeEscalation: false
   readOnlyRootFilesystem: true
-  capabilities:
-    drop: [ALL]
-    {{- with . }}
-    add: {{ toJson . }}
-    {{- end }}
+  capabilities: {drop: [ALL]}
 {{- end -}}
 
 {{/* Caches of compilers and of the hub's library go below HOME; the rest of the file system is read-only. */}}
@@ -157,7 +153,7 @@ initContainers:
     resources:
       requests: {cpu: "1", memory: 1Gi}
       limits: {memory: 2Gi}
-    {{- include "baton.security" list | nindent 4 }}
+    {{- include "baton.security" .root | nindent 4 }}
     volumeMounts:
       - {name: tmp, mountPath: /tmp}
       - {name: models, mountPath: /models}

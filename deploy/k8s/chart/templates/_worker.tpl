@@ -27,7 +27,7 @@ spec:
   {{- include "baton.pullSecrets" $root | nindent 2 }}
   {{- include "baton.podSecurity" $root | nindent 2 }}
   {{- include "baton.placement" $pool | nindent 2 }}
-  {{- if or $pool.affinity (and $pool.topologyKey (eq (int $pool.groupSize) 1)) }}
+  {{- if or $pool.affinity $pool.topologyKey }}
   affinity:
     {{- with $pool.affinity }}{{ toYaml . | nindent 4 }}
     {{- else }}
@@ -109,7 +109,7 @@ spec:
         {{- range $kind := list "requests" "limits" }}
         {{ $kind }}: {{- toYaml (merge (dict) (index $pool.resources $kind | default dict) $more) | nindent 10 }}
         {{- end }}
-      {{- include "baton.security" (ternary (list "IPC_LOCK") list (ne $pool.rdmaResource "")) | nindent 6 }}
+      {{- include "baton.security" $root | nindent 6 }}
       volumeMounts:
         {{- include "baton.mounts" $root | nindent 8 }}
         {{- include "baton.secretMounts" (dict "root" $root "tls" $root.Values.tls.workerSecret) | nindent 8 }}
