@@ -66,7 +66,7 @@ async def _live(arguments: argparse.Namespace) -> int:
     process = from_arguments(WorkerOptions, arguments)
     tls = inside(from_arguments(TlsOptions, arguments))
     model = from_arguments(ModelOptions, arguments)
-    folder = model_folder(model)
+    folder = model_folder(model, weights=False)
     vocabulary, pace = _vocabulary(folder), Pace(options.step_ms / 1e3, options.prefill_tokens_per_s)
     common = _registration(process, model, folder, options.blocks)
     stop = stop_signals()

@@ -424,6 +424,16 @@ def test_pools_are_scaled_by_what_coordinators_tell() -> None:
     } <= there  # fmt: skip
 
 
+def test_loads_that_nobody_chose_follow_from_what_a_worker_does_by_itself() -> None:
+    engine = config.EngineOptions()
+    for each in of_kind(written("secure"), "HorizontalPodAutoscaler"):
+        metric = each["spec"]["metrics"][0]
+        if metric["type"] == "Pods":
+            prefills = each["metadata"]["name"].endswith("prefill")
+            load = 8 * engine.max_batch_tokens if prefills else engine.max_running * 3 // 4
+            assert metric["pods"]["target"]["averageValue"] == str(load)
+
+
 def test_what_is_scaled_exists_and_has_no_number_of_its_own(whole: list[Object]) -> None:
     scaled = of_kind(whole, "ScaledObject", "HorizontalPodAutoscaler")
     targets = {each["spec"]["scaleTargetRef"]["name"]: each["spec"]["scaleTargetRef"] for each in scaled}
