@@ -309,8 +309,8 @@ class CoordinatorOptions:
     )  # fmt: skip
     grpc_port: int = setting(50051, "gRPC port; 0 takes a free one")
     monitor_port: int = setting(
-        -1, "HTTP port on --host of /health, /ready and /metrics, without TLS or keys, for whoever reaches it: probes, "
-        "Prometheus, routers; 0 takes a free one, -1: none",
+        -1, "HTTP port on --host of /health, /ready, /metrics and /metrics/load, without TLS or keys, for whoever "
+        "reaches it: probes, Prometheus, routers; 0 takes a free one, -1: none",
     )  # fmt: skip
     link_host: str = setting("127.0.0.1", "address where workers connect")
     link_port: int = setting(50052, "port where workers connect; 0 takes a free one")

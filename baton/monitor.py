@@ -2,10 +2,10 @@
 
 /health    200 while this process can do its work, 503 when only a new one could
 /ready     200 while it takes new work
-/metrics   what it counts, where it counts anything
+/metrics   and other pages of what it counts, where it counts anything
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 
 from aiohttp import web
@@ -14,13 +14,14 @@ from baton.errors import ConfigurationError
 
 _CLOSE_TIMEOUT_S = 1.0
 Handler = Callable[[web.Request], Awaitable[web.Response]]
+Page = Callable[[], Awaitable[bytes]]
 Trouble = Callable[[], str]
 """What is wrong at the moment; empty when nothing is."""
 
 
 @asynccontextmanager
 async def monitored(
-    host: str, port: int, unhealthy: Trouble, unready: Trouble, metrics: Callable[[], bytes] | None = None
+    host: str, port: int, unhealthy: Trouble, unready: Trouble, pages: Mapping[str, Page] | None = None
 ) -> AsyncIterator[int]:
     """Serves the port until the end of the block; 0 takes a free one, -1 none. Yields the port.
 
@@ -32,8 +33,8 @@ async def monitored(
     app = web.Application()
     app.router.add_get("/health", _answering(unhealthy, "alive"))
     app.router.add_get("/ready", _answering(unready, "ready"))
-    if metrics is not None:
-        app.router.add_get("/metrics", _counting(metrics))
+    for path, page in (pages or {}).items():
+        app.router.add_get(path, _counting(page))
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=_CLOSE_TIMEOUT_S)
     await runner.setup()
     try:
@@ -56,8 +57,8 @@ def _answering(trouble: Trouble, well: str) -> Handler:
     return answer
 
 
-def _counting(metrics: Callable[[], bytes]) -> Handler:
+def _counting(page: Page) -> Handler:
     async def answer(_: web.Request) -> web.Response:
-        return web.Response(body=metrics(), headers={"Content-Type": "text/plain; version=0.0.4"})
+        return web.Response(body=await page(), headers={"Content-Type": "text/plain; version=0.0.4"})
 
     return answer

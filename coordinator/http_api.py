@@ -289,7 +289,9 @@ class HttpApi:
 
     async def _metrics(self, http: web.Request) -> web.Response:
         _operators_only(http)
-        return web.Response(body=self._intake.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4"})
+        return web.Response(
+            body=await self._intake.metrics.page(), headers={"Content-Type": "text/plain; version=0.0.4"}
+        )
 
     async def _status(self, http: web.Request) -> web.Response:
         _operators_only(http)

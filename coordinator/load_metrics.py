@@ -1,7 +1,8 @@
 """What routers and autoscalers read of a model server, by the names that vLLM gave it: read when somebody asks.
 
 They are the names that the endpoint picker of the Gateway API Inference Extension looks for by itself. Requests are the
-streams of this coordinator; the share of KV is that of all workers, which every coordinator has.
+streams of this coordinator; the share of KV is that of all workers, which every coordinator has. Pickers ask many times
+a second, so these are a page of their own as well.
 """
 
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from coordinator.dispatch import Dispatcher
+from coordinator.metrics import written
 from coordinator.workers import WorkerRegistry
 
 
@@ -18,6 +20,9 @@ class LoadMetrics(Collector):
         self._model = model
         self._dispatcher = dispatcher
         self._workers = workers
+
+    async def page(self) -> bytes:
+        return written(self.collect())
 
     def collect(self) -> Iterator[Metric]:
         live = [

@@ -1,6 +1,7 @@
 """What the coordinator counts, in Prometheus' terms. Names begin with baton_, units are in the name."""
 
-from collections.abc import Callable, Iterator, Mapping
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -163,8 +164,23 @@ class Metrics:
     def watch_tls(self, sides: Mapping[str, Tls | None]) -> None:
         self.registry.register(_TlsCollector({side: tls for side, tls in sides.items() if tls is not None}))
 
-    def text(self) -> bytes:
-        return generate_latest(self.registry)
+    async def page(self) -> bytes:
+        """For Prometheus. Read here, as of one moment, and written in a thread, which takes longer: streams go on."""
+        return await asyncio.to_thread(written, list(self.registry.collect()))
+
+
+def written(families: Iterable[Metric]) -> bytes:
+    registry = CollectorRegistry()
+    registry.register(_Read(families))
+    return generate_latest(registry)
+
+
+class _Read(Collector):
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
 
 
 class _TlsCollector(Collector):

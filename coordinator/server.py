@@ -87,7 +87,8 @@ class Coordinator:
         self.metrics.watch_workers(self.registry)
         self.dispatcher = Dispatcher(options, self.registry, self.metrics)
         self.metrics.registry.register(RoutingMetrics(options.routing, self.dispatcher.knowledge))
-        self.metrics.registry.register(LoadMetrics(name, self.dispatcher, self.registry))
+        self._load = LoadMetrics(name, self.dispatcher, self.registry)
+        self.metrics.registry.register(self._load)
         self.intake = Intake(options, name, self._tokenizer, self.registry, self.dispatcher, self.metrics)
         self.dispatcher.model = name
         self.resumption = Resumption(options, self.intake, self.dispatcher, self.metrics)
@@ -126,7 +127,8 @@ class Coordinator:
             await self._grpc.set_ready(False)
             self.registry.on_change = self._readiness_changed
             http, own = await self._start_http()
-            monitors = monitored(options.host, options.monitor_port, str, self._unready, self.metrics.text)
+            pages = {"/metrics": self.metrics.page, "/metrics/load": self._load.page}
+            monitors = monitored(options.host, options.monitor_port, str, self._unready, pages)
             monitor = await self._closing.enter_async_context(monitors)
             for tls in (self._tls, self._public_tls):
                 if tls is not None:

@@ -28,10 +28,14 @@ async def ask(port: int, path: str) -> tuple[int, str]:
 
 
 def test_it_says_what_is_wrong_with_503_and_nothing_is_wrong_with_200() -> None:
+    async def page() -> bytes:
+        return b"n 1\n"
+
+    pages = {"/metrics": page}
     wrong = {"health": "", "ready": "no coordinator"}
 
     async def run() -> None:
-        async with monitored("127.0.0.1", 0, lambda: wrong["health"], lambda: wrong["ready"], lambda: b"n 1\n") as port:
+        async with monitored("127.0.0.1", 0, lambda: wrong["health"], lambda: wrong["ready"], pages) as port:
             assert await ask(port, "/health") == (200, json.dumps({"status": "alive"}))
             assert await ask(port, "/ready") == (503, json.dumps({"status": "no coordinator"}))
             wrong.update(health="stalled", ready="")

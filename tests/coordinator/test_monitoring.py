@@ -56,8 +56,7 @@ def test_routers_read_streams_and_kv_by_the_names_of_vllm(run) -> None:
             answers = [asyncio.create_task(each) for each in prompts]
 
             def load() -> tuple[float, ...]:
-                text = system.coordinator.metrics.text().decode()
-                return tuple(value_of(text, f"vllm:{name}{{") for name in NAMES)
+                return tuple(system.metric(f"vllm:{name}", model_name="demo") for name in NAMES)
 
             await until(lambda: load() == (2, 0, 0.25))
             go, worker.go, worker.pause_at = worker.go, asyncio.Event(), 1
@@ -65,6 +64,9 @@ def test_routers_read_streams_and_kv_by_the_names_of_vllm(run) -> None:
             await until(lambda: load() == (0, 2, 0.25))
             worker.go.set()
             await asyncio.gather(*answers)
+            status, text = await get(system.ports.monitor, "/metrics/load")
+            assert (status, value_of(text, "vllm:kv_cache_usage_perc")) == (200, 0.25)
+            assert len([line for line in text.splitlines() if not line.startswith("#")]) == 3
             assert load() == (0, 0, 0.25)
 
     run(scenario())

@@ -1,5 +1,6 @@
 """The Helm chart and the base of kustomize: what Kubernetes takes, what fits together, flags that Baton has."""
 
+import asyncio
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -395,7 +396,7 @@ def exported() -> set[str]:
     metrics.watch_workers(registry)
     metrics.registry.register(LoadMetrics("demo", cast(Dispatcher, SimpleNamespace(requests={})), registry))
     found = set()
-    for family in text_string_to_metric_families(metrics.text().decode()):
+    for family in text_string_to_metric_families(asyncio.run(metrics.page()).decode()):
         found.add(family.name + ("_total" if family.type == "counter" else ""))
     return found
 

@@ -58,6 +58,6 @@ def test_the_picker_is_told_of_the_port_for_monitors() -> None:
     epp = next(block for block in blocks() if "router" in block)["router"]["epp"]
     told = yaml.safe_load(epp["pluginsCustomConfig"][epp["pluginsConfigFile"]])
     source = told["plugins"][0]
-    assert source["parameters"]["port"] == 9090
+    assert source["parameters"] == {"scheme": "http", "path": "/metrics/load", "port": 9090}
     scorers = {each["pluginRef"] for each in told["schedulingProfiles"][0]["plugins"]}
     assert scorers <= {each["type"] for each in told["plugins"]}
