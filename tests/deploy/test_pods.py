@@ -1,14 +1,17 @@
 """The command lines of the chart's pods, as the kubelet would run them: on a read-only file system, as first process,
 with nothing to write to but HOME."""
 
+import asyncio
 import contextlib
 import json
 import os
 import re
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -18,16 +21,29 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.authority import Authority
 from tests.deploy.manifests import BASE, ROOT, Pod, pods
+from tests.discovery.fake_kubernetes import SERVICE, endpoint_slice, fake_kubernetes
 from tests.system.etcd import free_port
 
 PODS = {pod.name: pod for pod in pods([each for each in yaml.safe_load_all(BASE.read_text()) if each])}
 CONTAINER = ("unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "sh", "-c")
-READ_ONLY = 'mount -t tmpfs -o mode=1777 home "$HOME" && mount -o remount,bind,ro / && exec "$@"'
+READ_ONLY = """
+set -e
+mount -t tmpfs -o mode=1777 home "$HOME"
+if [ -n "$ACCOUNT" ]; then
+    mount -t tmpfs run /run
+    mkdir -p /run/secrets/kubernetes.io
+    cp -r "$ACCOUNT" /run/secrets/kubernetes.io/serviceaccount
+    mount -o remount,ro /run
+fi
+mount -o remount,bind,ro /
+exec "$@"
+"""
 
 
 def can_unshare() -> bool:
-    if os.getuid() or shutil.which("unshare") is None:
+    if os.getuid() or shutil.which("unshare") is None or os.path.realpath("/var/run") != "/run":
         return False
     return not subprocess.run([*CONTAINER, "mount -o remount,bind,ro /"], check=False, capture_output=True).returncode
 
@@ -38,7 +54,7 @@ needs_unshare = pytest.mark.skipif(not can_unshare(), reason="needs root and the
 class Running:
     """A pod's container. `changes`: flags that are others here, as all of them are on one host."""
 
-    def __init__(self, pod: Pod, folder: Path, **changes: object) -> None:
+    def __init__(self, pod: Pod, folder: Path, env: dict[str, str], **changes: object) -> None:
         self.monitor = free_port()
         self.log = folder / f"{pod.name}.log"
         home = folder / f"{pod.name}-home"
@@ -47,8 +63,8 @@ class Running:
         kept = [word for word in pod.words() if word.removeprefix("--").partition("=")[0] not in own]
         words = [*kept, *(f"--{name}={value}" for name, value in own.items() if value is not None)]
         command = [*CONTAINER, READ_ONLY, "container", sys.executable, "-P", "-m", "cli.main", *words]
-        env = {"HOME": str(home), "TMPDIR": str(home), "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(command, env=env, stdout=self.log.open("w"), stderr=subprocess.STDOUT)
+        own_env = {"HOME": str(home), "TMPDIR": str(home), "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(command, env=own_env | env, stdout=self.log.open("w"), stderr=subprocess.STDOUT)
 
     def asked(self, path: str) -> int:
         try:
@@ -85,8 +101,8 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(pod: Pod, folder: Path, **changes: object) -> Iterator[Running]:
-    container = Running(pod, folder, **changes)
+def running(pod: Pod, folder: Path, env: dict[str, str] | None = None, **changes: object) -> Iterator[Running]:
+    container = Running(pod, folder, env or {}, **changes)
     try:
         yield container
     finally:
@@ -94,15 +110,40 @@ def running(pod: Pod, folder: Path, **changes: object) -> Iterator[Running]:
         container.process.wait()
 
 
+@contextlib.contextmanager
+def api_server(folder: Path, link: int) -> Iterator[dict[str, str]]:
+    """With one coordinator at that port. What the kubelet gives a pod that may ask it."""
+    signed = Authority(folder / "authority", "cluster").sign("api", "IP:127.0.0.1")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(signed.cert, signed.key)
+    account = folder / "account"
+    account.mkdir()
+    for name, content in (("token", "first"), ("namespace", "models"), ("ca.crt", Path(signed.ca).read_text())):
+        (account / name).write_text(content)
+    with asyncio.Runner() as runner, contextlib.ExitStack() as stack:
+        loop = runner.get_loop()
+        emulated = fake_kubernetes(context)
+        kubernetes = runner.run(emulated.__aenter__())
+        stack.callback(lambda: runner.run(emulated.__aexit__(None, None, None)))
+        kubernetes.put(endpoint_slice("one", "127.0.0.1", ready=False, port=link))
+        serving = threading.Thread(target=loop.run_forever)
+        serving.start()
+        stack.callback(serving.join)
+        stack.callback(loop.call_soon_threadsafe, loop.stop)
+        where = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": str(kubernetes.port)}
+        yield {"ACCOUNT": str(account), **where}
+
+
 @pytest.mark.slow
 @needs_unshare
 def test_pods_become_ready_on_a_read_only_file_system_and_go_when_they_are_told_to(tmp_path: Path) -> None:
+    assert f"--discovery=kubernetes://{SERVICE}" in PODS["baton-decode"].words()
     port, link = free_port(), free_port()
     front = {"port": port, "grpc-port": free_port(), "link-port": link}
-    work = {"host": "127.0.0.1", "discovery": None, "coordinator": f"127.0.0.1:{link}"}
     with (
+        api_server(tmp_path, link) as account,
         running(PODS["baton-coordinator"], tmp_path, **front) as coordinator,
-        running(PODS["baton-decode"], tmp_path, **work) as decode,
+        running(PODS["baton-decode"], tmp_path, account, host="127.0.0.1") as decode,
     ):
         coordinator.until(lambda: coordinator.asked("/health") == 200, "the coordinator lives")
         assert coordinator.asked("/ready") in (503, 200)

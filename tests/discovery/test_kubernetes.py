@@ -305,7 +305,7 @@ def test_only_an_api_server_of_the_clusters_authority_is_believed(pod: Pod, tmp_
         b"[]",
         b'{"metadata": {}, "items": []}',
         b'{"metadata": {"resourceVersion": "1"}, "items": [7]}',
-        b" " * (module.MAX_ANSWER_BYTES + 1),
+        b'{"metadata": {"resourceVersion": "1"}, "items": []}' + b" " * module.MAX_ANSWER_BYTES,
     ],
     ids=range(6),
 )
