@@ -29,6 +29,9 @@ helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
 {{- fail "model.name: a folder below /models, where the volume is, as model.source is volume" }}
 {{- end }}
 {{- end }}
+{{- if and .Values.coordinator.clientCaSecret (not .Values.coordinator.publicTlsSecret) }}
+{{- fail "coordinator.clientCaSecret needs coordinator.publicTlsSecret" }}
+{{- end }}
 {{- if ne (empty .Values.tls.coordinatorSecret) (empty .Values.tls.workerSecret) }}
 {{- fail "tls.coordinatorSecret and tls.workerSecret: both or neither" }}
 {{- end }}
@@ -45,6 +48,12 @@ helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
 {{- end -}}
 {{- if and (eq $pool.autoscaling.kind "keda") (not $.Values.autoscaling.prometheus) -}}
 {{- fail (printf "pools.%s.autoscaling.kind is keda: set autoscaling.prometheus" $name) -}}
+{{- end -}}
+{{- if gt (int $pool.autoscaling.min) (int $pool.autoscaling.max) -}}
+{{- fail (printf "pools.%s.autoscaling.min is more than max" $name) -}}
+{{- end -}}
+{{- if not (add $pool.maxUnavailable $pool.maxSurge) -}}
+{{- fail (printf "pools.%s: with maxUnavailable and maxSurge 0 no pod could be replaced" $name) -}}
 {{- end -}}
 {{- if le (int $pool.drainTimeoutSeconds) (int $.Values.coordinator.drainTimeoutSeconds) -}}
 {{- fail (printf "pools.%s.drainTimeoutSeconds must be more than coordinator.drainTimeoutSeconds" $name) -}}
