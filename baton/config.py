@@ -68,9 +68,29 @@ def parse_etcd(text: str) -> EtcdAddress:
         raise ConfigurationError("--discovery holds a user or password; write both to a file for --discovery-login")
     match = re.fullmatch(r"etcd://([^/]+)(/.*)?", text)
     if not match:
-        raise ConfigurationError(f"--discovery is '{text}'; write etcd://host:port[,host:port][/prefix]")
+        raise ConfigurationError(
+            f"--discovery is '{text}'; write etcd://host:port[,host:port][/prefix] or kubernetes://[namespace/]service"
+        )
     prefix = (match[2] or "").strip("/") or "baton"
     return EtcdAddress(parse_addresses(match[1], "--discovery"), f"/{prefix}/")
+
+
+KUBERNETES = "kubernetes://"
+
+
+class KubernetesService(NamedTuple):
+    namespace: str
+    """Empty: that of the pod."""
+    name: str
+
+
+def parse_kubernetes(text: str) -> KubernetesService:
+    """From 'kubernetes://namespace/service' or 'kubernetes://service'."""
+    label = "[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+    match = re.fullmatch(f"{KUBERNETES}(?:({label})/)?({label})", text)
+    if not match:
+        raise ConfigurationError(f"--discovery is '{text}'; write kubernetes://[namespace/]service")
+    return KubernetesService(match[1] or "", match[2])
 
 
 class ServiceClass(NamedTuple):
@@ -233,7 +253,8 @@ class DiscoveryOptions:
 
     discovery: str = setting(
         "", "where coordinators announce themselves and workers look for them: etcd://host:port[,host:port][/prefix], "
-        "one prefix a cluster; empty: nowhere, workers need --coordinator",
+        "one prefix a cluster; or kubernetes://[namespace/]service, whose endpoints with a port named link are "
+        "coordinators; empty: nowhere, workers need --coordinator",
     )  # fmt: skip
     discovery_ttl_s: int = setting(5, "seconds after which a coordinator that died is announced no more")
     discovery_login: str = setting("", "file with user:password in one line for etcd; empty: none")
@@ -257,6 +278,9 @@ class WorkerOptions:
     drain_timeout_s: float = setting(30.0, "seconds that running requests get to finish after SIGTERM")
     orphan_s: float = setting(
         10.0, "seconds that requests of a dead coordinator go on and wait for their clients at another; 0: not at all"
+    )
+    monitor_port: int = setting(
+        -1, "HTTP port on --host of /health, /ready, for whoever reaches it: probes; 0 takes a free one, -1: none"
     )
     parent_pid: int = setting(0, "exit when this process is gone; 0 watches nobody")
 
@@ -284,6 +308,10 @@ class CoordinatorOptions:
         "-1: none does",
     )  # fmt: skip
     grpc_port: int = setting(50051, "gRPC port; 0 takes a free one")
+    monitor_port: int = setting(
+        -1, "HTTP port on --host of /health, /ready, /metrics and /metrics/load, without TLS or keys, for whoever "
+        "reaches it: probes, Prometheus, routers; 0 takes a free one, -1: none",
+    )  # fmt: skip
     link_host: str = setting("127.0.0.1", "address where workers connect")
     link_port: int = setting(50052, "port where workers connect; 0 takes a free one")
     advertise_host: str = setting("", "address announced to --discovery for workers to dial; empty: --link-host")
@@ -352,6 +380,7 @@ _NOT_NEGATIVE = {
     "max_shadows", "step_ms", "prefill_tokens_per_s",
 }  # fmt: skip
 _PORTS = {"port", "grpc_port", "link_port"}
+_OPTIONAL_PORTS = {"own_port", "monitor_port"}
 
 
 def flag(name: str) -> str:
@@ -379,15 +408,17 @@ def validate(options: object) -> None:
             raise ConfigurationError(f"{flag(name)} is {value}; it must not be negative")
         if name in _PORTS and not 0 <= value <= 65535:
             raise ConfigurationError(f"{flag(name)} is {value}; a port is 0 to 65535")
+        if name in _OPTIONAL_PORTS and not -1 <= value <= 65535:
+            raise ConfigurationError(f"{flag(name)} is {value}; a port is 0 to 65535, and -1 none")
     interval, timeout = getattr(options, "heartbeat_interval_s", 0.0), getattr(options, "heartbeat_timeout_s", 1.0)
     if interval * 2 > timeout:
         raise ConfigurationError(
             f"--heartbeat-timeout-s is {timeout}; it must be at least twice --heartbeat-interval-s ({interval})"
         )
-    if isinstance(options, CoordinatorOptions) and not -1 <= options.own_port <= 65535:
-        raise ConfigurationError(f"--own-port is {options.own_port}; a port is 0 to 65535, and -1 none")
     if isinstance(options, DiscoveryOptions):
-        if options.discovery:
+        if options.discovery.startswith(KUBERNETES):
+            parse_kubernetes(options.discovery)
+        elif options.discovery:
             parse_etcd(options.discovery)
         if bool(options.discovery_cert) != bool(options.discovery_key) or (
             options.discovery_cert and not options.discovery_ca

@@ -53,7 +53,7 @@ WORKER_COUNTERS: dict[str, str] = {
     "tls_refused": "Connections of peers without TLS, or with a certificate that is not good",
     "tls_reloads": "Times that TLS files were replaced and are used",
     "tls_reload_failures": "Times that new TLS files were no good, while the old ones stayed in use",
-    "discovery_losses": "Times that etcd was lost, while the coordinators known last stayed in use",
+    "discovery_losses": "Times that --discovery was lost, while the coordinators known last stayed in use",
 }
 """Counters in a worker's heartbeat; the coordinator exports each as baton_worker_<name>_total with label worker."""
 

@@ -9,7 +9,8 @@ from baton.config import ModelOptions
 from baton.errors import ModelError
 
 # Many repositories hold the weights several times: in other formats, in subfolders, in Mistral's own layout.
-_NEEDED_FILES = ["*.json", "*.jinja", "*.safetensors"]
+_NEEDED_FILES = ["*.json", "*.jinja"]
+_WEIGHTS = ["*.safetensors"]
 _UNNEEDED_FILES = ["*/*", "consolidated*"]
 _ETAG_TIMEOUT_S = 10.0
 VERSION_DIGITS = 12
@@ -39,8 +40,9 @@ def tokenizer_fingerprint(folder: Path) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True))
 
 
-def resolve_model(options: ModelOptions, demo_folder: Path) -> Path:
-    """The folder that holds the model: `demo_folder` for 'demo', an existing folder, else one fetched from the hub.
+def resolve_model(options: ModelOptions, demo_folder: Path, weights: bool = True) -> Path:
+    """The folder that holds the model: `demo_folder` for 'demo', an existing folder, else one fetched from the hub,
+    where `weights` are not wanted without them.
 
     The hub library shows its progress bar and honours HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE. Raises
     ModelError that says what to change.
@@ -54,10 +56,10 @@ def resolve_model(options: ModelOptions, demo_folder: Path) -> Path:
         raise ModelError(f"--model {options.model} is a file; give the folder that holds it")
     if path.is_absolute() or options.model.startswith((".", "~")) or options.model.count("/") > 1:
         raise ModelError(f"--model {options.model} does not exist; give a model folder, a hub id or 'demo'")
-    return _fetch(options)
+    return _fetch(options, [*_NEEDED_FILES, *(_WEIGHTS if weights else [])])
 
 
-def _fetch(options: ModelOptions) -> Path:
+def _fetch(options: ModelOptions, patterns: list[str]) -> Path:
     # Imported here: it takes a third of a second, and most starts need no hub.
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
@@ -75,7 +77,7 @@ def _fetch(options: ModelOptions) -> Path:
             snapshot_download(
                 options.model,
                 revision=options.revision or None,
-                allow_patterns=_NEEDED_FILES,
+                allow_patterns=patterns,
                 ignore_patterns=_UNNEEDED_FILES,
                 etag_timeout=_ETAG_TIMEOUT_S,
             )

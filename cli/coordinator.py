@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
             with os.fdopen(arguments.announce_fd, "w") as pipe:
                 json.dump({"http": ports.http, "grpc": ports.grpc, "link": ports.link, "own": ports.own}, pipe)
 
-    uvloop.run(serve(options, model, model_folder(model), announce, discovery, tls, public_tls))
+    uvloop.run(serve(options, model, model_folder(model, weights=False), announce, discovery, tls, public_tls))
     return 0
 
 

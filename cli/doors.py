@@ -151,6 +151,11 @@ def doors(options: CoordinatorOptions, number: int, processes: int, scheme: str 
         raise ConfigurationError(f"--coordinators is {number}; it must be at least 1")
     if not 1 <= processes < PORT_STRIDE:
         raise ConfigurationError(f"--processes is {processes}; it must be 1 to {PORT_STRIDE - 1}")
+    if options.monitor_port > 0 and number * processes > 1:
+        raise ConfigurationError(
+            "--monitor-port is one process's: with several coordinators or --processes, monitors ask each at its own "
+            "HTTP port, or give --monitor-port 0"
+        )
     result: list[Door] = []
     for up in range(0, number * PORT_STRIDE, PORT_STRIDE):
         own = dataclasses.replace(

@@ -32,8 +32,9 @@ from baton.config import (
 from baton.discovery import Discovery, open_discovery
 from baton.errors import ModelError
 from baton.model_folder import served_name, tokenizer_fingerprint
+from baton.monitor import monitored
 from baton.processes import log_to_stderr, stop_signals, watch_parent
-from baton.tls import Tls, inside
+from baton.tls import inside
 from baton.v1 import worker_link_pb2 as wire
 from cli.model import model_folder
 from worker.fake import PAGE_SIZE, FakeWorker, Pace
@@ -65,12 +66,12 @@ async def _live(arguments: argparse.Namespace) -> int:
     process = from_arguments(WorkerOptions, arguments)
     tls = inside(from_arguments(TlsOptions, arguments))
     model = from_arguments(ModelOptions, arguments)
-    folder = model_folder(model)
+    folder = model_folder(model, weights=False)
     vocabulary, pace = _vocabulary(folder), Pace(options.step_ms / 1e3, options.prefill_tokens_per_s)
     common = _registration(process, model, folder, options.blocks)
     stop = stop_signals()
     watch_parent(process.parent_pid, stop.set)
-    lives = []
+    lives, all_links = [], list[CoordinatorLinks]()
     for role in options.role.split("+"):
         for number in range(options.workers):
             registration = wire.Registration(
@@ -81,17 +82,22 @@ async def _live(arguments: argparse.Namespace) -> int:
             )
             registration.MergeFrom(common)
             worker = FakeWorker(pace, vocabulary, options.blocks)
-            lives.append(_work(worker, registration, _discovery(arguments, process), process, tls, stop))
-    await asyncio.gather(*lives)
+            links = CoordinatorLinks(registration, worker, worker.heartbeat, tls)
+            all_links.append(links)
+            lives.append(_work(worker, links, _discovery(arguments, process), process, stop))
+
+    def unready() -> str:
+        return "" if any(links.is_linked for links in all_links) else "no coordinator has these workers"
+
+    async with monitored(process.host, process.monitor_port, str, unready):
+        await asyncio.gather(*lives)
     return 0
 
 
 async def _work(
-    worker: FakeWorker, registration: wire.Registration, discovery: Discovery, process: WorkerOptions,
-    tls: Tls | None, stop: asyncio.Event,
-) -> None:  # fmt: skip
+    worker: FakeWorker, links: CoordinatorLinks, discovery: Discovery, process: WorkerOptions, stop: asyncio.Event
+) -> None:
     """One worker, until it is drained. Raises ConfigurationError when no coordinator takes it."""
-    links = CoordinatorLinks(registration, worker, worker.heartbeat, tls)
     worker.say_to_all = links.send_all
     stepping = asyncio.create_task(worker.run())
     linking = asyncio.create_task(links.run(discovery, process.connect_timeout_s))

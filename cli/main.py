@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import signal
 import sys
 
 from baton.errors import BatonError, ConfigurationError
@@ -50,6 +51,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's own notes about links that come and go are not ours
+    if os.getpid() == 1:
+        # The first process of a container: without a handler the kernel drops the signal, which comes once.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     arguments = parse(sys.argv[1:])
     try:
         sys.exit(importlib.import_module(COMMANDS[arguments.command][0]).run(arguments))

@@ -13,9 +13,9 @@ SMALL_MODEL_BYTES = 64 << 20
 DEMO_FOLDER = Path(engine.__file__).parent / "demo_model"
 
 
-def model_folder(options: ModelOptions) -> Path:
-    """Raises ModelError when there is none to be had."""
-    return resolve_model(options, DEMO_FOLDER)
+def model_folder(options: ModelOptions, weights: bool = True) -> Path:
+    """Raises ModelError when there is none to be had. A coordinator needs one without weights."""
+    return resolve_model(options, DEMO_FOLDER, weights)
 
 
 def threads_for(options: EngineOptions, folder: Path, num_workers: int = 1) -> int:

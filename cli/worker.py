@@ -37,6 +37,7 @@ from baton.config import (
 )
 from baton.discovery import Discovery, open_discovery
 from baton.model_folder import served_name, tokenizer_fingerprint
+from baton.monitor import monitored
 from baton.processes import log_to_stderr, stop_signals, watch_parent
 from baton.tls import inside
 from baton.v1 import worker_link_pb2 as wire
@@ -52,6 +53,8 @@ from worker.shell import WorkerShell
 log = logging.getLogger(__name__)
 PROGRESS_INTERVAL_S = 2.0
 UNLINK_TIMEOUT_S = 5.0
+STALLED_S = 180.0
+"""A step that takes longer never ends; one on a GPU ends its worker before."""
 EXIT_CRASHED = 70
 Roles = list["wire.Role.ValueType"]
 ROLES: dict[str, Roles] = {
@@ -102,7 +105,7 @@ async def _live(settings: Settings, worker_id: str, folder: Path) -> int:
     stop, crashed = stop_signals(), loop.create_future()
     watch_parent(settings.worker.parent_pid, stop.set)
     cores, tls = cores_for(settings.engine), inside(settings.tls)
-    parts = await asyncio.to_thread(_load, settings, folder)
+    parts = await _loaded(settings, folder, stop)
     tokenizer = await asyncio.to_thread(tokenizer_fingerprint, folder)
     me = PeerIdentity(worker_id, random.SystemRandom().getrandbits(64))
 
@@ -126,10 +129,28 @@ async def _live(settings: Settings, worker_id: str, folder: Path) -> int:
         watching = asyncio.create_task(tls.watch()) if tls else None
         serving = asyncio.create_task(links.run(_discovery(settings, wired.shell), settings.worker.connect_timeout_s))
         try:
-            return await _until_stopped(settings.worker, wired.shell, links, serving, stop, crashed)
+            async with monitored(
+                settings.worker.host, settings.worker.monitor_port,
+                lambda: unhealthy(wired.shell), lambda: unready(wired.shell, links),
+            ):  # fmt: skip
+                return await _until_stopped(settings.worker, wired.shell, links, serving, stop, crashed)
         finally:
             if watching:
                 watching.cancel()
+
+
+async def _loaded(settings: Settings, folder: Path, stop: asyncio.Event) -> Parts:
+    """Whoever is told to end meanwhile does so at once: nobody knows of this worker yet."""
+    loading, stopping = (
+        asyncio.create_task(asyncio.to_thread(_load, settings, folder)),
+        asyncio.create_task(stop.wait()),
+    )
+    await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not loading.done():
+        log.info("told to end while the model is loaded")
+        os._exit(0)  # a thread cannot be stopped
+    stopping.cancel()
+    return loading.result()
 
 
 def _load(settings: Settings, folder: Path) -> Parts:
@@ -207,6 +228,16 @@ def _discovery(settings: Settings, shell: WorkerShell) -> Discovery:
     named = settings.worker.coordinator or ("" if settings.discovery.discovery else DEFAULT_LINK)
     fixed = frozenset(parse_addresses(named, "--coordinator")) if named else frozenset()
     return open_discovery(settings.discovery, fixed, on_lost)
+
+
+def unhealthy(shell: WorkerShell) -> str:
+    """Only what a new process would cure: what coordinators and peers do is not this one's fault."""
+    silent_s = shell.steps.silent_s
+    return f"the engine has been at one step for {silent_s:.0f} s" if silent_s > STALLED_S else ""
+
+
+def unready(shell: WorkerShell, links: CoordinatorLinks) -> str:
+    return "draining" if shell.draining else "" if links.is_linked else "no coordinator has this worker"
 
 
 async def _until_stopped(

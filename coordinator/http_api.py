@@ -61,6 +61,7 @@ _BODY_TIMEOUT_S = 30.0
 _READ_TIMEOUT_S = 30.0
 """A client that makes no room for the next piece for so long is not reading, and is hung up on."""
 _PROBES = {"/health", "/ready", "/metrics", "/status", FEED}  # asked every few seconds by somebody's monitor
+NOT_READY = "not ready: no worker that can decode is connected, or shutting down"
 _RETRY_AFTER_S = {FailureKind.OVERLOADED: 1.0, FailureKind.UNAVAILABLE: 5.0}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -285,14 +286,16 @@ class HttpApi:
     async def _ready(self, http: web.Request) -> web.Response:
         if self._intake.ready:
             return _json(b'{"status":"ready"}')
-        return _json(b'{"status":"not ready: no worker that can decode is connected, or shutting down"}', 503)
+        return _json(json_body({"status": NOT_READY}), 503)
 
     async def _version(self, http: web.Request) -> web.Response:
         return _json(json_body({"version": baton.__version__}))
 
     async def _metrics(self, http: web.Request) -> web.Response:
         _operators_only(http)
-        return web.Response(body=self._intake.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4"})
+        return web.Response(
+            body=await self._intake.metrics.page(), headers={"Content-Type": "text/plain; version=0.0.4"}
+        )
 
     async def _status(self, http: web.Request) -> web.Response:
         _operators_only(http)

@@ -1,6 +1,7 @@
 """What the coordinator counts, in Prometheus' terms. Names begin with baton_, units are in the name."""
 
-from collections.abc import Callable, Iterator, Mapping
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -60,7 +61,7 @@ class Metrics:
         self.discovery_up = Gauge(
             "baton_discovery_up", "1 while --discovery answers, or none is used", registry=registry
         )
-        self.discovery_losses = Counter("baton_discovery_losses", "Times that etcd was lost", registry=registry)
+        self.discovery_losses = Counter("baton_discovery_losses", "Times that --discovery was lost", registry=registry)
         self.version_absent = Counter(
             "baton_version_absent", "Requests of a version that was not there, taken by others", ["version"],
             registry=registry,
@@ -105,6 +106,7 @@ class Metrics:
             _Histogram(name, help, buckets, registry)
         self._first_attempts = self.attempts.labels("first")
         self._other_attempts = self.attempts.labels("again")
+        self.refused.labels("unavailable")  # whoever starts workers because of it sees the first one, too
         for cause in ("diverged", "gap", "refused", "ended", "expired", "worker_lost", "moved"):
             self.attempts_failed.labels(cause)
         for event in ("waited", "ran_alone", "stranded_others", "moved_others", "convicted"):
@@ -167,8 +169,23 @@ class Metrics:
     def watch_tls(self, sides: Mapping[str, Tls | None]) -> None:
         self.registry.register(_TlsCollector({side: tls for side, tls in sides.items() if tls is not None}))
 
-    def text(self) -> bytes:
-        return generate_latest(self.registry)
+    async def page(self) -> bytes:
+        """For Prometheus. Read here, as of one moment, and written in a thread, which takes longer: streams go on."""
+        return await asyncio.to_thread(written, list(self.registry.collect()))
+
+
+def written(families: Iterable[Metric]) -> bytes:
+    registry = CollectorRegistry()
+    registry.register(_Read(families))
+    return generate_latest(registry)
+
+
+class _Read(Collector):
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
 
 
 class _TlsCollector(Collector):

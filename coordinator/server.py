@@ -23,6 +23,7 @@ from baton.discovery import open_discovery
 from baton.errors import ConfigurationError
 from baton.grpc_tls import server_credentials
 from baton.model_folder import served_name, tokenizer_fingerprint
+from baton.monitor import monitored
 from baton.processes import stop_signals, watch_parent
 from baton.tls import COORDINATOR_NAME, inside, outside
 from coordinator.dashboard.feed import Feed
@@ -30,8 +31,9 @@ from coordinator.dispatch import Dispatcher
 from coordinator.drains import Drains
 from coordinator.failures import revoked, unavailable
 from coordinator.grpc_api import GrpcApi
-from coordinator.http_api import HttpApi
+from coordinator.http_api import NOT_READY, HttpApi
 from coordinator.link import LinkServer
+from coordinator.load_metrics import LoadMetrics
 from coordinator.metrics import Metrics
 from coordinator.requests import Intake
 from coordinator.resumption import Resumption
@@ -59,6 +61,7 @@ class Ports:
     link: int
     own: int = -1
     """HTTP, where no other process listens; -1: nowhere does one."""
+    monitor: int = -1
 
 
 class Coordinator:
@@ -82,6 +85,8 @@ class Coordinator:
         self.metrics.watch_workers(self.registry)
         self.dispatcher = Dispatcher(options, self.registry, self.metrics)
         self.metrics.registry.register(RoutingMetrics(options.routing, self.dispatcher.knowledge))
+        self._load = LoadMetrics(name, self.dispatcher, self.registry)
+        self.metrics.registry.register(self._load)
         self.intake = Intake(options, name, self._tokenizer, self.registry, self.dispatcher, self.metrics)
         self.dispatcher.model = name
         self.resumption = Resumption(options, self.intake, self.dispatcher, self.metrics)
@@ -121,6 +126,9 @@ class Coordinator:
             await self._grpc.set_ready(False)
             self.registry.on_change = self._readiness_changed
             http, own = await self._start_http()
+            pages = {"/metrics": self.metrics.page, "/metrics/load": self._load.page}
+            monitors = monitored(options.host, options.monitor_port, str, self._unready, pages)
+            monitor = await self._closing.enter_async_context(monitors)
             for tls in (self._tls, self._public_tls):
                 if tls is not None:
                     self._spawn(tls.watch())
@@ -128,7 +136,7 @@ class Coordinator:
         except BaseException:
             await self.stop()
             raise
-        return Ports(http, grpc_port, link, own)
+        return Ports(http, grpc_port, link, own, monitor)
 
     async def _start_link(self) -> int:
         options = self._options
@@ -168,6 +176,9 @@ class Coordinator:
         port = await _listen(runner, options.host, options.port, "--port", context, shares)
         own = await _listen(runner, options.host, options.own_port, "--own-port", context) if shares else -1
         return port, own
+
+    def _unready(self) -> str:
+        return "" if self.intake.ready else NOT_READY
 
     def _status(self) -> dict[str, Any]:
         return cluster_status(self.intake.model_name, self.registry, self.dispatcher, self._rollout_trouble())

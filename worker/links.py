@@ -37,6 +37,11 @@ class CoordinatorLinks:
         """Set by the first link ever."""
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
+    @property
+    def is_linked(self) -> bool:
+        """Some coordinator has this worker."""
+        return any(link.connected.is_set() for link in self._links.values())
+
     def send_all(self, message: wire.WorkerMessage) -> None:
         for link in self._links.values():
             link.send(message)
@@ -78,7 +83,7 @@ class CoordinatorLinks:
                 "check --coordinator and that `baton coordinator` runs there"
             )
         if discovery.trouble:
-            return f"etcd gave no answer for {timeout_s:g} s ({discovery.trouble}); check --discovery"
+            return f"--discovery gave no answer for {timeout_s:g} s ({discovery.trouble}); check --discovery"
         return f"no coordinator was announced for {timeout_s:g} s; start one with the same --discovery"
 
     def _update(self, addresses: frozenset[str]) -> None:

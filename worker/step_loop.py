@@ -7,6 +7,7 @@ bounded queue and run between steps; everything a step changed comes back as one
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
@@ -43,6 +44,7 @@ class StepLoop:
         self._wake = threading.Condition()
         self._stopping = False
         self._load = engine.load()
+        self._seen_s = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -85,6 +87,11 @@ class StepLoop:
         return self._load
 
     @property
+    def silent_s(self) -> float:
+        """How long the engine has been at what it does now: about a second at most, unless a step takes longer."""
+        return time.monotonic() - self._seen_s
+
+    @property
     def counters(self) -> dict[str, float]:
         return dict(self._engine.counters)
 
@@ -109,8 +116,10 @@ class StepLoop:
 
     def _wait_for_work(self) -> bool:
         with self._wake:
+            self._seen_s = time.monotonic()
             while not (self._commands or self._stopping or self._engine.has_work()):
                 self._wake.wait(timeout=1.0)
+                self._seen_s = time.monotonic()
             return not self._stopping
 
     def _report(self, output: StepOutput) -> None:

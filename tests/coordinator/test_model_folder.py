@@ -89,19 +89,20 @@ from baton.config import ModelOptions
 from baton.errors import ModelError
 from baton.model_folder import resolve_model
 try:
-    print(resolve_model(ModelOptions(model=sys.argv[1], revision=sys.argv[2]), Path("/demo")))
+    model = ModelOptions(model=sys.argv[1], revision=sys.argv[2])
+    print(resolve_model(model, Path("/demo"), weights=sys.argv[3] == "True"))
 except ModelError as error:
     print("ModelError:", error)
 """
 
 
-def resolve(home: Path, endpoint: str, model: str, revision: str = "", **environment: str) -> str:
+def resolve(home: Path, endpoint: str, model: str, revision: str = "", weights: bool = True, **environment: str) -> str:
     """In a process of its own, because the hub library reads its environment when imported."""
     settings = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment}
     clean = {
         key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()
     }
-    command = [sys.executable, "-c", CODE, model, revision]
+    command = [sys.executable, "-c", CODE, model, revision, str(weights)]
     run = subprocess.run(command, env=clean | settings, capture_output=True, text=True, timeout=60, check=True)
     return run.stdout.strip()
 
@@ -116,6 +117,14 @@ def test_a_hub_id_is_fetched_once_and_only_what_is_needed(tmp_path: Path, hub: t
     assert resolve(tmp_path, endpoint, "org/small", "v1") == str(folder)
     assert len(fetched) == 4
     assert resolve(tmp_path, "http://127.0.0.1:9", "org/small", HF_HUB_OFFLINE="1") == str(folder)
+
+
+def test_a_coordinator_fetches_no_weights(tmp_path: Path, hub: tuple[str, list[str]]) -> None:
+    endpoint, fetched = hub
+    folder = Path(resolve(tmp_path, endpoint, "org/small", weights=False))
+    assert sorted(path.name for path in folder.iterdir()) == sorted(fetched)
+    assert set(fetched) == {"config.json", "tokenizer.json", "chat_template.jinja"}
+    assert resolve(tmp_path, "http://127.0.0.1:9", "org/small", weights=False, HF_HUB_OFFLINE="1") == str(folder)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@ import asyncio
 import logging
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from baton.discovery import Discovery, open_discovery
 from baton.discovery import etcd as module
 from baton.errors import ConfigurationError
 from tests.discovery.fake_etcd import FOLDER, FakeEtcd, fake_etcd
+from tests.discovery.watching import Seen, running, until
 
 A, B = "10.0.0.1:50052", "10.0.0.2:50052"
 
@@ -34,42 +33,6 @@ def at(*etcds: FakeEtcd, fixed: frozenset[str] = frozenset(), **options: Any) ->
     given = DiscoveryOptions(discovery=f"etcd://{endpoints}", **{"discovery_ttl_s": 1, **options})
     validate(given)
     return open_discovery(given, fixed, lambda: losses.append(1)), losses
-
-
-class Seen:
-    def __init__(self) -> None:
-        self.now: frozenset[str] = frozenset()
-        self.times = 0
-        self._changed = asyncio.Event()
-
-    def __call__(self, addresses: frozenset[str]) -> None:
-        self.now = addresses
-        self.times += 1
-        self._changed.set()
-
-    async def becomes(self, *addresses: str) -> None:
-        while self.now != set(addresses) or not self.times:
-            self._changed.clear()
-            await self._changed.wait()
-
-
-@asynccontextmanager
-async def running(*work: Awaitable[None]) -> AsyncIterator[None]:
-    """Until the block ends, which must be within 20 s; nothing of it may end by itself."""
-    tasks = [asyncio.ensure_future(each) for each in work]
-    try:
-        async with asyncio.timeout(20):
-            yield
-        assert not [task for task in tasks if task.done()]
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def until(promise: Callable[[], bool]) -> None:
-    while not promise():
-        await asyncio.sleep(0.01)
 
 
 def test_what_is_announced_is_found_and_what_is_retracted_is_not() -> None:

@@ -73,14 +73,17 @@ def test_a_link_that_works_is_kept_though_its_coordinator_is_announced_no_more()
         async with AsyncExitStack() as stack:
             one = await stack.enter_async_context(FakeCoordinator().up())
             told = Told(one.address)
-            async with linked(told) as (_, recorder):
+            async with linked(told) as (links, recorder):
+                assert not links.is_linked
                 await one.hears("heartbeat")
                 told.say()
                 for _ in range(10):
                     await one.hears("heartbeat")
                 assert not recorder.lost.is_set()
+                assert links.is_linked
                 await stack.aclose()
                 await recorder.lost.wait()
+                assert not links.is_linked
                 await asyncio.sleep(0.3)
                 async with one.up():
                     with pytest.raises(TimeoutError):
