@@ -17,7 +17,8 @@ from baton.v1 import worker_link_pb2 as wire
 from tests.authority import Authority, Files
 from tests.discovery.fake_kubernetes import SERVICE, FakeKubernetes, endpoint_slice, fake_kubernetes
 from tests.discovery.watching import Seen, running, until
-from tests.worker.test_links import Coordinator, linked
+from tests.worker.fake_coordinator import FakeCoordinator
+from tests.worker.test_links import linked
 
 A, B, C = "10.0.0.1:50052", "10.0.0.2:50052", "10.0.0.3:50052"
 
@@ -409,7 +410,7 @@ def test_a_token_is_kept_out_of_messages(pod: Pod) -> None:
 
 def test_a_worker_links_to_the_endpoints_and_keeps_its_links_while_the_api_is_gone(pod: Pod) -> None:
     async def run() -> None:
-        async with AsyncExitStack() as api, Coordinator().up() as one, Coordinator().up() as two:
+        async with AsyncExitStack() as api, FakeCoordinator().up() as one, FakeCoordinator().up() as two:
             kubernetes = await api.enter_async_context(fake_kubernetes(pod.context))
             ports = [int(each.address.rpartition(":")[2]) for each in (one, two)]
             kubernetes.put(endpoint_slice("one", "127.0.0.1", ready=False, port=ports[0]))
