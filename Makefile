@@ -61,6 +61,7 @@ format: dev  ## ruff: rewrite the files in the house style
 
 types: dev  ## mypy --strict on every package
 	$(BIN)/mypy
+	$(BIN)/mypy deploy/launch/launch.py
 
 contracts: dev  ## import-linter: every arrow of the architecture points down
 	$(BIN)/lint-imports --no-cache
