@@ -4,7 +4,7 @@
 #
 # Slurm sends SIGTERM to every process of a job that is cancelled or requeued, and SIGKILL to what is left after KillWait.
 # All of it drains meanwhile; a script only has to wait. Before the time limit it alone gets SIGUSR1 (--signal=B:USR1@120),
-# and drains in order. `kill` of an srun would kill its tasks: they are told by scancel.
+# and drains in order. A signal to srun would kill its tasks: they are told by scancel.
 
 fail() { echo "baton: $*" >&2; exit 2; }
 
@@ -24,6 +24,8 @@ job=$SLURM_JOB_ID
 # Those that were cancelled must be through before Slurm kills them.
 kill_wait=$(scontrol show config | awk '$1 == "KillWait" { print $3 }')
 BATON_FLAGS="--drain-timeout-s $((${kill_wait:-30} * 4 / 5)) ${BATON_FLAGS:-}"
+port=${BATON_PORT:-8000}
+export BATON_COORDINATOR_FLAGS="--host 0.0.0.0 --port $port --link-port 0 ${BATON_COORDINATOR_FLAGS:-}"
 
 alive() { kill -0 "$1" 2>/dev/null; }
 pause() { sleep "$1" & wait $!; }  # unlike sleep alone, a signal ends it
@@ -35,7 +37,9 @@ finish() {  # signals do not end the wait; its status, once
         alive "$1" || return "$status"
     done
 }
-drain() { scancel --signal=TERM "$1" || echo "baton: scancel --signal=TERM $1 failed" >&2; }
+drain() {  # PID OF SRUN, JOB: its steps, as often as it takes until slurmctld answers
+    while alive "$1" && ! scancel --signal=TERM "$2"; do pause 5; done
+}
 
 # What must survive: tasks that end, or whose node fails, while the others of their pool serve on.
 pool() { exec srun --no-kill --kill-on-bad-exit=0 --wait=0 "$@"; }

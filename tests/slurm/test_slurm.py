@@ -29,7 +29,7 @@ pytestmark = [
 ]
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "The list type"
-TOKENS = 800
+TOKENS = 500
 """Of a stream that still runs when something happens."""
 SHAPES = (
     "--nodes=1", "--cpus-per-task=1", ":", "--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1",
@@ -245,14 +245,14 @@ def test_pools_are_added_by_an_array_and_one_that_is_cancelled_drains(job: Job, 
     job.add_pools(2)
     job.wait_for_workers(decode=3)
     array = job.pools[-1]
-    streams = [Stream(job.url) for _ in range(6)]
+    streams = [Stream(job.url) for _ in range(4)]
     wait_for(lambda: all(stream.num_events > 5 for stream in streams), "all run")
     running = {name: worker["running"] for name, worker in job.of("decode").items()}
     number = job.slurm.run("squeue", "-h", "-j", f"{array}_1", "-o", "%A")
     (leaver,) = [name for name in running if name.endswith(f"-{number}")]
     assert running[leaver] > 0, running
     job.slurm.run("scancel", f"{array}_1")
-    assert [stream.end() for stream in streams] == [expected] * 6
+    assert [stream.end() for stream in streams] == [expected] * 4
     job.wait_for_workers(decode=2)
     assert leaver not in job.workers()
     assert Stream(job.url).end() == expected
@@ -281,6 +281,9 @@ def test_at_the_time_limit_streams_end_and_the_job_and_its_pools_go_on_after_a_r
     assert [stream.text for stream in ended[:-1]] == [expected] * (len(ended) - 1)
     assert ended[-1].was_refused, ended[-1].error
     wait_for(lambda: "all is drained; queued again" in job.log(), "the job asks to be queued again", 60, job.log)
+    first_life = (job.slurm.folder / f"job-{job.id}.log").read_text()
+    assert re.findall(r"(\w+)\S* (?:baton.events|worker.shell): draining", first_life)[0] == "coordinator"
+    assert len(re.findall("worker.shell: draining", first_life)) == 2
     wait_for(lambda: job.field("Restarts") == "1" and job.field("JobState") == "RUNNING", "it runs again", 60, job.log)
     job.wait_for_workers(decode=2)
     assert Stream(job.url).end() == expected
