@@ -132,6 +132,19 @@ class Slurm:
         found = subprocess.run(words, env=self.env, capture_output=True, text=True, timeout=60, check=False)
         return found.stdout.strip() if found.returncode == 0 else ""
 
+    def pids(self, *words: str) -> list[int]:
+        """Of the processes of its jobs, and its own, in whose command all of these words are."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                command = (process / "cmdline").read_text().split("\0")
+                if set(words) <= set(command):
+                    environ = (process / "environ").read_text().split("\0")
+                    found += [int(process.name)] if f"SLURM_CONF={self.env['SLURM_CONF']}" in environ else []
+            except (OSError, ValueError):
+                continue
+        return found
+
     def log(self) -> str:
         """The end of what the daemons wrote."""
         logs = sorted(self.folder.glob("*.log"))
@@ -151,4 +164,7 @@ class Slurm:
                 except subprocess.TimeoutExpired:
                     daemon.kill()
                     daemon.wait()
+            for pid in self.pids():  # of jobs that did not end: nothing of them outlives the test
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             shutil.rmtree(self.folder, ignore_errors=True)
