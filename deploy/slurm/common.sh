@@ -41,5 +41,5 @@ drain() {  # PID OF SRUN, JOB: its steps, as often as it takes until slurmctld a
     while alive "$1" && ! scancel --signal=TERM "$2"; do pause 5; done
 }
 
-# What must survive: tasks that end, or whose node fails, while the others of their pool serve on.
+# Tasks serve on when others of their pool end, or lose their node.
 pool() { exec srun --no-kill --kill-on-bad-exit=0 --wait=0 "$@"; }

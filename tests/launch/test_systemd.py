@@ -1,5 +1,6 @@
 """The units of deploy/systemd/: what systemd thinks of them, and what they start."""
 
+import json
 import os
 import re
 import shlex
@@ -7,9 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
+
+from tests.slurm.cluster import free_ports, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = ROOT / "deploy/systemd"
@@ -59,3 +63,41 @@ def test_a_unit_leaves_time_to_drain_and_sends_one_signal(unit: str) -> None:
     assert int(found["TimeoutStopSec"]) >= 30 + 15, "--drain-timeout-s by default, and the end of the process"
     assert found["RestartPreventExitStatus"] == "2"
     assert signal.SIGTERM.name == found.get("KillSignal", "SIGTERM")
+
+
+@pytest.mark.slow
+def test_what_the_units_start_serves_together_and_drains_in_the_order_of_systemd() -> None:
+    http, link = free_ports(2)
+    worker = f"--coordinator 127.0.0.1:{link} --dtype float32 --kv-memory 64MiB --threads 1"
+    environ = {
+        **os.environ, **settings(UNITS / "baton.env"), "CUDA_VISIBLE_DEVICES": "",
+        "BATON_COORDINATOR_FLAGS": f"--port {http} --grpc-port 0 --link-port {link}",
+        "BATON_PREFILL_FLAGS": worker, "BATON_DECODE_FLAGS": worker,
+    }  # fmt: skip
+    parts = []
+    try:
+        for unit, instance in (("baton-coordinator", ""), ("baton@", "prefill-0"), ("baton@", "decode-0")):
+            command = shlex.split(here(settings(UNITS / f"{unit}.service")["ExecStart"]).replace("%i", instance))
+            parts.append(subprocess.Popen(command, env=environ, stderr=subprocess.DEVNULL))
+        wait_for(lambda: num_workers(http) == 2, "both workers are there", 60)
+        body = json.dumps({"model": "demo", "prompt": "The list type", "max_tokens": 5}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{http}/v1/completions", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] == 5
+        for part in parts:
+            part.terminate()
+            assert part.wait(60) == 0
+    finally:
+        for part in parts:
+            part.kill()  # its process sees that, and ends
+            part.wait()
+
+
+def num_workers(port: int) -> int:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/status", timeout=10) as answer:
+            return len(json.load(answer)["workers"])
+    except OSError:
+        return 0
