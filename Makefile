@@ -51,13 +51,15 @@ $(VENV)/.chart-tools: $(VENV)/.dev
 kustomize-base: chart-tools  ## write the base of kustomize from the Helm chart
 	$(BIN)/python -m tests.deploy.manifests
 
-system-packages: $(VENV)/.system-packages $(VENV)/.chromium  ## etcd and chromium from the system's packages, for tests
+system-packages: $(VENV)/.system-packages $(VENV)/.chromium  ## etcd, Slurm and chromium from the system's packages, for tests
 
-# They need root and apt-get. Where they cannot be had, the tests of discovery or of the dashboard are skipped and say so.
+# They need root and apt-get. Where they cannot be had, the tests that need them are skipped and say so.
 $(VENV)/.system-packages: | $(VENV)/bin/python
-	{ command -v etcd && command -v etcdctl || { apt-get update -qq -o Acquire::http::Timeout=20 && \
-		DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends etcd-server etcd-client; }; } \
-		>/dev/null 2>&1 && touch $@ || echo "etcd cannot be installed here; its tests are skipped."
+	{ command -v etcd && command -v etcdctl && command -v slurmctld && command -v shellcheck || { \
+		apt-get update -qq -o Acquire::http::Timeout=20 && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends etcd-server etcd-client \
+		slurmctld slurmd slurm-client munge shellcheck; }; } \
+		>/dev/null 2>&1 && touch $@ || echo "etcd or Slurm cannot be installed here; their tests are skipped."
 
 $(VENV)/.chromium: | $(VENV)/bin/python
 	{ command -v chromium || { apt-get update -qq -o Acquire::http::Timeout=20 && \
@@ -76,6 +78,7 @@ format: dev  ## ruff: rewrite the files in the house style
 
 types: dev  ## mypy --strict on every package
 	$(BIN)/mypy
+	$(BIN)/mypy deploy/launch/launch.py
 
 contracts: dev  ## import-linter: every arrow of the architecture points down
 	$(BIN)/lint-imports --no-cache

@@ -45,13 +45,18 @@ class Stop(asyncio.Event):
 
 
 def stop_signals() -> Stop:
-    """An event that SIGTERM and SIGINT set. A second signal ends the process at once."""
+    """An event that SIGTERM and SIGINT set. A SIGINT after that ends the process at once, as of somebody who waits.
+
+    A SIGTERM says no more the second time: Slurm and systemd send it to a whole group, whose members pass it on.
+    """
     stop = Stop()
     loop = asyncio.get_running_loop()
 
     def asked(number: signal.Signals) -> None:
         if stop.is_set():
-            os._exit(128 + number)
+            if number == signal.SIGINT:
+                os._exit(128 + number)
+            return
         stop.by = number
         stop.set()
 

@@ -266,7 +266,7 @@ async def serve(
     """Run a coordinator until SIGTERM, SIGINT or the end of its parent, and then drain it.
 
     After SIGTERM others go on with what does not finish in time; otherwise nobody does, and clients are told so. A
-    second signal ends the process at once. Raises ConfigurationError before anything is served.
+    SIGINT after that ends the process at once. Raises ConfigurationError before anything is served.
     """
     coordinator = Coordinator(options, model, model_folder, discovery, tls, public_tls)
     stop = stop_signals()
