@@ -7,7 +7,7 @@ PACKAGES := baton cli coordinator prefill decode worker engine kvtransfer kernel
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install dev optional-lanes system-packages test lint types contracts proto proto-check unit format gpu-check bench faults soak clean
+.PHONY: help serve install dev optional-lanes system-packages test lint types contracts proto proto-check unit docs-metrics format gpu-check bench faults soak clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -72,6 +72,9 @@ proto: dev  ## generate baton/v1 from proto/baton/v1
 
 proto-check: dev  ## fail when the generated types differ from the .proto files
 	$(BIN)/python -m tests.check_proto
+
+docs-metrics: dev  ## write docs/metrics.md from baton/metric_names.py
+	$(BIN)/python -m baton.metric_page docs/metrics.md
 
 unit: dev optional-lanes system-packages  ## pytest, in parallel
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
