@@ -51,6 +51,17 @@ class Section:
     metrics: tuple[Metric, ...]
 
 
+VLLM_HISTOGRAMS = {
+    "time_to_first_token_seconds": "baton_ttft_seconds",
+    "inter_token_latency_seconds": "baton_itl_seconds",
+    "e2e_request_latency_seconds": "baton_request_seconds",
+    "request_queue_time_seconds": "baton_queue_seconds",
+    "request_prefill_time_seconds": "baton_prefill_seconds",
+    "request_decode_time_seconds": "baton_decode_seconds",
+    "request_prompt_tokens": "baton_request_prompt_tokens",
+    "request_generation_tokens": "baton_request_completion_tokens",
+}
+"""Names behind `vllm:`, and whose figures they are."""
 _UNITS = ("seconds", "ratio", "perc", "bytes", "tokens", "blocks", "messages", "steps", "attempts", "requests")
 
 
@@ -81,9 +92,19 @@ _REQUESTS = Section("Requests", "What clients asked for and what became of it.",
     _histogram("baton_ttft_seconds", "Arrival to first token"),
     _histogram("baton_itl_seconds", "Token to next token of a stream"),
     _histogram("baton_request_seconds", "Arrival to end of completed requests"),
+    _histogram("baton_request_prompt_tokens", "Tokens of the prompts of an ended request"),
+    _histogram("baton_request_completion_tokens", "Tokens delivered to an ended request"),
+    _counter("baton_finished_choices", "Choices of ended requests, by finish reason", "reason", unit="choices"),
     _histogram("baton_ttft_ratio", "Time to first token: measured over predicted"),
     _counter("baton_slow_readers", "Clients hung up on: they did not read their answers", unit="clients"),
     _counter("baton_requests_resumed", "Clients that came back", "how"),
+))  # fmt: skip
+_PHASES = Section("Phases", "Where the time of a request goes; of a single one, `baton trace` says it.", (
+    _histogram("baton_queue_seconds", "A prompt at the worker that computes it: assigned until taken up"),
+    _histogram("baton_prefill_seconds", "A prompt taken up, until the first token from there"),
+    _histogram("baton_handover_wait_seconds", "Taking a prompt over: waiting for what was not computed or offered yet"),
+    _histogram("baton_handover_wire_seconds", "Taking a prompt over: blocks copied and checked"),
+    _histogram("baton_decode_seconds", "First token to end of completed requests"),
 ))  # fmt: skip
 _ADMISSION = Section("Admission", "Who is taken, by what is predicted: [admission.md](admission.md).", (
     _counter("baton_admission_refused", "Requests refused by prediction", "service_class", "cause", unit="requests"),
@@ -173,8 +194,25 @@ _TIERS = Section("Tiers", "Host memory, disk and the shared store of each worker
                unit="events" if name in ("io_errors", "timeouts") else "blocks")
       for name, meaning in TIER_COUNTERS.items()),
 ))  # fmt: skip
+_VLLM = Section(
+    "Names of vLLM",
+    "For what reads vLLM's: the endpoint picker of the Gateway API inference extension and llm-d, autoscalers (KEDA,"
+    " llm-d's), dashboards. Each comes from a number above, of all workers of this coordinator together.", (
+    _gauge("vllm:num_requests_running", "Streams that a worker has taken up", "model_name"),
+    _gauge("vllm:num_requests_waiting", "Streams whose prompt no worker has taken up", "model_name"),
+    _gauge("vllm:kv_cache_usage_perc", "KV blocks in use, of all in workers that decode: 0 to 1", "model_name"),
+    _gauge("vllm:cache_config_info", "Always 1: tokens of a block, and blocks in workers that decode", "model_name",
+           "block_size", "num_gpu_blocks", unit="1"),
+    _counter("vllm:request_success", "As baton_finished_choices_total", "model_name", "finished_reason"),
+    _counter("vllm:prompt_tokens", "As baton_prompt_tokens_total", "model_name"),
+    _counter("vllm:generation_tokens", "As baton_completion_tokens_total", "model_name"),
+    _counter("vllm:prefix_cache_queries", "As baton_routed_tokens_total", "model_name", unit="tokens"),
+    _counter("vllm:prefix_cache_hits", "As baton_routed_cached_tokens_total of workers", "model_name", unit="tokens"),
+    _counter("vllm:num_preemptions", "As baton_worker_preemptions_total", "model_name", "engine"),
+    *(_histogram(f"vllm:{name}", f"As {of}", "model_name") for name, of in VLLM_HISTOGRAMS.items()),
+))  # fmt: skip
 
-SECTIONS = (_REQUESTS, _ADMISSION, _ATTEMPTS, _ROUTING, _VERSIONS, _TENANTS, _PROCESS, _WORKERS, _TIERS)
+SECTIONS = (_REQUESTS, _PHASES, _ADMISSION, _ATTEMPTS, _ROUTING, _VERSIONS, _TENANTS, _PROCESS, _WORKERS, _TIERS, _VLLM)
 
 
 def _by_name(sections: Iterable[Section]) -> dict[str, Metric]:

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
 
@@ -20,6 +20,9 @@ from coordinator.failures import FailureKind, RequestFailed, moved
 from coordinator.stream import TokenStream
 from coordinator.tenants.caller import ANYBODY, Caller
 from coordinator.version_metrics import Figures
+
+if TYPE_CHECKING:
+    from coordinator.timelines import Timeline
 
 STOP, LENGTH, ABORTED = "stop", "length", "abort"
 _MISSING_LOGPROB = -9999.0  # as OpenAI writes a logprob too small to matter; JSON has no infinity
@@ -273,6 +276,8 @@ class Request:
         """A copy that nobody reads: see `coordinator.shadows`."""
         self.figures: Figures | None = None
         """Where its times are counted."""
+        self.timeline: Timeline | None = None
+        """What became of it when; from its admission on."""
         self.created_unix_s = int(time.time())
         self.started_s = time.monotonic()
         self.first_token_s: float | None = None

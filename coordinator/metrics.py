@@ -1,6 +1,7 @@
 """What the coordinator counts, in Prometheus' terms. What each name means is in `baton.metric_names`."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
@@ -10,10 +11,12 @@ from baton.metrics import TIER_COUNTERS, TIERS, WORKER_COUNTERS
 from baton.tls import Tls
 from coordinator.delivery import Choice, Request
 from coordinator.metric_families import counter, counters, gauge, gauges, histograms
+from coordinator.timelines import Timelines
 from coordinator.version_metrics import SECONDS, Buckets, VersionMetrics
 from coordinator.workers import Worker, WorkerRegistry
 
 DECISION_SECONDS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+LENGTHS = tuple(2**power for power in range(18))
 RATIOS = (0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0)
 _BLOCK_STATES = ("free", "cached", "held", "leased", "quarantined")
 
@@ -63,19 +66,23 @@ class Metrics:
         self.admission_pressure = gauge("baton_admission_pressure", registry)
         self.class_first_tokens = counter("baton_class_first_tokens", registry)
         self.ttft_ratio = Buckets(RATIOS)
+        self.finished = counter("baton_finished_choices", registry)
+        self.prompt_lengths, self.completion_lengths = Buckets(LENGTHS), Buckets(LENGTHS)
         self.slow_readers = counter("baton_slow_readers", registry)
         self.shadows = counter("baton_shadows", registry)
         self.drains = counter("baton_drains", registry)
         self.versions = VersionMetrics()
         registry.register(self.versions)
-        self._routed_tokens = counter("baton_routed_tokens", registry)
-        self._cached_tokens = counter("baton_routed_cached_tokens", registry)
-        match, choose, self._e2e = Buckets(DECISION_SECONDS), Buckets(DECISION_SECONDS), Buckets(SECONDS)
+        self.routed_tokens = counter("baton_routed_tokens", registry)
+        self.cached_tokens = counter("baton_routed_cached_tokens", registry)
+        match, choose, self.e2e = Buckets(DECISION_SECONDS), Buckets(DECISION_SECONDS), Buckets(SECONDS)
         self.match_s, self.choose_s = match.observe, choose.observe
         for name, buckets in (
-            ("baton_ttft_seconds", lambda: self.versions.of_clients(lambda each: each.ttft)),
-            ("baton_itl_seconds", self._itl),
-            ("baton_request_seconds", lambda: self._e2e),
+            ("baton_ttft_seconds", self.ttft),
+            ("baton_itl_seconds", self.itl),
+            ("baton_request_prompt_tokens", lambda: self.prompt_lengths),
+            ("baton_request_completion_tokens", lambda: self.completion_lengths),
+            ("baton_request_seconds", lambda: self.e2e),
             ("baton_ttft_ratio", lambda: self.ttft_ratio),
             ("baton_routing_match_seconds", lambda: match),
             ("baton_routing_choose_seconds", lambda: choose),
@@ -103,15 +110,20 @@ class Metrics:
 
     def cached(self, num_tokens: int, expected: int, found: int) -> None:
         """A worker has said what it found of a prompt that it computes."""
-        self._routed_tokens.inc(num_tokens)
-        self._cached_tokens.labels("coordinator").inc(expected)
-        self._cached_tokens.labels("worker").inc(min(found, num_tokens))
+        self.routed_tokens.inc(num_tokens)
+        self.cached_tokens.labels("coordinator").inc(expected)
+        self.cached_tokens.labels("worker").inc(min(found, num_tokens))
 
     def itl_total(self) -> tuple[float, int]:
         """Of clients' streams: the sum of all times between tokens, and their number."""
-        return self._itl().total()
+        return self.itl().total()
 
-    def _itl(self) -> Buckets:
+    def ttft(self) -> Buckets:
+        """Of clients' requests."""
+        return self.versions.of_clients(lambda each: each.ttft)
+
+    def itl(self) -> Buckets:
+        """Of clients' streams."""
         return self.versions.of_clients(lambda each: each.itl)
 
     def attempt_started(self, prefill_choice: str, again: bool) -> None:
@@ -131,17 +143,35 @@ class Metrics:
         self.requests.labels(outcome).inc()
         self.prompt_tokens.inc(request.prompt_tokens)
         self.completion_tokens.inc(tokens)
+        self.prompt_lengths.observe(request.prompt_tokens)
+        self.completion_lengths.observe(tokens)
+        for choice in request.choices:
+            self.finished.labels(choice.finish_reason or "error").inc()
         if outcome == "completed":
-            self._e2e.observe(now_s - request.started_s)
+            self.e2e.observe(now_s - request.started_s)
 
     def watch_workers(self, workers: "WorkerRegistry") -> None:
         self.registry.register(_WorkerCollector(workers))
+
+    def watch_timelines(self, timelines: Timelines) -> None:
+        for name, buckets in (
+            ("baton_queue_seconds", timelines.queue),
+            ("baton_prefill_seconds", timelines.prefill),
+            ("baton_decode_seconds", timelines.decode),
+            ("baton_handover_wait_seconds", timelines.handover_wait),
+            ("baton_handover_wire_seconds", timelines.handover_wire),
+        ):
+            _Histogram(name, partial(_same, buckets), self.registry)
 
     def watch_tls(self, sides: Mapping[str, Tls | None]) -> None:
         self.registry.register(_TlsCollector({side: tls for side, tls in sides.items() if tls is not None}))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+
+def _same(buckets: Buckets) -> Buckets:
+    return buckets
 
 
 class _TlsCollector(Collector):

@@ -40,6 +40,7 @@ from coordinator.shadows import Shadows
 from coordinator.status import cluster_status
 from coordinator.tenants.tenants import Tenants
 from coordinator.tokenizer import ModelTokenizer
+from coordinator.vllm_metrics import VllmMetrics
 from coordinator.watched_file import WatchedFile
 from coordinator.workers import WorkerRegistry
 
@@ -83,6 +84,8 @@ class Coordinator:
         self.metrics.registry.register(RoutingMetrics(options.routing, self.dispatcher.knowledge))
         self.intake = Intake(options, name, self._tokenizer, self.registry, self.dispatcher, self.metrics)
         self.dispatcher.model = name
+        self.metrics.watch_timelines(self.dispatcher.timelines)
+        self.metrics.registry.register(VllmMetrics(self.dispatcher, self.registry, self.metrics))
         self.resumption = Resumption(options, self.intake, self.dispatcher, self.metrics)
         self._drains = Drains(self.registry, self.dispatcher, self.metrics, options.drain_timeout_s)
         self.shadows = Shadows(

@@ -56,9 +56,13 @@ class DecodeRole(RoleHandler):
         num_tokens = len(attempt.assignment.token_ids)
         num_blocks = -(-num_tokens // self._page_size)
         deadline_s = attempt.assignment.deadline_s or DEFAULT_DEADLINE_S
+        peer, times = _peer(attempt), attempt.times
+        times.take_s = attempt.age_s
         result = await self._intake.take(
-            attempt.key, _peer(attempt), reserved.block_ids[:num_blocks], first_block, time.monotonic() + deadline_s
+            attempt.key, peer, reserved.block_ids[:num_blocks], first_block, time.monotonic() + deadline_s
         )
+        times.taken_s, times.wire_s, times.handover_bytes = attempt.age_s, result.wire_s, result.num_bytes
+        times.lane = self._intake.lanes_in_use().get(peer.worker_id, "")
         verified = min(max(result.num_blocks, first_block) * self._page_size, num_tokens)
         if result.failure == CANCELLED:
             return Arrived(verified, same_bits=result.same_bits, fence=result.fence)

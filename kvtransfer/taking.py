@@ -39,6 +39,7 @@ class IntakeResult:
     fence: while this is not done, the peer may still write into the blocks from `num_blocks` on. None: nobody does.
     same_bits: False where numbers were cast, so that the blocks do not hold what this worker would compute.
     answer: what the peer did about blocks that were asked for by name.
+    wire_s, num_bytes: seconds in which blocks were pulled, and bytes of theirs that are right.
     """
 
     num_blocks: int
@@ -50,6 +51,8 @@ class IntakeResult:
     fence: asyncio.Future[None] | None = None
     answer: Answer | None = None
     first_logprob: bytes = b""
+    wire_s: float = 0.0
+    num_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -92,6 +95,8 @@ class Taking:
         self.names = names
         self.num_found: int | None = None
         self.asked_at = 0.0
+        self.wire_s = 0.0
+        self.num_bytes = 0
         self._offered_at: float | None = None
         self.row = Row(list(block_ids), first_block)
         self.num_verified = first_block

@@ -5,6 +5,7 @@ the engine says about them. The shell owns the wires, the attempt table and how 
 """
 
 import asyncio
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -75,6 +76,13 @@ class Attempt:
     """The stream so far, with the tokens that came with the assignment."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Of the last of `tokens`, where they are asked for."""
+    assigned_at: float = field(default_factory=time.monotonic)
+    times: wire.AttemptTimes = field(default_factory=wire.AttemptTimes)
+    """For the coordinator, at the end."""
+
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self.assigned_at
 
 
 class RoleHandler(ABC):
