@@ -41,13 +41,13 @@ $(VENV)/.optional-lanes: $(VENV)/.dev
 	$(BIN)/pip install --quiet --retries 1 --constraint constraints.txt --editable ".[ucx,nixl]" && touch $@ || \
 		echo "The libraries of lanes ucx and nixl cannot be installed; their tests are skipped."
 
-system-packages: $(VENV)/.system-packages  ## etcd from the system's packages, for the tests of discovery
+system-packages: $(VENV)/.system-packages  ## etcd and promtool from the system's packages, for their tests
 
 # Needs root and apt-get. Where it cannot be had, these tests are skipped and say so.
 $(VENV)/.system-packages: | $(VENV)/bin/python
-	{ command -v etcd && command -v etcdctl || { apt-get update -qq -o Acquire::http::Timeout=20 && \
-		DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends etcd-server etcd-client; }; } \
-		>/dev/null 2>&1 && touch $@ || echo "etcd cannot be installed here; its tests are skipped."
+	{ command -v etcd && command -v etcdctl && command -v promtool || { apt-get update -qq -o Acquire::http::Timeout=20 && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends etcd-server etcd-client prometheus; }; } \
+		>/dev/null 2>&1 && touch $@ || echo "etcd or promtool cannot be installed here; their tests are skipped."
 
 test: lint types contracts proto-check unit  ## everything CI runs
 
