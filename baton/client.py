@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequen
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
+from urllib.parse import quote
 
 import aiohttp
 
@@ -167,6 +168,11 @@ class AsyncClient:
     async def status(self) -> dict[str, Any]:
         """State of the coordinator and its workers; answered only on the coordinator's own machine."""
         return await self._get("/status")
+
+    async def trace(self, id: str) -> dict[str, Any]:
+        """When what happened to a request, one of the last; answered on the coordinator's own machine, to operators,
+        and to whose request it is."""
+        return await self._get(f"/v1/requests/{quote(id, safe='')}/trace")
 
     async def drain(self, workers: Sequence[str] = (), version: str = "") -> dict[str, Any]:
         """Have workers, or all of a model version, finish and end; answered only on the coordinator's own machine."""
@@ -429,6 +435,9 @@ class Client:
 
     def status(self) -> dict[str, Any]:
         return self._run(self._client.status())
+
+    def trace(self, id: str) -> dict[str, Any]:
+        return self._run(self._client.trace(id))
 
     def drain(self, workers: Sequence[str] = (), version: str = "") -> dict[str, Any]:
         return self._run(self._client.drain(workers, version))

@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "complete": ("cli.complete", "continue a text, streaming"),
     "chat": ("cli.chat", "talk to the model, streaming"),
     "status": ("cli.status", "show workers, roles, blocks and load"),
+    "trace": ("cli.trace", "show where the time of one request went"),
     "drain": ("cli.drain", "have workers finish what they run and end"),
     "key": ("cli.key", "make API keys of tenants"),
     "audit": ("cli.audit", "check the audit log of tenants' requests"),

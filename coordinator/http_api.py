@@ -35,6 +35,7 @@ from coordinator.tenants.accounts import KeyHolder
 from coordinator.tenants.caller import calling
 from coordinator.tenants.gate import HttpGate
 from coordinator.tenants.tenants import Tenants
+from coordinator.timelines import numbered
 
 access = logging.getLogger("baton.access")
 
@@ -103,6 +104,7 @@ class HttpApi:
         app.router.add_get("/v1/streams/{id}", self._resume_stream)
         app.router.add_get("/v1/requests/{id}", self._resume_whole)
         app.router.add_delete("/v1/requests/{id}", self._abort)
+        app.router.add_get("/v1/requests/{id}/trace", self._trace)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{name:.+}", self._model)
         app.router.add_post("/tokenize", self._tokenize)
@@ -220,6 +222,16 @@ class HttpApi:
         id = http.match_info["id"]
         self._resumption.abort(id)
         return _json(json_body({"id": id, "object": "request", "aborted": True}))
+
+    async def _trace(self, http: web.Request) -> web.Response:
+        """For operators, and for whose request it is: they see no worker's name."""
+        caller, timeline = calling.get(), self._intake.dispatcher.timelines.get(http.match_info["id"])
+        strangers = isinstance(caller, KeyHolder) and not caller.operates
+        if not strangers:
+            _operators_only(http)
+        if timeline is None or (strangers and not caller.owns(timeline.tenant)):
+            raise RequestFailed(FailureKind.UNKNOWN_REQUEST, "this request is not among the last ones here")
+        return _json(json_body(timeline.described(time.monotonic(), numbered() if strangers else str)))
 
     # What is here
 

@@ -139,6 +139,12 @@ class Timeline:
         return {"name": span.name} | times | dict(span.facts)
 
 
+def numbered() -> Callable[[str], str]:
+    """Names for who may not know those of workers: the same for the same."""
+    numbers: dict[str, int] = {}
+    return lambda worker: f"worker {numbers.setdefault(worker, len(numbers) + 1)}"
+
+
 class Timelines:
     """In the event loop's thread. Running requests have theirs with them; of ended ones the last are kept."""
 

@@ -67,13 +67,14 @@ class HttpGate:
     def _caller(self, http: web.Request) -> Caller:
         path, authorization = http.path, http.headers.get("Authorization")
         listing = path == PINS and http.method == "GET"
-        local_too = path in OPERATE or path == "/v1/usage" or listing
+        trace = path.startswith("/v1/requests/") and path.endswith("/trace")
+        local_too = path in OPERATE or path == "/v1/usage" or listing or trace
         if authorization is None and local_too and self._is_local(http):
             return _NOBODY
         holder = self._tenants.caller(authorization)
         if path == PINS or path.startswith(PINS + "/"):
             holder.check_scope("pins")
-        elif path not in OPERATE and path not in ANY_SCOPE:
+        elif path not in OPERATE and path not in ANY_SCOPE and not trace:
             holder.check_scope("infer")
         if path in COUNTED and http.method == "POST":
             holder.count_call()
