@@ -6,6 +6,7 @@ import os
 import sys
 
 from baton.errors import BatonError, ConfigurationError
+from baton.log_format import LOG_FORMAT_VARIABLE
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("cli.serve", "run the whole system on this machine"),
@@ -34,6 +35,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     chosen = next((word for word in argv if word in COMMANDS), None)
     for name, (module, help_text) in COMMANDS.items():
         command = commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
+        command.add_argument(
+            "--log-format", choices=("text", "json"),
+            help=f"how lines of the log look (default: {LOG_FORMAT_VARIABLE} of the environment, or text)",
+        )  # fmt: skip
         if name == chosen:
             importlib.import_module(module).add_arguments(command)
     arguments = parser.parse_args(argv)
@@ -51,6 +56,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's own notes about links that come and go are not ours
     arguments = parse(sys.argv[1:])
+    if arguments.log_format:
+        os.environ[LOG_FORMAT_VARIABLE] = arguments.log_format
     try:
         sys.exit(importlib.import_module(COMMANDS[arguments.command][0]).run(arguments))
     except ConfigurationError as error:

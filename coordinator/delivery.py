@@ -370,6 +370,15 @@ class Request:
             cached[choice.prompt_index] = max(cached.get(choice.prompt_index, 0), choice.cached_tokens)
         return UsageCounts(self.prompt_tokens, self.output_tokens, sum(cached.values()))
 
+    def facts(self) -> dict[str, str | int | float | None]:
+        """For logs: what can be said of it without a word of its text."""
+        usage, first_s = self.usage(), self.first_token_s
+        return {
+            "request_id": self.id, "tenant": self.caller.tenant, "model_version": self.version,
+            "first_token_s": None if first_s is None else round(first_s - self.started_s, 6),
+            "prompt_tokens": usage.prompt, "cached_tokens": usage.cached_prompt, "completion_tokens": usage.completion,
+        }  # fmt: skip
+
     @property
     def output_tokens(self) -> int:
         return sum(len(choice.stream.tokens) for choice in self.choices)

@@ -292,7 +292,10 @@ class Dispatcher:
         version = self.versions.choose(request.id, besides=[request.version])
         if version is None:
             return False
-        log.warning("%s begins anew at version %s: %s is gone", request.id, version, request.version)
+        log.warning(
+            "%s begins anew at version %s: %s is gone", request.id, version, request.version,
+            extra={"fields": {"request_id": request.id, "model_version": version}},
+        )  # fmt: skip
         self._metrics.version_moves.inc()
         request.version, request.moved = version, True
         self.quarantine.forget(request)
@@ -393,7 +396,10 @@ class Dispatcher:
         choice = leg.choice
         attempt = choice.stream.attempt
         self._metrics.attempts_failed.labels(cause).inc()
-        log.warning("attempt %d of %s abandoned: %s (worker %s)", attempt, choice.stream_id, cause, leg.worker.id)
+        log.warning(
+            "attempt %d of %s abandoned: %s (worker %s)", attempt, choice.stream_id, cause, leg.worker.id,
+            extra={"fields": _about(leg) | {"cause": cause}},
+        )  # fmt: skip
         choice.avoid.add(leg.worker.id)
         self.timelines.left(leg, cause)
         self._drop_legs(choice, f"{cause} elsewhere")
@@ -546,7 +552,9 @@ class Dispatcher:
             self.timelines.admitted(leg, admission.cached_tokens)
             return
         if choice.stream.refused(leg.attempt) is Outcome.FAILED:
-            log.info("worker %s refused %s: %s", worker.id, choice.stream_id, admission.reason)
+            log.info(
+                "worker %s refused %s: %s", worker.id, choice.stream_id, admission.reason, extra={"fields": _about(leg)}
+            )
             worker.close(leg)
             # An admitted one waited for its adoption, and somebody else had it first.
             own_fault = not (admission.draining or admission.reserved or leg.admitted)
@@ -566,7 +574,10 @@ class Dispatcher:
             self._complete(leg.choice, _REASONS[outcome], leg, workers_know=True)
         elif outcome is Outcome.FAILED:
             reason = wire.EndReason.Name(ending.reason) if ending.reason in wire.EndReason.values() else "unknown"
-            log.warning("worker %s ended %s with %s: %s", worker.id, leg.choice.stream_id, reason, ending.detail)
+            log.warning(
+                "worker %s ended %s with %s: %s", worker.id, leg.choice.stream_id, reason, ending.detail,
+                extra={"fields": _about(leg) | {"reason": reason}},
+            )  # fmt: skip
             cause = "expired" if ending.reason == wire.END_REASON_DEADLINE else "ended"
             self._abandon(leg, cause, own_fault=not worker.heartbeat.draining)
         elif not leg.decode and ending.reason != wire.END_REASON_HANDED_OVER:
@@ -615,6 +626,12 @@ class Dispatcher:
         for other in self._legs.get(leg.choice, ()):
             if other is not leg and not other.worker.lost.is_set():
                 self.breakers.failure(other.worker.id)
+
+
+def _about(leg: Leg) -> dict[str, str | int]:
+    """For logs."""
+    choice = leg.choice
+    return {"request_id": choice.request.id, "choice": choice.number, "attempt": leg.attempt, "worker": leg.worker.id}
 
 
 _REASONS = {Outcome.STOP: STOP, Outcome.LENGTH: LENGTH}

@@ -345,9 +345,11 @@ async def _internal(context: _Context, error: Exception) -> NoReturn:
 
 def _log_access(method: str, code: str, request: Request | None) -> None:
     if request is None:
-        access.info("gRPC %s %s", method, code)
+        access.info("gRPC %s %s", method, code, extra={"fields": {"method": method, "status": code}})
         return
     usage = request.usage()
     access.info(
-        "gRPC %s %s %s prompt %d tokens, completion %d tokens", method, code, request.id, usage.prompt, usage.completion
-    )
+        "gRPC %s %s %s prompt %d tokens, completion %d tokens",
+        method, code, request.id, usage.prompt, usage.completion,
+        extra={"fields": {"method": method, "status": code, **request.facts()}},
+    )  # fmt: skip

@@ -69,7 +69,8 @@ class DecodeRole(RoleHandler):
         if result.failure is not None or result.num_blocks < num_blocks:
             self._shell.counters["local_prefill_fallbacks"] += 1
             log.warning("hand-over of %s: %s; %d of %d tokens are here, the rest is prefilled locally",
-                        attempt.key, result.failure, verified, num_tokens)  # fmt: skip
+                        attempt.key, result.failure, verified, num_tokens,
+                        extra={"fields": attempt.facts | {"peer": peer.worker_id}})  # fmt: skip
             self._shell.report_failed_prefill(attempt, verified)
         first_token = result.first_token_id
         if first_token is not None and first_token >= self._vocab_size:

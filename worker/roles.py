@@ -81,6 +81,12 @@ class Attempt:
     """For the coordinator, at the end."""
 
     @property
+    def facts(self) -> dict[str, str | int]:
+        """For logs: whose it is."""
+        request_id, _, choice = self.id.request_id.rpartition("-")
+        return {"request_id": request_id, "choice": choice, "attempt": self.id.attempt}
+
+    @property
     def age_s(self) -> float:
         return time.monotonic() - self.assigned_at
 
