@@ -168,7 +168,9 @@ _TENANTS = Section("Tenants", "Only with `--keys`: [tenants.md](tenants.md).", (
     _counter("baton_keys_file_errors", "Broken --keys files, each time"),
     _counter("baton_audit_lines", "Of --audit-log", "event", unit="lines"),
 ))  # fmt: skip
-_PROCESS = Section("Discovery and TLS", "Of the coordinator itself: [security.md](security.md).", (
+_PROCESS = Section("Discovery, TLS, tracing", "Of the coordinator itself: [security.md](security.md).", (
+    _counter("baton_traces", "Traces of requests, by what became of them: [tracing.md](tracing.md)", "event",
+             unit="traces"),
     _gauge("baton_discovery_up", "1 while --discovery answers, or none is used", unit="1"),
     _counter("baton_discovery_losses", "Times that etcd was lost"),
     *(_counter(f"baton_{name}", WORKER_COUNTERS[name], "side") for name in (

@@ -373,7 +373,9 @@ class Request:
     def facts(self) -> dict[str, str | int | float | None]:
         """For logs: what can be said of it without a word of its text."""
         usage, first_s = self.usage(), self.first_token_s
+        trace = self.timeline.trace if self.timeline is not None else None
         return {
+            "trace_id": None if trace is None else f"{trace.trace_id:032x}",
             "request_id": self.id, "tenant": self.caller.tenant, "model_version": self.version,
             "first_token_s": None if first_s is None else round(first_s - self.started_s, 6),
             "prompt_tokens": usage.prompt, "cached_tokens": usage.cached_prompt, "completion_tokens": usage.completion,

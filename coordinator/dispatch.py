@@ -35,7 +35,7 @@ from coordinator.routing import Route, Router
 from coordinator.stream import ABANDON, COMPLETE, Outcome
 from coordinator.suspects import Suspects
 from coordinator.tickets import issue
-from coordinator.timelines import Timelines
+from coordinator.timelines import Timelines, traceparent_of
 from coordinator.versions import Versions
 from coordinator.worker_table import Candidates
 from coordinator.workers import Leg, Worker, WorkerRegistry, work_together
@@ -358,7 +358,7 @@ class Dispatcher:
         common = wire.Assignment(
             id=wire.AttemptId(request_id=choice.stream_id, attempt=attempt), token_ids=tokens,
             num_prompt_tokens=len(choice.prompt), sampling=choice.sampling, cache_salt=choice.request.cache_salt,
-            deadline_s=max(0.001, self._remaining_s(choice.request)),
+            deadline_s=max(0.001, self._remaining_s(choice.request)), traceparent=traceparent_of(choice.request),
         )  # fmt: skip
         choice.request.caller.assign(common)
         parts = [(decode, wire.ROLE_DECODE)]

@@ -34,6 +34,8 @@ from coordinator.resumption import Resumption
 from coordinator.sampling import SamplingRequest
 from coordinator.tenants.gate import GrpcGate
 from coordinator.tenants.tenants import Tenants
+from coordinator.timelines import traceparent_of
+from coordinator.tracing import arriving
 
 access = logging.getLogger("baton.access")
 
@@ -107,8 +109,11 @@ class InferenceServicer(rpc.InferenceServicer):
         running: Request | None = None
         reader = 0
         code = "CANCELLED"
+        arriving.set(str(dict(context.invocation_metadata() or ()).get("traceparent", "")))
         try:
             running = await start
+            if trace := traceparent_of(running):
+                await context.send_initial_metadata((("traceparent", trace),))
             reader = running.attach(positions)
             while (deltas := await running.news(reader, self._alive_interval_s)) != []:
                 if deltas is None and self._resumption.better_elsewhere(running):

@@ -35,7 +35,8 @@ from coordinator.tenants.accounts import KeyHolder
 from coordinator.tenants.caller import calling
 from coordinator.tenants.gate import HttpGate
 from coordinator.tenants.tenants import Tenants
-from coordinator.timelines import numbered
+from coordinator.timelines import numbered, traceparent_of
+from coordinator.tracing import arriving
 
 access = logging.getLogger("baton.access")
 
@@ -171,6 +172,8 @@ class HttpApi:
         # resumes would rather know that somebody is here.
         deltas = await request.news(reader, self._streams.alive_s if request.resume_s else None)
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Request-Id": request.id}
+        if trace := traceparent_of(request):
+            headers["traceparent"] = trace
         response = web.StreamResponse(headers=headers)
         await response.prepare(http)
         events = EventStream(
@@ -320,6 +323,7 @@ class HttpApi:
             started_s = time.monotonic()
             call = _Call(new_request_id("req"))
             _call.set(call)
+            arriving.set(http.headers.get("traceparent", ""))
             code = 499  # nginx's word for a client that hung up
             try:
                 response = await _answered(http, handler, call)
@@ -361,6 +365,8 @@ async def _answered(http: web.Request, handler: Handler, call: _Call) -> web.Str
         response = _error(500, "internal error; the log has it under the request id", "server_error", None, None)
     if not response.prepared:
         response.headers["X-Request-Id"] = call.id
+        if trace := traceparent_of(call.request):
+            response.headers["traceparent"] = trace
     return response
 
 

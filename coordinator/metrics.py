@@ -70,6 +70,7 @@ class Metrics:
         self.prompt_lengths, self.completion_lengths = Buckets(LENGTHS), Buckets(LENGTHS)
         self.slow_readers = counter("baton_slow_readers", registry)
         self.shadows = counter("baton_shadows", registry)
+        self.traces = counter("baton_traces", registry)
         self.drains = counter("baton_drains", registry)
         self.versions = VersionMetrics()
         registry.register(self.versions)
@@ -92,6 +93,8 @@ class Metrics:
         self._other_attempts = self.attempts.labels("again")
         for cause in ("diverged", "gap", "refused", "ended", "expired", "worker_lost", "moved"):
             self.attempts_failed.labels(cause)
+        for event in ("kept", "not_sampled", "dropped", "failed"):
+            self.traces.labels(event)
         for event in ("waited", "ran_alone", "stranded_others", "moved_others", "convicted"):
             self.quarantine.labels(event)
 

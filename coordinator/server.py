@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 from aiohttp import web
 
-from baton.config import CoordinatorOptions, DiscoveryOptions, ModelOptions, PublicTlsOptions, TlsOptions
+from baton.config import CoordinatorOptions, DiscoveryOptions, ModelOptions, PublicTlsOptions, TlsOptions, parse_otlp
 from baton.discovery import open_discovery
 from baton.errors import ConfigurationError
 from baton.grpc_tls import server_credentials
@@ -32,6 +32,7 @@ from coordinator.grpc_api import GrpcApi
 from coordinator.http_api import HttpApi
 from coordinator.link import LinkServer
 from coordinator.metrics import Metrics
+from coordinator.otlp import OtlpExporter
 from coordinator.requests import Intake
 from coordinator.resumption import Resumption
 from coordinator.rollout import Rollout, parse_rollout
@@ -40,6 +41,7 @@ from coordinator.shadows import Shadows
 from coordinator.status import cluster_status
 from coordinator.tenants.tenants import Tenants
 from coordinator.tokenizer import ModelTokenizer
+from coordinator.tracing import Tracer
 from coordinator.vllm_metrics import VllmMetrics
 from coordinator.watched_file import WatchedFile
 from coordinator.workers import WorkerRegistry
@@ -84,6 +86,7 @@ class Coordinator:
         self.metrics.registry.register(RoutingMetrics(options.routing, self.dispatcher.knowledge))
         self.intake = Intake(options, name, self._tokenizer, self.registry, self.dispatcher, self.metrics)
         self.dispatcher.model = name
+        self._exporter = self._trace(options) if options.otlp_endpoint else None
         self.metrics.watch_timelines(self.dispatcher.timelines)
         self.metrics.registry.register(VllmMetrics(self.dispatcher, self.registry, self.metrics))
         self.resumption = Resumption(options, self.intake, self.dispatcher, self.metrics)
@@ -105,6 +108,16 @@ class Coordinator:
         self._tasks: set[asyncio.Task[None]] = set()
         self._announcing: asyncio.Task[None] | None = None
         self._closing = contextlib.AsyncExitStack()
+
+    def _trace(self, options: CoordinatorOptions) -> OtlpExporter:
+        def count(event: str) -> None:
+            self.metrics.traces.labels(event).inc()
+
+        exporter = OtlpExporter(parse_otlp(options.otlp_endpoint), count)
+        tracer = Tracer(options.trace_ratio, options.trace_slow_s, exporter.put, count)
+        timelines = self.dispatcher.timelines
+        timelines.on_begun, timelines.on_ended = tracer.begin, tracer.ended
+        return exporter
 
     async def start(self) -> Ports:
         """Open the ports. Raises ConfigurationError naming the flag of one that cannot be opened."""
@@ -238,6 +251,8 @@ class Coordinator:
         self._tokenizer.close()
         if self.tenants is not None:
             await asyncio.to_thread(self.tenants.close)
+        if self._exporter is not None:
+            await asyncio.to_thread(self._exporter.stop)
 
 
 async def serve(

@@ -15,12 +15,15 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import Request, UsageCounts
 from coordinator.version_metrics import SECONDS, Buckets
 from coordinator.workers import Leg, Worker
+
+if TYPE_CHECKING:
+    from coordinator.tracing import TraceContext
 
 MAX_ENDED = 1024
 """Requests that are remembered after their end; about 2 kB each."""
@@ -93,12 +96,19 @@ class Timeline:
     started_s: float
     started_unix_s: float
     prompt_tokens: int
+    operation: str
+    """In the words of OpenTelemetry."""
+    asked: dict[str, int | float]
+    """Of the sampling, likewise."""
+    trace: "TraceContext | None" = None
+    """None: nobody traces it."""
     parts: list[Part] = field(default_factory=list)
     first_token_s: float | None = None
     ended_s: float | None = None
     outcome: str = ""
     """Empty while it runs."""
     usage: UsageCounts | None = None
+    finish_reasons: list[str] = field(default_factory=list)
 
     def admission(self, now_s: float) -> Span:
         """Before any worker had it."""
@@ -145,6 +155,12 @@ def numbered() -> Callable[[str], str]:
     return lambda worker: f"worker {numbers.setdefault(worker, len(numbers) + 1)}"
 
 
+def traceparent_of(request: Request | None) -> str:
+    """For whoever comes after this coordinator; empty: nobody traces the request."""
+    timeline = request.timeline if request is not None else None
+    return timeline.trace.traceparent if timeline is not None and timeline.trace is not None else ""
+
+
 class Timelines:
     """In the event loop's thread. Running requests have theirs with them; of ended ones the last are kept."""
 
@@ -154,16 +170,24 @@ class Timelines:
         self._ended: OrderedDict[str, Timeline] = OrderedDict()
         self.queue, self.prefill, self.decode = Buckets(SECONDS), Buckets(SECONDS), Buckets(SECONDS)
         self.handover_wait, self.handover_wire = Buckets(SECONDS), Buckets(SECONDS)
+        self.on_begun: Callable[[Timeline], None] = lambda timeline: None
         self.on_ended: Callable[[Timeline], None] = lambda timeline: None
         """Set by the tracer."""
 
     def begin(self, request: Request, model: str) -> None:
         unix_s = time.time() - self._clock() + request.started_s
-        request.timeline = Timeline(
-            request.id, request.caller.tenant, model, request.version, request.started_s, unix_s, request.prompt_tokens
-        )
+        sampling = request.choices[0].sampling
+        asked = {
+            "max_tokens": sampling.max_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p,
+            "choice.count": len(request.choices),
+        }  # fmt: skip
+        timeline = request.timeline = Timeline(
+            request.id, request.caller.tenant, model, request.version, request.started_s, unix_s,
+            request.prompt_tokens, "chat" if request.form.chat else "text_completion", asked,
+        )  # fmt: skip
         if not request.shadow:
-            self._running[request.id] = request.timeline
+            self._running[request.id] = timeline
+            self.on_begun(timeline)
 
     def part(self, leg: Leg, computes: bool, adopted: bool = False) -> Part:
         choice = leg.choice
@@ -221,6 +245,7 @@ class Timelines:
         timeline.ended_s, timeline.outcome = self._clock(), outcome
         timeline.first_token_s, timeline.version = request.first_token_s, request.version
         timeline.usage = request.usage()
+        timeline.finish_reasons = [choice.finish_reason or "error" for choice in request.choices]
         if outcome == COMPLETED and request.first_token_s is not None:
             self.decode.observe(timeline.ended_s - request.first_token_s)
         self._ended[timeline.id] = timeline

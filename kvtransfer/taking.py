@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from baton.v1 import handover_pb2 as pb
@@ -51,8 +51,8 @@ class IntakeResult:
     fence: asyncio.Future[None] | None = None
     answer: Answer | None = None
     first_logprob: bytes = b""
-    wire_s: float = 0.0
-    num_bytes: int = 0
+    wire_s: float = field(default=0.0, compare=False)
+    num_bytes: int = field(default=0, compare=False)
 
 
 @dataclass(slots=True)

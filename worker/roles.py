@@ -84,7 +84,9 @@ class Attempt:
     def facts(self) -> dict[str, str | int]:
         """For logs: whose it is."""
         request_id, _, choice = self.id.request_id.rpartition("-")
-        return {"request_id": request_id, "choice": choice, "attempt": self.id.attempt}
+        trace = self.assignment.traceparent[3:35]
+        facts = {"request_id": request_id, "choice": choice, "attempt": self.id.attempt}
+        return facts | ({"trace_id": trace} if trace else {})
 
     @property
     def age_s(self) -> float:
