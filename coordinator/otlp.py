@@ -79,9 +79,8 @@ class OtlpExporter:
             log.debug("traces were not sent: %s", type(error).__name__)
             sent = False
         if sent != self._works:
-            log.log(
-                logging.INFO if sent else logging.WARNING, "traces %s", "are sent again" if sent else "cannot be sent"
-            )
+            level, what = (logging.INFO, "are sent again") if sent else (logging.WARNING, "cannot be sent")
+            log.log(level, "traces %s", what)
         self._works = sent
         if not sent:
             for _ in batch:

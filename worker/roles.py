@@ -85,8 +85,7 @@ class Attempt:
         """For logs: whose it is."""
         request_id, _, choice = self.id.request_id.rpartition("-")
         trace = self.assignment.traceparent[3:35]
-        facts = {"request_id": request_id, "choice": choice, "attempt": self.id.attempt}
-        return facts | ({"trace_id": trace} if trace else {})
+        return {"request_id": request_id, "choice": choice, "attempt": self.id.attempt, "trace_id": trace}
 
     @property
     def age_s(self) -> float:

@@ -59,7 +59,8 @@ def names(trace: Trace) -> list[str]:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "hello", f"ff{CALLER[2:]}", CALLER.upper(), f"00-{'0' * 32}-00f067aa0ba902b7-01", f"00-{TRACE_ID}-{'0' * 16}-01",
+    ["", "hello", f"ff{CALLER[2:]}", CALLER.upper(), f"00-{'0' * 32}-00f067aa0ba902b7-01",
+     f"00-{TRACE_ID}-{'0' * 16}-01",
      f"{CALLER}-more", CALLER[:-1], f"{CALLER}\n-"],
 )  # fmt: skip
 def test_a_context_that_is_no_good_is_ignored(text: str) -> None:
