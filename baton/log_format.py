@@ -33,7 +33,7 @@ class JsonLines(logging.Formatter):
             "time": at.isoformat(timespec="milliseconds"), "level": record.levelname.lower(),
             "process": self._process, "part": record.name, "message": record.getMessage(),
         }  # fmt: skip
-        line |= getattr(record, "fields", {})
+        line |= {name: value for name, value in getattr(record, "fields", {}).items() if value not in (None, "")}
         if record.exc_info and record.exc_info[0] is not None:
             line["exception"] = record.exc_info[0].__name__
             line["stack"] = "".join(traceback.format_tb(record.exc_info[2]))

@@ -5,7 +5,7 @@
     prefill            |------------|           prefill-0: until its first token
     queue          |-|                          decode-0: until its blocks were reserved
     handover         |=---=--===--==|           decode-0: of this, blocks were on the wire for `wire_s`
-    decode                          |--------|  decode-0: from the first token that came from there to the end
+    decode                          |--------|  decode-0: from there, or its first token, to the end
 
 The dispatcher says what begins and ends here; what only a worker knows comes at an attempt's end (`AttemptTimes`),
 which may be after that of the request. `baton trace` and the spans of `coordinator.tracing` are made of the same.
@@ -72,9 +72,9 @@ class Part:
             yield Span("queue", self.assigned_s, end_s if admitted_s is None else admitted_s, {})
         if admitted_s is None:
             return
-        first_s = end_s if self.first_token_s is None else self.first_token_s
+        first_s = decode_s = end_s if self.first_token_s is None else self.first_token_s
         if told is not None and told.HasField("take_s"):
-            taken_s = min(self.assigned_s + (told.taken_s or told.total_s), end_s)
+            decode_s = taken_s = min(self.assigned_s + (told.taken_s or told.total_s), end_s)
             yield Span("handover", self.assigned_s + told.take_s, taken_s, {
                 "wire_s": told.wire_s, "wait_s": max(0.0, told.taken_s - told.take_s - told.wire_s),
                 "bytes": told.handover_bytes, "lane": told.lane,
@@ -82,7 +82,7 @@ class Part:
         if self.computes and not self.adopted:
             yield Span("prefill", admitted_s, first_s, {"cached_tokens": self.cached_tokens})
         if self.decode and self.first_token_s is not None:
-            yield Span("decode", first_s, end_s, {})
+            yield Span("decode", decode_s, end_s, {})
 
 
 @dataclass(slots=True)
