@@ -87,6 +87,8 @@ def _histogram(name: str, meaning: str, *labels: str, unit: str = "") -> Metric:
 _REQUESTS = Section("Requests", "What clients asked for and what became of it.", (
     _counter("baton_requests", "Requests ended", "outcome"),
     _counter("baton_requests_refused", "Requests refused at once", "reason"),
+    _counter("baton_responses", "Calls answered, by HTTP status or gRPC code; 499: the client hung up; no probes",
+             "protocol", "code", unit="calls"),
     _counter("baton_prompt_tokens", "Tokens of prompts of ended requests"),
     _counter("baton_completion_tokens", "Tokens delivered"),
     _histogram("baton_ttft_seconds", "Arrival to first token"),
@@ -104,6 +106,8 @@ _PHASES = Section("Phases", "Where the time of a request goes; of a single one, 
     _histogram("baton_prefill_seconds", "A prompt taken up, until the first token from there"),
     _histogram("baton_handover_wait_seconds", "Taking a prompt over: waiting for what was not computed or offered yet"),
     _histogram("baton_handover_wire_seconds", "Taking a prompt over: blocks copied and checked"),
+    _counter("baton_handover_bytes", "Of prompts that decode workers took over, as they told at attempts' ends",
+             "lane"),
     _histogram("baton_decode_seconds", "First token to end of completed requests"),
 ))  # fmt: skip
 _ADMISSION = Section("Admission", "Who is taken, by what is predicted: [admission.md](admission.md).", (

@@ -139,6 +139,7 @@ class InferenceServicer(rpc.InferenceServicer):
             if running is not None:
                 self._resumption.left(running, reader)
             _log_access(method, code, running)
+            self._intake.metrics.responses.labels("grpc", code).inc()
 
     async def Tokenize(self, request: api.TokenizeRequest, context: _Context) -> api.TokenizeResponse:
         async def answer() -> api.TokenizeResponse:

@@ -337,6 +337,8 @@ class HttpApi:
                 return response
             finally:
                 _log_access(http, call, code, started_s)
+                if http.path not in _PROBES:
+                    self._intake.metrics.responses.labels("http", str(code)).inc()
 
         return outermost
 

@@ -70,6 +70,7 @@ class Metrics:
         self.prompt_lengths, self.completion_lengths = Buckets(LENGTHS), Buckets(LENGTHS)
         self.slow_readers = counter("baton_slow_readers", registry)
         self.shadows = counter("baton_shadows", registry)
+        self.responses = counter("baton_responses", registry)
         self.traces = counter("baton_traces", registry)
         self.drains = counter("baton_drains", registry)
         self.versions = VersionMetrics()
@@ -165,6 +166,7 @@ class Metrics:
             ("baton_handover_wire_seconds", timelines.handover_wire),
         ):
             _Histogram(name, partial(_same, buckets), self.registry)
+        self.registry.register(_LaneBytes(timelines))
 
     def watch_tls(self, sides: Mapping[str, Tls | None]) -> None:
         self.registry.register(_TlsCollector({side: tls for side, tls in sides.items() if tls is not None}))
@@ -175,6 +177,17 @@ class Metrics:
 
 def _same(buckets: Buckets) -> Buckets:
     return buckets
+
+
+class _LaneBytes(Collector):
+    def __init__(self, timelines: Timelines) -> None:
+        self._timelines = timelines
+
+    def collect(self) -> Iterator[Metric]:
+        family = counters("baton_handover_bytes")
+        for lane, num_bytes in self._timelines.handover_bytes.items():
+            family.add_metric([lane], num_bytes)
+        yield family
 
 
 class _TlsCollector(Collector):

@@ -12,7 +12,7 @@ which may be after that of the request. `baton trace` and the spans of `coordina
 """
 
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -96,10 +96,6 @@ class Timeline:
     started_s: float
     started_unix_s: float
     prompt_tokens: int
-    operation: str
-    """In the words of OpenTelemetry."""
-    asked: dict[str, int | float]
-    """Of the sampling, likewise."""
     trace: "TraceContext | None" = None
     """None: nobody traces it."""
     parts: list[Part] = field(default_factory=list)
@@ -169,25 +165,22 @@ class Timelines:
         self._running: dict[str, Timeline] = {}
         self._ended: OrderedDict[str, Timeline] = OrderedDict()
         self.queue, self.prefill, self.decode = Buckets(SECONDS), Buckets(SECONDS), Buckets(SECONDS)
+        self.handover_bytes: Counter[str] = Counter()
+        """By lane."""
         self.handover_wait, self.handover_wire = Buckets(SECONDS), Buckets(SECONDS)
-        self.on_begun: Callable[[Timeline], None] = lambda timeline: None
+        self.on_begun: Callable[[Request, Timeline], None] = lambda request, timeline: None
         self.on_ended: Callable[[Timeline], None] = lambda timeline: None
         """Set by the tracer."""
 
     def begin(self, request: Request, model: str) -> None:
         unix_s = time.time() - self._clock() + request.started_s
-        sampling = request.choices[0].sampling
-        asked = {
-            "max_tokens": sampling.max_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p,
-            "choice.count": len(request.choices),
-        }  # fmt: skip
         timeline = request.timeline = Timeline(
             request.id, request.caller.tenant, model, request.version, request.started_s, unix_s,
-            request.prompt_tokens, "chat" if request.form.chat else "text_completion", asked,
+            request.prompt_tokens,
         )  # fmt: skip
         if not request.shadow:
             self._running[request.id] = timeline
-            self.on_begun(timeline)
+            self.on_begun(request, timeline)
 
     def part(self, leg: Leg, computes: bool, adopted: bool = False) -> Part:
         choice = leg.choice
@@ -233,6 +226,8 @@ class Timelines:
             place = (part.worker, part.attempt, str(part.choice))
             if place == (worker.id, ending.id.attempt, number) and part.told is None and not part.adopted:
                 part.told = times = ending.times
+                lane = times.lane if times.lane in worker.registration.lanes else "none"
+                self.handover_bytes[lane] += times.handover_bytes
                 if times.HasField("take_s") and times.taken_s:
                     self.handover_wire.observe(times.wire_s)
                     self.handover_wait.observe(max(0.0, times.taken_s - times.take_s - times.wire_s))

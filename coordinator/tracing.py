@@ -24,6 +24,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from coordinator.delivery import Request
 from coordinator.timelines import COMPLETED, Part, Span, Timeline
 
 GRACE_S = 1.0
@@ -46,6 +47,8 @@ class TraceContext(NamedTuple):
     span_id: int
     """Of the request's own."""
     sampled: bool
+    asked: Mapping[str, Attribute]
+    """What the client asked for, as attributes of its span."""
 
     @property
     def traceparent(self) -> str:
@@ -98,16 +101,23 @@ class Tracer:
         self._count = count
         self._pending = 0
 
-    def begin(self, timeline: Timeline) -> None:
-        timeline.trace = self._context()
+    def begin(self, request: Request, timeline: Timeline) -> None:
+        sampling = request.choices[0].sampling
+        timeline.trace = self._context({
+            "gen_ai.operation.name": "chat" if request.form.chat else "text_completion",
+            "gen_ai.request.max_tokens": sampling.max_tokens,
+            "gen_ai.request.temperature": sampling.temperature,
+            "gen_ai.request.top_p": sampling.top_p,
+            "gen_ai.request.choice.count": len(request.choices),
+        })  # fmt: skip
 
-    def _context(self) -> TraceContext:
+    def _context(self, asked: Mapping[str, Attribute]) -> TraceContext:
         if (caller := parse_traceparent(arriving.get())) is not None:
             trace_id, parent_id, sampled = caller
-            return TraceContext(trace_id, parent_id, _new_id(64), sampled)
+            return TraceContext(trace_id, parent_id, _new_id(64), sampled, asked)
         trace_id = _new_id(128)
         # As TraceIdRatioBased has it, so that whoever samples by the same ratio decides the same.
-        return TraceContext(trace_id, 0, _new_id(64), trace_id & ((1 << 64) - 1) < self._bound)
+        return TraceContext(trace_id, 0, _new_id(64), trace_id & ((1 << 64) - 1) < self._bound, asked)
 
     def ended(self, timeline: Timeline) -> None:
         if timeline.trace is None:
@@ -144,8 +154,9 @@ def _spans(timeline: Timeline, context: TraceContext, why: str) -> Iterator[Span
         facts: dict[str, Attribute] = {f"baton.{of.name}.{name}": value for name, value in of.facts.items()}
         return SpanData(of.name, _new_id(64), parent_id, start_ns, end_ns, service, instance, facts)
 
-    own = span(Span(f"{timeline.operation} {timeline.model}", timeline.started_s, until_s, {}), context.parent_id, "")
-    own.service, own.span_id, own.attributes = "baton-coordinator", context.span_id, _about(timeline, why)
+    name = f"{context.asked['gen_ai.operation.name']} {timeline.model}"
+    own = span(Span(name, timeline.started_s, until_s, {}), context.parent_id, "")
+    own.service, own.span_id, own.attributes = "baton-coordinator", context.span_id, _about(timeline, context, why)
     own.error = "" if timeline.outcome in (COMPLETED, ABORTED) else timeline.outcome
     yield own
     yield span(timeline.admission(until_s), own.span_id, own.service)
@@ -159,9 +170,9 @@ def _spans(timeline: Timeline, context: TraceContext, why: str) -> Iterator[Span
             yield span(phase, attempt.span_id, attempt.service, part.worker)
 
 
-def _about(timeline: Timeline, why: str) -> dict[str, Attribute]:
+def _about(timeline: Timeline, context: TraceContext, why: str) -> dict[str, Attribute]:
     attributes: dict[str, Attribute] = {
-        "gen_ai.operation.name": timeline.operation,
+        **context.asked,
         "gen_ai.provider.name": "baton",
         "gen_ai.request.model": timeline.model,
         "gen_ai.response.model": timeline.model,
@@ -171,7 +182,6 @@ def _about(timeline: Timeline, why: str) -> dict[str, Attribute]:
         "baton.attempts": max((part.attempt for part in timeline.parts), default=0),
         "baton.sampled.because": why,
     }
-    attributes |= {f"gen_ai.request.{name}": value for name, value in timeline.asked.items()}
     if timeline.tenant:
         attributes["baton.tenant"] = timeline.tenant
     if (usage := timeline.usage) is not None:

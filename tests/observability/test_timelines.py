@@ -72,10 +72,39 @@ def test_what_a_worker_tells_after_the_end_is_taken_up_once(run) -> None:
             span = next(span for span in described(system)["spans"] if span["name"] == "handover")
             assert (span["worker"], span["bytes"], span["lane"], span["wire_s"]) == ("decode-0", 4096, "shm", 0.001)
             assert abs(span["wait_s"] - 0.002) < 1e-9
+            assert system.metric("baton_handover_bytes_total", lane="shm") == 4096
             ending.id.request_id = "nobody-knows-it-0"
             await decode.send(ending=ending)
             assert await ask(system, "another-request-of-this-test") == 200
             assert system.metric("baton_handover_wire_seconds_count") == 1
+
+    run(check())
+
+
+def test_a_lane_that_a_worker_never_registered_makes_no_time_series(run) -> None:
+    async def check() -> None:
+        async with running() as system:
+            await two_workers(system)
+            await ask(system)
+            times = wire.AttemptTimes(total_s=1.0, take_s=0.1, taken_s=0.2, handover_bytes=64, lane="made-up")
+            ending = wire.Ending(id=wire.AttemptId(request_id=f"{ID}-0", attempt=1), times=times)
+            await system.workers[1].send(ending=ending)
+            await until(lambda: system.metric("baton_handover_bytes_total", lane="none") == 64)
+            assert not system.metric("baton_handover_bytes_total", lane="made-up")
+
+    run(check())
+
+
+def test_answers_are_counted_by_status_and_probes_are_not(run) -> None:
+    async def check() -> None:
+        async with running() as system:
+            await system.worker()
+            assert await ask(system) == 200
+            assert await ask(system, temperature="warm") == 400
+            async with system.http.get("/health") as response:
+                assert response.status == 200
+            assert system.metric("baton_responses_total", protocol="http", code="200") == 1
+            assert system.metric("baton_responses_total", protocol="http", code="400") == 1
 
     run(check())
 

@@ -69,7 +69,7 @@ def test_a_context_that_is_no_good_is_ignored(text: str) -> None:
 
 def test_a_context_comes_back_as_it_was_and_later_versions_are_understood() -> None:
     trace_id, span_id, sampled = parse_traceparent(CALLER) or (0, 0, False)
-    assert TraceContext(trace_id, 0, span_id, sampled).traceparent == CALLER
+    assert TraceContext(trace_id, 0, span_id, sampled, {}).traceparent == CALLER
     assert parse_traceparent(f"01{CALLER[2:]}-what-comes-later") == (trace_id, span_id, True)
     assert parse_traceparent(UNSAMPLED) == (trace_id, span_id, False)
 
@@ -159,7 +159,7 @@ def test_what_callers_and_the_ratio_leave_out_is_not_kept_but_errors_failovers_a
 def test_the_ratio_is_kept_to() -> None:
     random.seed(7)
     tracer = Tracer(0.25, 0.0, lambda trace: True, lambda event: None)
-    share = sum(tracer._context().sampled for _ in range(4000)) / 4000
+    share = sum(tracer._context({}).sampled for _ in range(4000)) / 4000
     assert abs(share - 0.25) < 0.03
 
 
