@@ -112,12 +112,14 @@ class InferenceServicer(rpc.InferenceServicer):
         arriving.set(str(dict(context.invocation_metadata() or ()).get("traceparent", "")))
         try:
             running = await start
-            if trace := traceparent_of(running):
-                await context.send_initial_metadata((("traceparent", trace),))
+            trace = traceparent_of(running)
             reader = running.attach(positions)
             while (deltas := await running.news(reader, self._alive_interval_s)) != []:
                 if deltas is None and self._resumption.better_elsewhere(running):
                     raise cut_off()
+                if deltas and trace:  # no sooner: a client that has metadata does not try again by itself
+                    await context.send_initial_metadata((("traceparent", trace),))
+                    trace = ""
                 for delta in deltas or ():
                     last = running.drained and deltas is not None and delta is deltas[-1]
                     async with asyncio.timeout(_READ_TIMEOUT_S):

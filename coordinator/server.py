@@ -86,7 +86,7 @@ class Coordinator:
         self.metrics.registry.register(RoutingMetrics(options.routing, self.dispatcher.knowledge))
         self.intake = Intake(options, name, self._tokenizer, self.registry, self.dispatcher, self.metrics)
         self.dispatcher.model = name
-        self._exporter = self._trace(options) if options.otlp_endpoint else None
+        self._tracing = self._trace(options) if options.otlp_endpoint else None
         self.metrics.watch_timelines(self.dispatcher.timelines)
         self.metrics.registry.register(VllmMetrics(self.dispatcher, self.registry, self.metrics))
         self.resumption = Resumption(options, self.intake, self.dispatcher, self.metrics)
@@ -109,7 +109,7 @@ class Coordinator:
         self._announcing: asyncio.Task[None] | None = None
         self._closing = contextlib.AsyncExitStack()
 
-    def _trace(self, options: CoordinatorOptions) -> OtlpExporter:
+    def _trace(self, options: CoordinatorOptions) -> tuple[Tracer, OtlpExporter]:
         def count(event: str) -> None:
             self.metrics.traces.labels(event).inc()
 
@@ -117,7 +117,7 @@ class Coordinator:
         tracer = Tracer(options.trace_ratio, options.trace_slow_s, exporter.put, count)
         timelines = self.dispatcher.timelines
         timelines.on_begun, timelines.on_ended = tracer.begin, tracer.ended
-        return exporter
+        return tracer, exporter
 
     async def start(self) -> Ports:
         """Open the ports. Raises ConfigurationError naming the flag of one that cannot be opened."""
@@ -251,8 +251,10 @@ class Coordinator:
         self._tokenizer.close()
         if self.tenants is not None:
             await asyncio.to_thread(self.tenants.close)
-        if self._exporter is not None:
-            await asyncio.to_thread(self._exporter.stop)
+        if self._tracing is not None:
+            tracer, exporter = self._tracing
+            tracer.flush()
+            await asyncio.to_thread(exporter.stop)
 
 
 async def serve(

@@ -99,7 +99,8 @@ class Tracer:
         self._slow_s = slow_s
         self._export = export
         self._count = count
-        self._pending = 0
+        self._pending: dict[int, tuple[Timeline, TraceContext, str]] = {}
+        """By span id: what waits for its workers, and why it is kept."""
 
     def begin(self, request: Request, timeline: Timeline) -> None:
         sampling = request.choices[0].sampling
@@ -125,11 +126,16 @@ class Tracer:
         why = self._kept_because(timeline)
         if not why:
             self._count("not_sampled")
-        elif self._pending >= MAX_PENDING:
+        elif len(self._pending) >= MAX_PENDING:
             self._count("dropped")
         else:
-            self._pending += 1
-            asyncio.get_running_loop().call_later(GRACE_S, self._finish, timeline, timeline.trace, why)
+            self._pending[timeline.trace.span_id] = timeline, timeline.trace, why
+            asyncio.get_running_loop().call_later(GRACE_S, self._finish, timeline.trace.span_id)
+
+    def flush(self) -> None:
+        """Wait for nobody's last words any more."""
+        for span_id in list(self._pending):
+            self._finish(span_id)
 
     def _kept_because(self, timeline: Timeline) -> str:
         if timeline.outcome not in (COMPLETED, ABORTED):
@@ -140,9 +146,10 @@ class Tracer:
             return "slow"
         return "sampled" if timeline.trace is not None and timeline.trace.sampled else ""
 
-    def _finish(self, timeline: Timeline, context: TraceContext, why: str) -> None:
-        self._pending -= 1
-        self._count("kept" if self._export(Trace(context, list(_spans(timeline, context, why)))) else "dropped")
+    def _finish(self, span_id: int) -> None:
+        if (pending := self._pending.pop(span_id, None)) is not None:
+            taken = self._export(Trace(pending[1], list(_spans(*pending))))
+            self._count("kept" if taken else "dropped")
 
 
 def _spans(timeline: Timeline, context: TraceContext, why: str) -> Iterator[SpanData]:

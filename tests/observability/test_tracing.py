@@ -12,7 +12,7 @@ from baton.config import CoordinatorOptions, parse_otlp, validate
 from baton.errors import ConfigurationError
 from baton.v1 import inference_pb2 as api
 from coordinator import tracing
-from coordinator.tracing import MAX_PENDING, Trace, TraceContext, Tracer, parse_traceparent
+from coordinator.tracing import Trace, TraceContext, Tracer, parse_traceparent
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 CALLER = f"00-{TRACE_ID}-00f067aa0ba902b7-01"
@@ -163,15 +163,19 @@ def test_the_ratio_is_kept_to() -> None:
     assert abs(share - 0.25) < 0.03
 
 
-def test_what_waits_for_workers_last_words_is_bounded(run) -> None:
+def test_what_waits_for_workers_last_words_is_bounded_and_not_lost_at_the_end(run, monkeypatch) -> None:
     async def check() -> None:
         kept = Kept()
         async with running() as system:
             tracer = kept.tracer(system)
             await system.worker("decode-0")
-            tracer._pending = MAX_PENDING
-            await ask(system)
-            assert kept.counts == ["dropped"]
+            monkeypatch.setattr(tracing, "GRACE_S", 60.0)
+            monkeypatch.setattr(tracing, "MAX_PENDING", 2)
+            for number in range(4):
+                await ask(system, f"{ID}-{number}")
+            assert kept.counts == ["dropped"] * 2
+            tracer.flush()
+            assert kept.counts == ["dropped"] * 2 + ["kept"] * 2
 
     run(check())
 
