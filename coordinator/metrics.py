@@ -94,6 +94,9 @@ class Metrics:
         self._other_attempts = self.attempts.labels("again")
         for cause in ("diverged", "gap", "refused", "ended", "expired", "worker_lost", "moved"):
             self.attempts_failed.labels(cause)
+        # What alerts look at is there from the start: what begins at 1 has no rate.
+        for outcome in ("completed", "failed", "timeout", "aborted"):
+            self.requests.labels(outcome)
         for event in ("kept", "not_sampled", "dropped", "failed"):
             self.traces.labels(event)
         for event in ("waited", "ran_alone", "stranded_others", "moved_others", "convicted"):
