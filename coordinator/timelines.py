@@ -29,6 +29,7 @@ MAX_ENDED = 1024
 """Requests that are remembered after their end; about 2 kB each."""
 MAX_PARTS = 64
 """Of one request; what comes later is served and not remembered."""
+MAX_TOLD_S = 1e6
 COMPLETED = "completed"
 
 
@@ -75,7 +76,7 @@ class Part:
         first_s = decode_s = end_s if self.first_token_s is None else self.first_token_s
         if told is not None and told.HasField("take_s"):
             decode_s = taken_s = min(self.assigned_s + (told.taken_s or told.total_s), end_s)
-            yield Span("handover", self.assigned_s + told.take_s, taken_s, {
+            yield Span("handover", min(self.assigned_s + told.take_s, taken_s), taken_s, {
                 "wire_s": told.wire_s, "wait_s": max(0.0, told.taken_s - told.take_s - told.wire_s),
                 "bytes": told.handover_bytes, "lane": told.lane,
             })  # fmt: skip
@@ -157,6 +158,12 @@ def traceparent_of(request: Request | None) -> str:
     return timeline.trace.traceparent if timeline is not None and timeline.trace is not None else ""
 
 
+def _possible(times: wire.AttemptTimes) -> bool:
+    """No worker has spent less than nothing, or a number that is none."""
+    told = (times.total_s, times.started_s, times.take_s, times.taken_s, times.wire_s)
+    return all(0.0 <= seconds < MAX_TOLD_S for seconds in told)
+
+
 class Timelines:
     """In the event loop's thread. Running requests have theirs with them; of ended ones the last are kept."""
 
@@ -216,7 +223,7 @@ class Timelines:
 
     def told(self, worker: Worker, ending: wire.Ending) -> None:
         """What the worker knows of an attempt that ended there, which may be forgotten here."""
-        if not ending.HasField("times"):
+        if not ending.HasField("times") or not _possible(ending.times):
             return
         request_id, _, number = ending.id.request_id.rpartition("-")
         timeline = self.get(request_id)

@@ -1,8 +1,10 @@
 """What is remembered of a request's life, and the figures that are made of it."""
 
 import asyncio
+import math
 from typing import Any
 
+import pytest
 from coordinator_harness import DECODE, PREFILL, System, running, until
 
 from baton.v1 import worker_link_pb2 as wire
@@ -91,6 +93,26 @@ def test_a_lane_that_a_worker_never_registered_makes_no_time_series(run) -> None
             await system.workers[1].send(ending=ending)
             await until(lambda: system.metric("baton_handover_bytes_total", lane="none") == 64)
             assert not system.metric("baton_handover_bytes_total", lane="made-up")
+
+    run(check())
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, -1.0])
+def test_times_that_cannot_be_spoil_no_figure(run, seconds: float) -> None:
+    async def check() -> None:
+        async with running() as system:
+            await two_workers(system)
+            await ask(system)
+            id = wire.AttemptId(request_id=f"{ID}-0", attempt=1)
+            worker, timelines = system.coordinator.registry.workers["decode-0"], system.coordinator.dispatcher.timelines
+            for name in ("total_s", "started_s", "take_s", "taken_s", "wire_s"):
+                times = wire.AttemptTimes(**({"take_s": 0.1, "taken_s": 0.2, name: seconds}))
+                timelines.told(worker, wire.Ending(id=id, times=times))
+            assert timelines.handover_wire.total() == (0.0, 0)
+            late = wire.AttemptTimes(total_s=9.0, take_s=8.0, taken_s=9.0, wire_s=0.5)  # later than the request's end
+            timelines.told(worker, wire.Ending(id=id, times=late))
+            told = described(system)
+            assert all(0 <= span["start_s"] <= span["end_s"] <= told["total_s"] for span in told["spans"])
 
     run(check())
 
