@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from coordinator_harness import DECODE, PREFILL, System, running
 from tenant_files import KeyFile
+from yarl import URL
 
 from cli.main import parse
 from cli.trace import run as trace_command
@@ -121,6 +122,11 @@ def test_tenants_see_their_own_requests_without_names_of_workers_and_operators_s
             assert "decode-0" in text
             assert (await trace(system, ID))[0] == 200  # on the machine itself
             assert (await trace(system, ID, {"X-Forwarded-For": "10.1.2.3"}))[0] == 401
+            for path in ("/v1/requests/trace", "/v1/requests/a%2Ftrace", f"/v1/requests/{ID}"):
+                async with system.http.get(URL(path, encoded=True)) as response:
+                    assert response.status == 401, "only traces need no key here"
+            async with system.http.delete(f"/v1/requests/{ID}/trace") as response:
+                assert response.status in (401, 405)
 
     run(check())
 
