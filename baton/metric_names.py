@@ -64,11 +64,26 @@ VLLM_HISTOGRAMS = {
 """Names behind `vllm:`, and whose figures they are."""
 _UNITS = ("seconds", "ratio", "perc", "bytes", "tokens", "blocks", "messages", "steps", "attempts", "requests")
 
+_COUNTED = (
+    "attempts",
+    "blocks",
+    "connections",
+    "hand-overs",
+    "leases",
+    "names",
+    "peers",
+    "prefixes",
+    "prompts",
+    "requests",
+)
+
 
 def _metric(kind: Kind, name: str, meaning: str, *labels: str, unit: str = "") -> Metric:
-    """The unit is the one that the name has, or else has to be given."""
+    """The unit is given, or the one that the name has, or what the meaning begins with; else events."""
     words = name.replace(":", "_").split("_")
-    found = unit or next((each for each in _UNITS if each in words), "events")
+    begins = meaning.split()[0].lower()
+    counted = begins if begins in _COUNTED else "events"
+    found = unit or next((each for each in _UNITS if each in words), counted)
     return Metric(name, kind, meaning, labels, "ratio" if found == "perc" else found)
 
 
@@ -209,12 +224,13 @@ _VLLM = Section(
     _gauge("vllm:kv_cache_usage_perc", "KV blocks in use, of all in workers that decode: 0 to 1", "model_name"),
     _gauge("vllm:cache_config_info", "Always 1: tokens of a block, and blocks in workers that decode", "model_name",
            "block_size", "num_gpu_blocks", unit="1"),
-    _counter("vllm:request_success", "As baton_finished_choices_total", "model_name", "finished_reason"),
+    _counter("vllm:request_success", "As baton_finished_choices_total", "model_name", "finished_reason",
+             unit="choices"),
     _counter("vllm:prompt_tokens", "As baton_prompt_tokens_total", "model_name"),
     _counter("vllm:generation_tokens", "As baton_completion_tokens_total", "model_name"),
     _counter("vllm:prefix_cache_queries", "As baton_routed_tokens_total", "model_name", unit="tokens"),
     _counter("vllm:prefix_cache_hits", "As baton_routed_cached_tokens_total of workers", "model_name", unit="tokens"),
-    _counter("vllm:num_preemptions", "As baton_worker_preemptions_total", "model_name", "engine"),
+    _counter("vllm:num_preemptions", "As baton_worker_preemptions_total", "model_name", "engine", unit="requests"),
     *(_histogram(f"vllm:{name}", f"As {of}", "model_name") for name, of in VLLM_HISTOGRAMS.items()),
 ))  # fmt: skip
 
