@@ -7,7 +7,7 @@ PACKAGES := baton cli coordinator prefill decode worker engine kvtransfer kernel
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install dev optional-lanes chart-tools kustomize-base system-packages test lint types contracts proto proto-check unit format gpu-check bench faults soak clean
+.PHONY: help serve install dev optional-lanes chart-tools kustomize-base system-packages test lint types contracts proto proto-check unit docs-metrics format gpu-check bench faults soak clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -51,15 +51,15 @@ $(VENV)/.chart-tools: $(VENV)/.dev
 kustomize-base: chart-tools  ## write the base of kustomize from the Helm chart
 	$(BIN)/python -m tests.deploy.manifests
 
-system-packages: $(VENV)/.system-packages $(VENV)/.chromium  ## etcd, Slurm and chromium from the system's packages, for tests
+system-packages: $(VENV)/.system-packages $(VENV)/.chromium  ## etcd, Slurm, promtool and chromium from the system's packages, for tests
 
 # They need root and apt-get. Where they cannot be had, the tests that need them are skipped and say so.
 $(VENV)/.system-packages: | $(VENV)/bin/python
-	{ command -v etcd && command -v etcdctl && command -v slurmctld && command -v shellcheck || { \
+	{ command -v etcd && command -v etcdctl && command -v slurmctld && command -v shellcheck && command -v promtool || { \
 		apt-get update -qq -o Acquire::http::Timeout=20 && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends etcd-server etcd-client \
-		slurmctld slurmd slurm-client munge shellcheck; }; } \
-		>/dev/null 2>&1 && touch $@ || echo "etcd or Slurm cannot be installed here; their tests are skipped."
+		slurmctld slurmd slurm-client munge shellcheck prometheus; }; } \
+		>/dev/null 2>&1 && touch $@ || echo "etcd, Slurm or promtool cannot be installed here; their tests are skipped."
 
 $(VENV)/.chromium: | $(VENV)/bin/python
 	{ command -v chromium || { apt-get update -qq -o Acquire::http::Timeout=20 && \
@@ -90,6 +90,9 @@ proto: dev  ## generate baton/v1 from proto/baton/v1
 
 proto-check: dev  ## fail when the generated types differ from the .proto files
 	$(BIN)/python -m tests.check_proto
+
+docs-metrics: dev  ## write docs/metrics.md from baton/metric_names.py
+	$(BIN)/python -m baton.metric_page docs/metrics.md
 
 unit: dev optional-lanes chart-tools system-packages  ## pytest, in parallel
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal

@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequen
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
+from urllib.parse import quote
 
 import aiohttp
 
@@ -171,6 +172,11 @@ class AsyncClient:
     async def dashboard(self) -> dict[str, Any]:
         """The figures of the dashboard: for whom and from where as `status`. Rates need two looks."""
         return await self._get("/dashboard/feed")
+
+    async def trace(self, id: str) -> dict[str, Any]:
+        """When what happened to a request, one of the last; answered on the coordinator's own machine, to operators,
+        and to whose request it is."""
+        return await self._get(f"/v1/requests/{quote(id, safe='')}/trace")
 
     async def drain(self, workers: Sequence[str] = (), version: str = "") -> dict[str, Any]:
         """Have workers, or all of a model version, finish and end; answered only on the coordinator's own machine."""
@@ -436,6 +442,9 @@ class Client:
 
     def dashboard(self) -> dict[str, Any]:
         return self._run(self._client.dashboard())
+
+    def trace(self, id: str) -> dict[str, Any]:
+        return self._run(self._client.trace(id))
 
     def drain(self, workers: Sequence[str] = (), version: str = "") -> dict[str, Any]:
         return self._run(self._client.drain(workers, version))

@@ -93,6 +93,18 @@ def parse_kubernetes(text: str) -> KubernetesService:
     return KubernetesService(match[1] or "", match[2])
 
 
+def parse_otlp(text: str) -> str:
+    """Where traces are posted, from 'http://host:port'."""
+    match = re.fullmatch(r"(https?://[^/@?#\s]+)(/[^?#@\s]*)?", text)
+    if not match:
+        raise ConfigurationError(
+            "--otlp-endpoint must be http://host:port or https://host:port; what a collector wants to know of its "
+            "senders goes into OTEL_EXPORTER_OTLP_HEADERS"
+        )
+    path = (match[2] or "").rstrip("/")
+    return match[1] + (path or "/v1/traces")
+
+
 class ServiceClass(NamedTuple):
     """How soon requests of one kind want their tokens; 0: no matter."""
 
@@ -359,6 +371,12 @@ class CoordinatorOptions:
         "clients then need a key, see docs/tenants.md; empty: whoever reaches the port may ask",
     )  # fmt: skip
     audit_log: str = setting("", "file that a line is appended to for every request of a tenant; only with --keys")
+    otlp_endpoint: str = setting(
+        "", "where traces of requests go, as OTLP over HTTP, such as http://127.0.0.1:4318; needs baton-serve[otel]; "
+        "empty: nowhere",
+    )  # fmt: skip
+    trace_ratio: float = setting(1.0, "of the requests whose callers have not decided whether they are traced")
+    trace_slow_s: float = setting(30.0, "requests that took longer are traced always, as are errors; 0: not for that")
     max_shadows: int = setting(8, "streams of copies that run at shadow versions side by side; more are dropped")
     parent_pid: int = setting(0, "exit when this process is gone; 0 watches nobody")
 
@@ -438,6 +456,12 @@ def validate(options: object) -> None:
         parse_addresses(options.coordinator, "--coordinator")
     if isinstance(options, CoordinatorOptions):
         parse_classes(options.service_classes)
+        if options.otlp_endpoint:
+            parse_otlp(options.otlp_endpoint)
+        if not 0 <= options.trace_ratio <= 1:
+            raise ConfigurationError(f"--trace-ratio is {options.trace_ratio}; it must be from 0 to 1")
+        if not options.trace_slow_s >= 0:
+            raise ConfigurationError(f"--trace-slow-s is {options.trace_slow_s}; it must be 0 or more")
     if isinstance(options, TierOptions):
         for text in (options.host_kv_memory, options.disk_kv_memory, options.shared_kv_memory):
             parse_bytes(text)

@@ -7,14 +7,14 @@ import signal
 import sys
 from collections.abc import Callable
 
+from baton.log_format import log_format
+
 
 def log_to_stderr(name: str) -> None:
     """One line an event: time, level, process, part, message. Never text of a prompt."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=os.environ.get("BATON_LOG_LEVEL", "INFO").upper(),
-        format=f"%(asctime)s %(levelname)-7s {name} %(name)s: %(message)s",
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(log_format(name))
+    logging.basicConfig(handlers=[handler], level=os.environ.get("BATON_LOG_LEVEL", "INFO").upper())
 
 
 def watch_parent(parent_pid: int, on_exit: Callable[[], None]) -> None:

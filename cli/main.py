@@ -7,6 +7,7 @@ import signal
 import sys
 
 from baton.errors import BatonError, ConfigurationError
+from baton.log_format import LOG_FORMAT_VARIABLE
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("cli.serve", "run the whole system on this machine"),
@@ -19,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("cli.chat", "talk to the model, streaming"),
     "status": ("cli.status", "show workers, roles, blocks and load"),
     "top": ("cli.top", "watch pools, workers, requests and faults, as the dashboard shows them"),
+    "trace": ("cli.trace", "show where the time of one request went"),
     "drain": ("cli.drain", "have workers finish what they run and end"),
     "key": ("cli.key", "make API keys of tenants"),
     "audit": ("cli.audit", "check the audit log of tenants' requests"),
@@ -35,6 +37,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     chosen = next((word for word in argv if word in COMMANDS), None)
     for name, (module, help_text) in COMMANDS.items():
         command = commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
+        command.add_argument(
+            "--log-format", choices=("text", "json"),
+            help=f"how lines of the log look (default: {LOG_FORMAT_VARIABLE} of the environment, or text)",
+        )  # fmt: skip
         if name == chosen:
             importlib.import_module(module).add_arguments(command)
     arguments = parser.parse_args(argv)
@@ -55,6 +61,8 @@ def main() -> None:
         # The first process of a container: without a handler the kernel drops the signal, which comes once.
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     arguments = parse(sys.argv[1:])
+    if arguments.log_format:
+        os.environ[LOG_FORMAT_VARIABLE] = arguments.log_format
     try:
         sys.exit(importlib.import_module(COMMANDS[arguments.command][0]).run(arguments))
     except ConfigurationError as error:

@@ -127,6 +127,8 @@ class Admission:
         """Mean length of answers lately."""
         for name in self._classes:
             metrics.admission_pressure.labels(name).set_function(partial(self.pressure, name))
+            for in_time in ("yes", "no"):
+                metrics.class_first_tokens.labels(name, in_time)
 
     def __len__(self) -> int:
         """Streams that wait for their first token."""

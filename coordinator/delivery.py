@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
 
@@ -20,6 +20,9 @@ from coordinator.failures import FailureKind, RequestFailed, moved
 from coordinator.stream import TokenStream
 from coordinator.tenants.caller import ANYBODY, Caller
 from coordinator.version_metrics import Figures
+
+if TYPE_CHECKING:
+    from coordinator.timelines import Timeline
 
 STOP, LENGTH, ABORTED = "stop", "length", "abort"
 _MISSING_LOGPROB = -9999.0  # as OpenAI writes a logprob too small to matter; JSON has no infinity
@@ -268,6 +271,8 @@ class Request:
         """A copy that nobody reads: see `coordinator.shadows`."""
         self.figures: Figures | None = None
         """Where its times are counted."""
+        self.timeline: Timeline | None = None
+        """What became of it when; from its admission on."""
         self.created_unix_s = int(time.time())
         self.started_s = time.monotonic()
         self.first_token_s: float | None = None
@@ -359,6 +364,17 @@ class Request:
         for choice in self.choices:
             cached[choice.prompt_index] = max(cached.get(choice.prompt_index, 0), choice.cached_tokens)
         return UsageCounts(self.prompt_tokens, self.output_tokens, sum(cached.values()))
+
+    def facts(self) -> dict[str, str | int | float | None]:
+        """For logs: what can be said of it without a word of its text."""
+        usage, first_s = self.usage(), self.first_token_s
+        trace = self.timeline.trace if self.timeline is not None else None
+        return {
+            "trace_id": None if trace is None else f"{trace.trace_id:032x}",
+            "request_id": self.id, "tenant": self.caller.tenant, "model_version": self.version,
+            "first_token_s": None if first_s is None else round(first_s - self.started_s, 6),
+            "prompt_tokens": usage.prompt, "cached_tokens": usage.cached_prompt, "completion_tokens": usage.completion,
+        }  # fmt: skip
 
     @property
     def output_tokens(self) -> int:

@@ -35,6 +35,7 @@ from coordinator.routing import Route, Router
 from coordinator.stream import ABANDON, COMPLETE, Outcome
 from coordinator.suspects import Suspects
 from coordinator.tickets import issue
+from coordinator.timelines import Timelines, traceparent_of
 from coordinator.versions import Versions
 from coordinator.worker_table import Candidates
 from coordinator.workers import Leg, Worker, WorkerRegistry, work_together
@@ -70,6 +71,7 @@ class Dispatcher:
         router = Router(registry.table, options.routing, options.local_prefill_tokens)
         self._route = Placer(router, self.knowledge, registry, self._suspects, self.breakers, metrics).route
         self.admission = Admission(parse_classes(options.service_classes), metrics, metrics.itl_total)
+        self.timelines = Timelines()
         self._handles = itertools.count(1)
         self._legs: dict[Choice, list[Leg]] = {}
         """Of the current attempt at each choice."""
@@ -94,6 +96,19 @@ class Dispatcher:
             raise unavailable("no worker that can decode is connected; try again later")
         if self.num_streams + num_streams > self._options.max_requests:
             raise RequestFailed(FailureKind.OVERLOADED, "too many requests are running; try again later")
+
+    def num_live(self) -> int:
+        """Of the streams here, those that have not ended: of several choices of a request, some may have."""
+        live = (request.choices for request in self.requests.values() if not request.shadow)
+        return sum(choice.finish_reason is None for choices in live for choice in choices)
+
+    def num_taken_up(self) -> int:
+        """Of the streams here, those whose prompt a worker computes, or has computed."""
+        return sum(
+            any(leg.admitted and leg.part is not None and leg.part.computes for leg in legs)
+            for choice, legs in self._legs.items()
+            if not choice.request.shadow
+        )
 
     def choose_version(self, key: str) -> str:
         """Of a new request, whose id or user `key` is. Raises RequestFailed if none takes requests."""
@@ -128,6 +143,7 @@ class Dispatcher:
             choice.begun_by = orphan.worker.registration
             leg = Leg(choice, orphan.attempt, orphan.worker, True, next(self._handles))
             leg.admitted = True  # what it found in its cache was said with the orphan
+            leg.part = self.timelines.part(leg, computes=True, adopted=True)
             self._legs[choice] = [leg]
             orphan.worker.open(leg, len(choice.prompt) + orphan.num_tokens, 0)
             orphan.worker.send(wire.CoordinatorMessage(adopt=wire.Adopt(id=leg.id, handle=leg.handle)))
@@ -144,6 +160,7 @@ class Dispatcher:
             route = self._route(request.choices[0], self._registry.candidates(request.version))
             self.admission.admit(request, route, self.num_streams, len(self._registry.workers))
         self.requests[request.id] = request
+        self.timelines.begin(request, self.model)
         self.idle.clear()
         if not request.shadow:
             self.num_streams += len(request.choices)
@@ -184,6 +201,7 @@ class Dispatcher:
         if not self.requests:
             self.idle.set()
         self._metrics.request_ended(outcome, request, time.monotonic())
+        self.timelines.ended(request, outcome)
         request.wake()
         request.caller.ended(request, outcome)
         self.on_end(request, outcome)
@@ -283,7 +301,10 @@ class Dispatcher:
         version = self.versions.choose(request.id, besides=[request.version])
         if version is None:
             return False
-        log.warning("%s begins anew at version %s: %s is gone", request.id, version, request.version)
+        log.warning(
+            "%s begins anew at version %s: %s is gone", request.id, version, request.version,
+            extra={"fields": {"request_id": request.id, "model_version": version}},
+        )  # fmt: skip
         self._metrics.version_moves.inc()
         request.version, request.moved = version, True
         self.quarantine.forget(request)
@@ -310,7 +331,7 @@ class Dispatcher:
             else:
                 moved += 1
                 self._metrics.attempts_failed.labels("moved").inc()
-                self._drop_legs(choice)
+                self._drop_legs(choice, "moved")
                 self._begin_attempt(choice)
         return moved, stay
 
@@ -328,7 +349,7 @@ class Dispatcher:
                 continue
             self._metrics.quarantine.labels("moved_others").inc()
             self._metrics.attempts_failed.labels("moved").inc()
-            self._drop_legs(choice)
+            self._drop_legs(choice, "moved")
             self._begin_attempt(choice)
         for choice, worker in turn.start:
             if not choice.request.ended:
@@ -346,7 +367,7 @@ class Dispatcher:
         common = wire.Assignment(
             id=wire.AttemptId(request_id=choice.stream_id, attempt=attempt), token_ids=tokens,
             num_prompt_tokens=len(choice.prompt), sampling=choice.sampling, cache_salt=choice.request.cache_salt,
-            deadline_s=max(0.001, self._remaining_s(choice.request)),
+            deadline_s=max(0.001, self._remaining_s(choice.request)), traceparent=traceparent_of(choice.request),
         )  # fmt: skip
         choice.request.caller.assign(common)
         parts = [(decode, wire.ROLE_DECODE)]
@@ -357,6 +378,7 @@ class Dispatcher:
             leg.first_index, leg.paired = len(choice.stream.tokens), prefill is not None
             self._legs.setdefault(choice, []).append(leg)
             computes = worker is prefill or prefill is None
+            leg.part = self.timelines.part(leg, computes)
             leg.expected_tokens = route.cached_tokens if computes else None
             worker.open(leg, len(tokens), len(tokens) - route.cached_tokens if computes else 0)
             message = wire.CoordinatorMessage(assignment=common)
@@ -383,9 +405,13 @@ class Dispatcher:
         choice = leg.choice
         attempt = choice.stream.attempt
         self._metrics.attempts_failed.labels(cause).inc()
-        log.warning("attempt %d of %s abandoned: %s (worker %s)", attempt, choice.stream_id, cause, leg.worker.id)
+        log.warning(
+            "attempt %d of %s abandoned: %s (worker %s)", attempt, choice.stream_id, cause, leg.worker.id,
+            extra={"fields": _about(leg) | {"cause": cause}},
+        )  # fmt: skip
         choice.avoid.add(leg.worker.id)
-        self._drop_legs(choice)
+        self.timelines.left(leg, cause)
+        self._drop_legs(choice, f"{cause} elsewhere")
         if choice.request.shadow:
             if own_fault:
                 self.breakers.failure(leg.worker.id)
@@ -410,12 +436,16 @@ class Dispatcher:
         del self._delayed[choice]
         self._begin_attempt(choice)
 
-    def _drop_legs(self, choice: Choice) -> None:
-        """Abort the current attempt in every worker that has a part in it, or the wait for the next one."""
+    def _drop_legs(self, choice: Choice, cause: str = "") -> None:
+        """Abort the current attempt in every worker that has a part in it, or the wait for the next one.
+
+        `cause`: why the attempt is given up, if it is.
+        """
         if choice in self._delayed:
             self._delayed.pop(choice).cancel()
         # Who decodes is told first: it would take the end of its prefill for a loss, and compute the prompt itself.
         for leg in reversed(self._legs.pop(choice, [])):
+            self.timelines.left(leg, cause)
             if leg.handle in leg.worker.legs:
                 leg.worker.abort(leg)
 
@@ -499,6 +529,7 @@ class Dispatcher:
                 worker.waits(leg, 0)
             if not leg.remembered:
                 self._computed(leg, choice.prompt)
+                self.timelines.first_token(leg, now)
                 self.admission.first_token(choice, now)
             self._metrics.token(choice, now)
             stopped = choice.add(token_id, logprobs.get(entry) if logprobs else None, outcome is Outcome.STOP)
@@ -527,15 +558,19 @@ class Dispatcher:
                 worker.waits(leg, max(0, num_tokens - admission.cached_tokens))
                 self._metrics.cached(num_tokens, leg.expected_tokens, admission.cached_tokens)
             leg.admitted = True
+            self.timelines.admitted(leg, admission.cached_tokens)
             return
         if choice.stream.refused(leg.attempt) is Outcome.FAILED:
-            log.info("worker %s refused %s: %s", worker.id, choice.stream_id, admission.reason)
+            log.info(
+                "worker %s refused %s: %s", worker.id, choice.stream_id, admission.reason, extra={"fields": _about(leg)}
+            )
             worker.close(leg)
             # An admitted one waited for its adoption, and somebody else had it first.
             own_fault = not (admission.draining or admission.reserved or leg.admitted)
             self._abandon(leg, "refused", own_fault=own_fault)
 
     def _on_ending(self, worker: Worker, ending: wire.Ending) -> None:
+        self.timelines.told(worker, ending)
         leg = worker.leg(ending.id)
         if leg is None:
             return
@@ -548,7 +583,10 @@ class Dispatcher:
             self._complete(leg.choice, _REASONS[outcome], leg, workers_know=True)
         elif outcome is Outcome.FAILED:
             reason = wire.EndReason.Name(ending.reason) if ending.reason in wire.EndReason.values() else "unknown"
-            log.warning("worker %s ended %s with %s: %s", worker.id, leg.choice.stream_id, reason, ending.detail)
+            log.warning(
+                "worker %s ended %s with %s: %s", worker.id, leg.choice.stream_id, reason, ending.detail,
+                extra={"fields": _about(leg) | {"reason": reason}},
+            )  # fmt: skip
             cause = "expired" if ending.reason == wire.END_REASON_DEADLINE else "ended"
             self._abandon(leg, cause, own_fault=not worker.heartbeat.draining)
         elif not leg.decode and ending.reason != wire.END_REASON_HANDED_OVER:
@@ -597,6 +635,12 @@ class Dispatcher:
         for other in self._legs.get(leg.choice, ()):
             if other is not leg and not other.worker.lost.is_set():
                 self.breakers.failure(other.worker.id)
+
+
+def _about(leg: Leg) -> dict[str, str | int]:
+    """For logs."""
+    choice = leg.choice
+    return {"request_id": choice.request.id, "choice": choice.number, "attempt": leg.attempt, "worker": leg.worker.id}
 
 
 _REASONS = {Outcome.STOP: STOP, Outcome.LENGTH: LENGTH}

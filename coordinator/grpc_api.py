@@ -34,6 +34,8 @@ from coordinator.resumption import Resumption
 from coordinator.sampling import SamplingRequest
 from coordinator.tenants.gate import GrpcGate
 from coordinator.tenants.tenants import Tenants
+from coordinator.timelines import traceparent_of
+from coordinator.tracing import arriving
 
 access = logging.getLogger("baton.access")
 
@@ -107,12 +109,17 @@ class InferenceServicer(rpc.InferenceServicer):
         running: Request | None = None
         reader = 0
         code = "CANCELLED"
+        arriving.set(str(dict(context.invocation_metadata() or ()).get("traceparent", "")))
         try:
             running = await start
+            trace = traceparent_of(running)
             reader = running.attach(positions)
             while (deltas := await running.news(reader, self._alive_interval_s)) != []:
                 if deltas is None and self._resumption.better_elsewhere(running):
                     raise cut_off()
+                if deltas and trace:  # no sooner: a client that has metadata does not try again by itself
+                    await context.send_initial_metadata((("traceparent", trace),))
+                    trace = ""
                 for delta in deltas or ():
                     last = running.drained and deltas is not None and delta is deltas[-1]
                     async with asyncio.timeout(_READ_TIMEOUT_S):
@@ -134,6 +141,7 @@ class InferenceServicer(rpc.InferenceServicer):
             if running is not None:
                 self._resumption.left(running, reader)
             _log_access(method, code, running)
+            self._intake.metrics.responses.labels("grpc", code).inc()
 
     async def Tokenize(self, request: api.TokenizeRequest, context: _Context) -> api.TokenizeResponse:
         async def answer() -> api.TokenizeResponse:
@@ -345,9 +353,11 @@ async def _internal(context: _Context, error: Exception) -> NoReturn:
 
 def _log_access(method: str, code: str, request: Request | None) -> None:
     if request is None:
-        access.info("gRPC %s %s", method, code)
+        access.info("gRPC %s %s", method, code, extra={"fields": {"method": method, "status": code}})
         return
     usage = request.usage()
     access.info(
-        "gRPC %s %s %s prompt %d tokens, completion %d tokens", method, code, request.id, usage.prompt, usage.completion
-    )
+        "gRPC %s %s %s prompt %d tokens, completion %d tokens",
+        method, code, request.id, usage.prompt, usage.completion,
+        extra={"fields": {"method": method, "status": code, **request.facts()}},
+    )  # fmt: skip

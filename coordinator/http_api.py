@@ -36,6 +36,8 @@ from coordinator.tenants.accounts import KeyHolder
 from coordinator.tenants.caller import calling
 from coordinator.tenants.gate import HttpGate
 from coordinator.tenants.tenants import Tenants
+from coordinator.timelines import numbered, traceparent_of
+from coordinator.tracing import arriving
 
 access = logging.getLogger("baton.access")
 
@@ -107,6 +109,7 @@ class HttpApi:
         app.router.add_get("/v1/streams/{id}", self._resume_stream)
         app.router.add_get("/v1/requests/{id}", self._resume_whole)
         app.router.add_delete("/v1/requests/{id}", self._abort)
+        app.router.add_get("/v1/requests/{id}/trace", self._trace)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{name:.+}", self._model)
         app.router.add_post("/tokenize", self._tokenize)
@@ -174,6 +177,8 @@ class HttpApi:
         # resumes would rather know that somebody is here.
         deltas = await request.news(reader, self._streams.alive_s if request.resume_s else None)
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Request-Id": request.id}
+        if trace := traceparent_of(request):
+            headers["traceparent"] = trace
         response = web.StreamResponse(headers=headers)
         await response.prepare(http)
         events = EventStream(
@@ -225,6 +230,16 @@ class HttpApi:
         id = http.match_info["id"]
         self._resumption.abort(id)
         return _json(json_body({"id": id, "object": "request", "aborted": True}))
+
+    async def _trace(self, http: web.Request) -> web.Response:
+        """For operators, and for whose request it is: they see no worker's name."""
+        caller, timeline = calling.get(), self._intake.dispatcher.timelines.get(http.match_info["id"])
+        strangers = isinstance(caller, KeyHolder) and not caller.operates
+        if not strangers:
+            _operators_only(http)
+        if timeline is None or (strangers and not caller.owns(timeline.tenant)):
+            raise RequestFailed(FailureKind.UNKNOWN_REQUEST, "this request is not among the last ones here")
+        return _json(json_body(timeline.described(time.monotonic(), numbered() if strangers else str)))
 
     # What is here
 
@@ -315,6 +330,7 @@ class HttpApi:
             started_s = time.monotonic()
             call = _Call(new_request_id("req"))
             _call.set(call)
+            arriving.set(http.headers.get("traceparent", ""))
             code = 499  # nginx's word for a client that hung up
             try:
                 response = await _answered(http, handler, call)
@@ -328,6 +344,8 @@ class HttpApi:
                 return response
             finally:
                 _log_access(http, call, code, started_s)
+                if http.path not in _PROBES:
+                    self._intake.metrics.responses.labels("http", str(code)).inc()
 
         return outermost
 
@@ -356,6 +374,8 @@ async def _answered(http: web.Request, handler: Handler, call: _Call) -> web.Str
         response = _error(500, "internal error; the log has it under the request id", "server_error", None, None)
     if not response.prepared:
         response.headers["X-Request-Id"] = call.id
+        if trace := traceparent_of(call.request):
+            response.headers["traceparent"] = trace
     return response
 
 
@@ -443,9 +463,13 @@ def _is_loopback(host: str) -> bool:
 def _log_access(http: web.Request, call: _Call, code: int, started_s: float) -> None:
     ms = (time.monotonic() - started_s) * 1e3
     request = call.request
+    fields = {"method": http.method, "path": http.path[:200], "status": code, "duration_s": round(ms / 1e3, 6)}
     if request is None:
         level = logging.DEBUG if http.path in _PROBES and code == 200 else logging.INFO
-        access.log(level, "%s %r %d %s %.1f ms", http.method, http.path[:200], code, call.id, ms)
+        fields |= {"request_id": call.id}
+        access.log(
+            level, "%s %r %d %s %.1f ms", http.method, http.path[:200], code, call.id, ms, extra={"fields": fields}
+        )
         return
     usage = request.usage()
     first = request.first_token_s
@@ -453,4 +477,5 @@ def _log_access(http: web.Request, call: _Call, code: int, started_s: float) -> 
         "%s %r %d %s %.1f ms, first token %s ms, prompt %d tokens, completion %d tokens",
         http.method, http.path[:200], code, request.id, ms,
         "-" if first is None else f"{(first - request.started_s) * 1e3:.1f}", usage.prompt, usage.completion,
+        extra={"fields": fields | request.facts()},
     )  # fmt: skip

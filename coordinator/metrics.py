@@ -1,19 +1,23 @@
-"""What the coordinator counts, in Prometheus' terms. Names begin with baton_, units are in the name."""
+"""What the coordinator counts, in Prometheus' terms. What each name means is in `baton.metric_names`."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from baton.metrics import TIER_COUNTERS, TIERS, WORKER_COUNTERS
 from baton.tls import Tls
 from coordinator.delivery import Choice, Request
+from coordinator.metric_families import counter, counters, gauge, gauges, histograms
+from coordinator.timelines import Timelines
 from coordinator.version_metrics import SECONDS, Buckets, VersionMetrics
 from coordinator.workers import Worker, WorkerRegistry
 
 DECISION_SECONDS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+LENGTHS = tuple(2**power for power in range(18))
 RATIOS = (0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0)
 _BLOCK_STATES = ("free", "cached", "held", "leased", "quarantined")
 
@@ -21,14 +25,16 @@ _BLOCK_STATES = ("free", "cached", "held", "leased", "quarantined")
 class _Histogram(Collector):
     """`buckets` has its figures when somebody asks."""
 
-    def __init__(self, name: str, help: str, buckets: Callable[[], Buckets], registry: CollectorRegistry) -> None:
-        self._name, self._help = name, help
+    def __init__(self, name: str, buckets: Callable[[], Buckets], registry: CollectorRegistry) -> None:
+        self._name = name
         self._buckets = buckets
         registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
         buckets = self._buckets()
-        yield HistogramMetricFamily(self._name, self._help, buckets=buckets.cumulative(), sum_value=buckets.sum)
+        family = histograms(self._name)
+        family.add_metric([], buckets.cumulative(), buckets.sum)
+        yield family
 
 
 class Metrics:
@@ -36,79 +42,65 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        self.requests = Counter("baton_requests", "Requests ended", ["outcome"], registry=registry)
-        self.refused = Counter("baton_requests_refused", "Requests refused at once", ["reason"], registry=registry)
-        self.prompt_tokens = Counter("baton_prompt_tokens", "Tokens of prompts of ended requests", registry=registry)
-        self.completion_tokens = Counter("baton_completion_tokens", "Tokens delivered", registry=registry)
-        self.attempts = Counter("baton_attempts", "Attempts begun", ["kind"], registry=registry)
-        self.attempts_failed = Counter("baton_attempts_failed", "Attempts abandoned", ["cause"], registry=registry)
-        self.prefill_choice = Counter("baton_prefill_choice", "Who prefills, and why", ["choice"], registry=registry)
-        self.resumed = Counter("baton_requests_resumed", "Clients that came back", ["how"], registry=registry)
-        self.orphans = Counter("baton_orphans", "Attempts of lost coordinators", ["event"], registry=registry)
-        self.pins = Counter("baton_cache_pins", "Pins of prefixes", ["event"], registry=registry)
-        self.suspects = Counter("baton_suspects", "Requests present at a worker's death, each time", registry=registry)
-        self.quarantine = Counter("baton_quarantine", "Isolated requests by event", ["event"], registry=registry)
-        self.breakers = Counter(
-            "baton_worker_breaker", "Events of workers' breakers", ["worker", "event"], registry=registry
-        )
-        self.retries_delayed = Counter("baton_retries_delayed", "Retries that waited: budget", registry=registry)
-        self.waits_for_worker = Counter(
-            "baton_waits_for_worker", "Times that a stream waited for any worker to come back", registry=registry
-        )
-        self.avoided_used = Counter(
-            "baton_avoided_workers_used", "Attempts on workers that had failed the request before", registry=registry
-        )
-        self.discovery_up = Gauge(
-            "baton_discovery_up", "1 while --discovery answers, or none is used", registry=registry
-        )
-        self.discovery_losses = Counter("baton_discovery_losses", "Times that --discovery was lost", registry=registry)
-        self.version_absent = Counter(
-            "baton_version_absent", "Requests of a version that was not there, taken by others", ["version"],
-            registry=registry,
-        )  # fmt: skip
-        self.version_moves = Counter(
-            "baton_version_moves", "Requests begun anew at another version: theirs was gone", registry=registry
-        )
-        self.rollout_errors = Counter("baton_rollout_errors", "Broken --rollout files, each time", registry=registry)
-        self.admission_refused = Counter(
-            "baton_admission_refused", "Requests refused by prediction", ["service_class", "cause"], registry=registry
-        )
-        self.admission_pressure = Gauge(
-            "baton_admission_pressure", "Predicted wait of a request, over its target", ["service_class"],
-            registry=registry,
-        )  # fmt: skip
-        self.class_first_tokens = Counter(
-            "baton_class_first_tokens", "First tokens by whether the target was met", ["service_class", "in_time"],
-            registry=registry,
-        )  # fmt: skip
+        self.requests = counter("baton_requests", registry)
+        self.refused = counter("baton_requests_refused", registry)
+        self.prompt_tokens = counter("baton_prompt_tokens", registry)
+        self.completion_tokens = counter("baton_completion_tokens", registry)
+        self.attempts = counter("baton_attempts", registry)
+        self.attempts_failed = counter("baton_attempts_failed", registry)
+        self.prefill_choice = counter("baton_prefill_choice", registry)
+        self.resumed = counter("baton_requests_resumed", registry)
+        self.orphans = counter("baton_orphans", registry)
+        self.pins = counter("baton_cache_pins", registry)
+        self.suspects = counter("baton_suspects", registry)
+        self.quarantine = counter("baton_quarantine", registry)
+        self.breakers = counter("baton_worker_breaker", registry)
+        self.retries_delayed = counter("baton_retries_delayed", registry)
+        self.waits_for_worker = counter("baton_waits_for_worker", registry)
+        self.avoided_used = counter("baton_avoided_workers_used", registry)
+        self.discovery_up = gauge("baton_discovery_up", registry)
+        self.discovery_losses = counter("baton_discovery_losses", registry)
+        self.version_absent = counter("baton_version_absent", registry)
+        self.version_moves = counter("baton_version_moves", registry)
+        self.rollout_errors = counter("baton_rollout_errors", registry)
+        self.admission_refused = counter("baton_admission_refused", registry)
+        self.admission_pressure = gauge("baton_admission_pressure", registry)
+        self.class_first_tokens = counter("baton_class_first_tokens", registry)
         self.ttft_ratio = Buckets(RATIOS)
-        self.slow_readers = Counter(
-            "baton_slow_readers", "Clients hung up on: they did not read their answers", registry=registry
-        )
-        self.shadows = Counter("baton_shadows", "Copies of requests by event", ["event"], registry=registry)
-        self.drains = Counter("baton_drains", "Draining workers and their streams", ["event"], registry=registry)
+        self.finished = counter("baton_finished_choices", registry)
+        self.prompt_lengths, self.completion_lengths = Buckets(LENGTHS), Buckets(LENGTHS)
+        self.slow_readers = counter("baton_slow_readers", registry)
+        self.shadows = counter("baton_shadows", registry)
+        self.responses = counter("baton_responses", registry)
+        self.traces = counter("baton_traces", registry)
+        self.drains = counter("baton_drains", registry)
         self.versions = VersionMetrics()
         registry.register(self.versions)
-        self._routed_tokens = Counter("baton_routed_tokens", "Of prompts sent to workers", registry=registry)
-        self._cached_tokens = Counter(
-            "baton_routed_cached_tokens", "Of these, in caches of whoever computes them", ["who"], registry=registry
-        )
-        match, choose, self._e2e = Buckets(DECISION_SECONDS), Buckets(DECISION_SECONDS), Buckets(SECONDS)
+        self.routed_tokens = counter("baton_routed_tokens", registry)
+        self.cached_tokens = counter("baton_routed_cached_tokens", registry)
+        match, choose, self.e2e = Buckets(DECISION_SECONDS), Buckets(DECISION_SECONDS), Buckets(SECONDS)
         self.match_s, self.choose_s = match.observe, choose.observe
-        for name, help, buckets in (
-            ("baton_ttft_seconds", "Arrival to first token", lambda: self.versions.of_clients(lambda each: each.ttft)),
-            ("baton_itl_seconds", "Token to next token of a stream", self._itl),
-            ("baton_request_seconds", "Arrival to end of completed requests", lambda: self._e2e),
-            ("baton_ttft_ratio", "Time to first token: measured over predicted", lambda: self.ttft_ratio),
-            ("baton_routing_match_seconds", "Looking for who holds a prompt", lambda: match),
-            ("baton_routing_choose_seconds", "Choosing workers for it", lambda: choose),
+        for name, buckets in (
+            ("baton_ttft_seconds", self.ttft),
+            ("baton_itl_seconds", self.itl),
+            ("baton_request_prompt_tokens", lambda: self.prompt_lengths),
+            ("baton_request_completion_tokens", lambda: self.completion_lengths),
+            ("baton_request_seconds", lambda: self.e2e),
+            ("baton_ttft_ratio", lambda: self.ttft_ratio),
+            ("baton_routing_match_seconds", lambda: match),
+            ("baton_routing_choose_seconds", lambda: choose),
         ):
-            _Histogram(name, help, buckets, registry)
+            _Histogram(name, buckets, registry)
         self._first_attempts = self.attempts.labels("first")
         self._other_attempts = self.attempts.labels("again")
         self.refused.labels("unavailable")  # whoever starts workers because of it sees the first one, too
         for cause in ("diverged", "gap", "refused", "ended", "expired", "worker_lost", "moved"):
             self.attempts_failed.labels(cause)
+        # What alerts look at is there from the start: what begins at 1 has no rate.
+        for outcome in ("completed", "failed", "timeout", "aborted"):
+            self.requests.labels(outcome)
+        for event in ("kept", "not_sampled", "dropped", "failed"):
+            self.traces.labels(event)
         for event in ("waited", "ran_alone", "stranded_others", "moved_others", "convicted"):
             self.quarantine.labels(event)
 
@@ -127,20 +119,24 @@ class Metrics:
 
     def cached(self, num_tokens: int, expected: int, found: int) -> None:
         """A worker has said what it found of a prompt that it computes."""
-        self._routed_tokens.inc(num_tokens)
-        self._cached_tokens.labels("coordinator").inc(expected)
-        self._cached_tokens.labels("worker").inc(min(found, num_tokens))
+        self.routed_tokens.inc(num_tokens)
+        self.cached_tokens.labels("coordinator").inc(expected)
+        self.cached_tokens.labels("worker").inc(min(found, num_tokens))
 
     def itl_total(self) -> tuple[float, int]:
         """Of clients' streams: the sum of all times between tokens, and their number."""
-        return self._itl().total()
+        return self.itl().total()
 
     def latencies(self) -> dict[str, Buckets]:
         """Of clients' requests so far, in seconds."""
-        ttft = self.versions.of_clients(lambda each: each.ttft)
-        return {"ttft": ttft, "itl": self._itl(), "request": self._e2e}
+        return {"ttft": self.ttft(), "itl": self.itl(), "request": self.e2e}
 
-    def _itl(self) -> Buckets:
+    def ttft(self) -> Buckets:
+        """Of clients' requests."""
+        return self.versions.of_clients(lambda each: each.ttft)
+
+    def itl(self) -> Buckets:
+        """Of clients' streams."""
         return self.versions.of_clients(lambda each: each.itl)
 
     def attempt_started(self, prefill_choice: str, again: bool) -> None:
@@ -160,11 +156,26 @@ class Metrics:
         self.requests.labels(outcome).inc()
         self.prompt_tokens.inc(request.prompt_tokens)
         self.completion_tokens.inc(tokens)
+        self.prompt_lengths.observe(request.prompt_tokens)
+        self.completion_lengths.observe(tokens)
+        for choice in request.choices:
+            self.finished.labels(choice.finish_reason or "error").inc()
         if outcome == "completed":
-            self._e2e.observe(now_s - request.started_s)
+            self.e2e.observe(now_s - request.started_s)
 
     def watch_workers(self, workers: "WorkerRegistry") -> None:
         self.registry.register(_WorkerCollector(workers))
+
+    def watch_timelines(self, timelines: Timelines) -> None:
+        for name, buckets in (
+            ("baton_queue_seconds", timelines.queue),
+            ("baton_prefill_seconds", timelines.prefill),
+            ("baton_decode_seconds", timelines.decode),
+            ("baton_handover_wait_seconds", timelines.handover_wait),
+            ("baton_handover_wire_seconds", timelines.handover_wire),
+        ):
+            _Histogram(name, partial(_same, buckets), self.registry)
+        self.registry.register(_LaneBytes(timelines))
 
     def watch_tls(self, sides: Mapping[str, Tls | None]) -> None:
         self.registry.register(_TlsCollector({side: tls for side, tls in sides.items() if tls is not None}))
@@ -188,17 +199,32 @@ class _Read(Collector):
         return self._families
 
 
+def _same(buckets: Buckets) -> Buckets:
+    return buckets
+
+
+class _LaneBytes(Collector):
+    def __init__(self, timelines: Timelines) -> None:
+        self._timelines = timelines
+
+    def collect(self) -> Iterator[Metric]:
+        family = counters("baton_handover_bytes")
+        for lane, num_bytes in self._timelines.handover_bytes.items():
+            family.add_metric([lane], num_bytes)
+        yield family
+
+
 class _TlsCollector(Collector):
     def __init__(self, sides: dict[str, Tls]) -> None:
         self._sides = sides
 
     def collect(self) -> Iterator[Metric]:
         for name in ("tls_refused", "tls_reloads", "tls_reload_failures"):
-            family = CounterMetricFamily(f"baton_{name}", WORKER_COUNTERS[name], labels=["side"])
+            family = counters(f"baton_{name}")
             for side, tls in self._sides.items():
                 family.add_metric([side], tls.counters.get(name, 0.0))
             yield family
-        ends = GaugeMetricFamily("baton_tls_certificate_end_seconds", "When it ends, since 1970", labels=["side"])
+        ends = gauges("baton_tls_certificate_end_seconds")
         for side, tls in self._sides.items():
             ends.add_metric([side], tls.material.expires_at)
         yield ends
@@ -212,13 +238,13 @@ class _WorkerCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         workers = list(self._registry.workers.values())
-        for name, help in WORKER_COUNTERS.items():
-            family = CounterMetricFamily(f"baton_worker_{name}", help, labels=["worker"])
+        for name in WORKER_COUNTERS:
+            family = counters(f"baton_worker_{name}")
             for worker in workers:
                 family.add_metric([worker.id], worker.heartbeat.counters.get(name, 0.0))
             yield family
-        for name, help in TIER_COUNTERS.items():
-            family = CounterMetricFamily(f"baton_worker_kv_tier_{name}", help, labels=["worker", "tier"])
+        for name in TIER_COUNTERS:
+            family = counters(f"baton_worker_kv_tier_{name}")
             for id, tier, value in _of_tiers(workers, name):
                 family.add_metric([id, tier], value)
             yield family
@@ -234,18 +260,18 @@ def _of_tiers(workers: "list[Worker]", name: str) -> Iterator[tuple[str, str, fl
 
 
 def _gauges(workers: "list[Worker]") -> Iterator[Metric]:
-    blocks = GaugeMetricFamily("baton_worker_blocks", "KV blocks by state", labels=["worker", "state"])
-    total = GaugeMetricFamily("baton_worker_blocks_total", "KV blocks of the pool", labels=["worker"])
-    running = GaugeMetricFamily("baton_worker_running_requests", "Requests being computed", labels=["worker"])
-    waiting = GaugeMetricFamily("baton_worker_waiting_requests", "Requests not begun", labels=["worker"])
-    tokens = GaugeMetricFamily("baton_worker_waiting_prefill_tokens", "Prompt tokens to compute", labels=["worker"])
-    up = GaugeMetricFamily("baton_worker_up", "1 accepts work, 0 drains", labels=["worker", "role"])
-    info = GaugeMetricFamily("baton_worker_info", "Always 1: what it runs", labels=["worker", "version", "software"])
-    lanes = GaugeMetricFamily("baton_lane_in_use", "Always 1: who hands over how", labels=["worker", "peer", "lane"])
-    size = GaugeMetricFamily("baton_worker_kv_tier_bytes", "What its blocks take", labels=["worker", "tier"])
-    room = GaugeMetricFamily("baton_worker_kv_tier_capacity_bytes", "What they may", labels=["worker", "tier"])
-    on = GaugeMetricFamily("baton_worker_kv_tier_on", "1 on, 0.5 read-only, 0 off", labels=["worker", "tier"])
-    pinned = GaugeMetricFamily("baton_worker_kv_tier_pinned", "Blocks that pins keep", labels=["worker", "tier"])
+    blocks = gauges("baton_worker_blocks")
+    total = gauges("baton_worker_blocks_total")
+    running = gauges("baton_worker_running_requests")
+    waiting = gauges("baton_worker_waiting_requests")
+    tokens = gauges("baton_worker_waiting_prefill_tokens")
+    up = gauges("baton_worker_up")
+    info = gauges("baton_worker_info")
+    lanes = gauges("baton_lane_in_use")
+    size = gauges("baton_worker_kv_tier_bytes")
+    room = gauges("baton_worker_kv_tier_capacity_bytes")
+    on = gauges("baton_worker_kv_tier_on")
+    pinned = gauges("baton_worker_kv_tier_pinned")
     for family, name in ((size, "bytes"), (room, "capacity_bytes"), (on, "on"), (pinned, "pinned")):
         for id, tier, value in _of_tiers(workers, name):
             family.add_metric([id, tier], value)

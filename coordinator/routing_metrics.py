@@ -3,10 +3,11 @@
 import time
 from collections.abc import Iterator
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from coordinator.knowledge import CacheKnowledge, Told
+from coordinator.metric_families import counters, gauges
 
 
 class RoutingMetrics(Collector):
@@ -15,7 +16,7 @@ class RoutingMetrics(Collector):
         self._knowledge = knowledge
 
     def collect(self) -> Iterator[Metric]:
-        info = GaugeMetricFamily("baton_routing_info", "Always 1: how workers are chosen", labels=["policy", "kv"])
+        info = gauges("baton_routing_info")
         info.add_metric([self._policy, self._knowledge.mode], 1)
         yield info
         if isinstance(self._knowledge, Told):
@@ -24,23 +25,23 @@ class RoutingMetrics(Collector):
 
 def _of_index(told: Told) -> Iterator[Metric]:
     index, now_s = told.index, time.monotonic()
-    for name, help, count in (
-        ("messages", "Messages of workers about their caches", index.messages),
-        ("changes", "Blocks that these said were stored or removed", index.changes),
-        ("gaps", "Messages that came after one that did not", index.gaps),
-        ("snapshots", "Messages that began anew", index.snapshots),
-        ("refused", "Blocks that are cached somewhere and not known: the index was full", index.refused),
+    for name, count in (
+        ("messages", index.messages),
+        ("changes", index.changes),
+        ("gaps", index.gaps),
+        ("snapshots", index.snapshots),
+        ("refused", index.refused),
     ):
-        yield CounterMetricFamily(f"baton_kv_index_{name}", help, value=count)
-    for name, help, value in (
-        ("blocks", "Blocks that some worker holds", len(index)),
-        ("entries", "The same, by worker and tier", index.num_entries),
-        ("bytes", "Estimate of the memory that this takes", index.num_bytes),
+        yield counters(f"baton_kv_index_{name}", count)
+    for name, value in (
+        ("blocks", len(index)),
+        ("entries", index.num_entries),
+        ("bytes", index.num_bytes),
     ):
-        yield GaugeMetricFamily(f"baton_kv_index_{name}", help, value=value)
-    lag = GaugeMetricFamily("baton_kv_index_lag_messages", "Sent, not applied yet", labels=["worker"])
-    lag_s = GaugeMetricFamily("baton_kv_index_lag_seconds", "How old what is known is", labels=["worker"])
-    is_known = GaugeMetricFamily("baton_kv_index_worker_known", "0: it has told nothing", labels=["worker"])
+        yield gauges(f"baton_kv_index_{name}", value)
+    lag = gauges("baton_kv_index_lag_messages")
+    lag_s = gauges("baton_kv_index_lag_seconds")
+    is_known = gauges("baton_kv_index_worker_known")
     for id, caches in told.workers():
         lag.add_metric([id], caches.lag)
         lag_s.add_metric([id], caches.lag_s(now_s))

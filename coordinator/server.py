@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 from aiohttp import web
 
-from baton.config import CoordinatorOptions, DiscoveryOptions, ModelOptions, PublicTlsOptions, TlsOptions
+from baton.config import CoordinatorOptions, DiscoveryOptions, ModelOptions, PublicTlsOptions, TlsOptions, parse_otlp
 from baton.discovery import open_discovery
 from baton.errors import ConfigurationError
 from baton.grpc_tls import server_credentials
@@ -33,8 +33,8 @@ from coordinator.failures import revoked, unavailable
 from coordinator.grpc_api import GrpcApi
 from coordinator.http_api import NOT_READY, HttpApi
 from coordinator.link import LinkServer
-from coordinator.load_metrics import LoadMetrics
 from coordinator.metrics import Metrics
+from coordinator.otlp import OtlpExporter
 from coordinator.requests import Intake
 from coordinator.resumption import Resumption
 from coordinator.rollout import Rollout, parse_rollout
@@ -43,6 +43,8 @@ from coordinator.shadows import Shadows
 from coordinator.status import cluster_status
 from coordinator.tenants.tenants import Tenants
 from coordinator.tokenizer import ModelTokenizer
+from coordinator.tracing import Tracer
+from coordinator.vllm_metrics import VllmMetrics
 from coordinator.watched_file import WatchedFile
 from coordinator.workers import WorkerRegistry
 
@@ -85,10 +87,12 @@ class Coordinator:
         self.metrics.watch_workers(self.registry)
         self.dispatcher = Dispatcher(options, self.registry, self.metrics)
         self.metrics.registry.register(RoutingMetrics(options.routing, self.dispatcher.knowledge))
-        self._load = LoadMetrics(name, self.dispatcher, self.registry)
-        self.metrics.registry.register(self._load)
         self.intake = Intake(options, name, self._tokenizer, self.registry, self.dispatcher, self.metrics)
         self.dispatcher.model = name
+        self._tracing = self._trace(options) if options.otlp_endpoint else None
+        self.metrics.watch_timelines(self.dispatcher.timelines)
+        self._vllm = VllmMetrics(self.dispatcher, self.registry, self.metrics)
+        self.metrics.registry.register(self._vllm)
         self.resumption = Resumption(options, self.intake, self.dispatcher, self.metrics)
         self._drains = Drains(self.registry, self.dispatcher, self.metrics, options.drain_timeout_s)
         self.shadows = Shadows(
@@ -110,6 +114,16 @@ class Coordinator:
         self._announcing: asyncio.Task[None] | None = None
         self._closing = contextlib.AsyncExitStack()
 
+    def _trace(self, options: CoordinatorOptions) -> tuple[Tracer, OtlpExporter]:
+        def count(event: str) -> None:
+            self.metrics.traces.labels(event).inc()
+
+        exporter = OtlpExporter(parse_otlp(options.otlp_endpoint), count)
+        tracer = Tracer(options.trace_ratio, options.trace_slow_s, exporter.put, count)
+        timelines = self.dispatcher.timelines
+        timelines.on_begun, timelines.on_ended = tracer.begin, tracer.ended
+        return tracer, exporter
+
     async def start(self) -> Ports:
         """Open the ports. Raises ConfigurationError naming the flag of one that cannot be opened."""
         options = self._options
@@ -126,7 +140,7 @@ class Coordinator:
             await self._grpc.set_ready(False)
             self.registry.on_change = self._readiness_changed
             http, own = await self._start_http()
-            pages = {"/metrics": self.metrics.page, "/metrics/load": self._load.page}
+            pages = {"/metrics": self.metrics.page, "/metrics/load": self._vllm.load_page}
             monitors = monitored(options.host, options.monitor_port, str, self._unready, pages)
             monitor = await self._closing.enter_async_context(monitors)
             for tls in (self._tls, self._public_tls):
@@ -252,6 +266,10 @@ class Coordinator:
         self._tokenizer.close()
         if self.tenants is not None:
             await asyncio.to_thread(self.tenants.close)
+        if self._tracing is not None:
+            tracer, exporter = self._tracing
+            tracer.flush()
+            await asyncio.to_thread(exporter.stop)
 
 
 async def serve(

@@ -4,12 +4,13 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
+
+from coordinator.metric_families import counters, histograms
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 TOKENS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-_LABELS = ["version", "traffic"]
 
 
 class Buckets:
@@ -75,16 +76,12 @@ class VersionMetrics(Collector):
         return total
 
     def collect(self) -> Iterator[Metric]:
-        ended = CounterMetricFamily("baton_version_requests", "Requests ended", labels=[*_LABELS, "outcome"])
-        tokens = CounterMetricFamily("baton_version_completion_tokens", "Tokens of ended requests", labels=_LABELS)
-        ttft = HistogramMetricFamily("baton_version_ttft_seconds", "Arrival to first token", labels=_LABELS)
-        itl = HistogramMetricFamily("baton_version_itl_seconds", "Token to next token of a stream", labels=_LABELS)
-        answers = CounterMetricFamily(
-            "baton_shadow_answers", "Choices of shadows beside those of clients", labels=["version", "tokens"]
-        )
-        difference = HistogramMetricFamily(
-            "baton_shadow_first_difference_tokens", "Equal tokens before the first other one", labels=["version"]
-        )
+        ended = counters("baton_version_requests")
+        tokens = counters("baton_version_completion_tokens")
+        ttft = histograms("baton_version_ttft_seconds")
+        itl = histograms("baton_version_itl_seconds")
+        answers = counters("baton_shadow_answers")
+        difference = histograms("baton_shadow_first_difference_tokens")
         for key, figures in self._figures.items():
             for outcome, count in figures.outcomes.items():
                 ended.add_metric([*key, outcome], count)

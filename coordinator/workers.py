@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import baton
 from baton.config import check_version_label
@@ -16,6 +16,9 @@ from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import Choice
 from coordinator.estimates import stream_s
 from coordinator.worker_table import Candidates, Fixed, Group, Load, WorkerTable
+
+if TYPE_CHECKING:
+    from coordinator.timelines import Part
 
 AFTERMATH_S = 1.0
 """So long after an abort a worker may still be busy with what was aborted, and die of it."""
@@ -37,6 +40,7 @@ class Leg:
         "first_index",
         "handle",
         "paired",
+        "part",
         "remembered",
         "waiting_tokens",
         "worker",
@@ -64,6 +68,8 @@ class Leg:
         """Whether its prompt has been computed, and was said to be."""
         self.expected_tokens: int | None = None
         """That this worker should find in its caches; None if another one computes the prompt."""
+        self.part: Part | None = None
+        """Of the request's timeline."""
         self.waiting_tokens = 0
         """Prompt tokens this worker still has to compute, as far as it told."""
 

@@ -56,16 +56,21 @@ class DecodeRole(RoleHandler):
         num_tokens = len(attempt.assignment.token_ids)
         num_blocks = -(-num_tokens // self._page_size)
         deadline_s = attempt.assignment.deadline_s or DEFAULT_DEADLINE_S
+        peer, times = _peer(attempt), attempt.times
+        times.take_s = attempt.age_s
         result = await self._intake.take(
-            attempt.key, _peer(attempt), reserved.block_ids[:num_blocks], first_block, time.monotonic() + deadline_s
+            attempt.key, peer, reserved.block_ids[:num_blocks], first_block, time.monotonic() + deadline_s
         )
+        times.taken_s, times.wire_s, times.handover_bytes = attempt.age_s, result.wire_s, result.num_bytes
+        times.lane = self._intake.lanes_in_use().get(peer.worker_id, "")
         verified = min(max(result.num_blocks, first_block) * self._page_size, num_tokens)
         if result.failure == CANCELLED:
             return Arrived(verified, same_bits=result.same_bits, fence=result.fence)
         if result.failure is not None or result.num_blocks < num_blocks:
             self._shell.counters["local_prefill_fallbacks"] += 1
             log.warning("hand-over of %s: %s; %d of %d tokens are here, the rest is prefilled locally",
-                        attempt.key, result.failure, verified, num_tokens)  # fmt: skip
+                        attempt.key, result.failure, verified, num_tokens,
+                        extra={"fields": attempt.facts | {"peer": peer.worker_id}})  # fmt: skip
             self._shell.report_failed_prefill(attempt, verified)
         first_token = result.first_token_id
         if first_token is not None and first_token >= self._vocab_size:

@@ -196,7 +196,7 @@ class Intake:
         finally:
             timer.cancel()
             del self._takings[taking.handover_id]
-        result = replace(taking.result(), answer=taking.answer())
+        result = replace(taking.result(), answer=taking.answer(), wire_s=taking.wire_s, num_bytes=taking.num_bytes)
         if fence is not None and not fence.done():
             result = replace(result, fence=fence)
         if result.failure is not None and result.failure != CANCELLED and not taking.names:
@@ -294,6 +294,8 @@ class Intake:
         finally:
             taking.pull = None
         num_blocks, num_bytes = taking.on_pulled(outcome.num_verified)
+        taking.wire_s += outcome.seconds
+        taking.num_bytes += num_bytes
         self._count("handover_blocks_received", num_blocks)
         self._count("handover_bytes_received", num_bytes)
         if converter is not None:

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from baton.v1 import handover_pb2 as pb
@@ -39,6 +39,7 @@ class IntakeResult:
     fence: while this is not done, the peer may still write into the blocks from `num_blocks` on. None: nobody does.
     same_bits: False where numbers were cast, so that the blocks do not hold what this worker would compute.
     answer: what the peer did about blocks that were asked for by name.
+    wire_s, num_bytes: seconds in which blocks were pulled, and bytes of theirs that are right.
     """
 
     num_blocks: int
@@ -50,6 +51,8 @@ class IntakeResult:
     fence: asyncio.Future[None] | None = None
     answer: Answer | None = None
     first_logprob: bytes = b""
+    wire_s: float = field(default=0.0, compare=False)
+    num_bytes: int = field(default=0, compare=False)
 
 
 @dataclass(slots=True)
@@ -92,6 +95,8 @@ class Taking:
         self.names = names
         self.num_found: int | None = None
         self.asked_at = 0.0
+        self.wire_s = 0.0
+        self.num_bytes = 0
         self._offered_at: float | None = None
         self.row = Row(list(block_ids), first_block)
         self.num_verified = first_block

@@ -5,6 +5,7 @@ the engine says about them. The shell owns the wires, the attempt table and how 
 """
 
 import asyncio
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -75,6 +76,20 @@ class Attempt:
     """The stream so far, with the tokens that came with the assignment."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Of the last of `tokens`, where they are asked for."""
+    assigned_at: float = field(default_factory=time.monotonic)
+    times: wire.AttemptTimes = field(default_factory=wire.AttemptTimes)
+    """For the coordinator, at the end."""
+
+    @property
+    def facts(self) -> dict[str, str | int]:
+        """For logs: whose it is."""
+        request_id, _, choice = self.id.request_id.rpartition("-")
+        trace = self.assignment.traceparent[3:35]
+        return {"request_id": request_id, "choice": choice, "attempt": self.id.attempt, "trace_id": trace}
+
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self.assigned_at
 
 
 class RoleHandler(ABC):

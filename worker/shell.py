@@ -271,7 +271,10 @@ class WorkerShell(LinkHandler):
 
     def end(self, attempt: Attempt, reason: "wire.EndReason.ValueType", detail: str = "") -> None:
         if self._forget(attempt):
-            ending = wire.Ending(id=attempt.id, reason=reason, num_tokens=attempt.num_tokens, detail=detail)
+            attempt.times.total_s = attempt.age_s
+            ending = wire.Ending(
+                id=attempt.id, reason=reason, num_tokens=attempt.num_tokens, detail=detail, times=attempt.times
+            )
             if not attempt.orphaned:
                 attempt.link.send(wire.WorkerMessage(ending=ending))
             self.orphans.ended(attempt, ending)
@@ -373,6 +376,7 @@ class WorkerShell(LinkHandler):
             if attempt := self._attempts.get(started.request_id):
                 if attempt.cached_tokens is None:
                     attempt.cached_tokens = started.num_cached_tokens
+                    attempt.times.started_s = attempt.age_s
                 if attempt.orphaned:
                     continue
                 admission = wire.Admission(id=attempt.id, accepted=True, cached_tokens=started.num_cached_tokens)

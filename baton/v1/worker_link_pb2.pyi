@@ -687,6 +687,7 @@ class Assignment(_message.Message):
     WEIGHT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     KV_SHARE_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """names this attempt in StepTokens; unique on this link"""
     role: Global___Role.ValueType
@@ -708,6 +709,8 @@ class Assignment(_message.Message):
     priority: _builtins.int
     kv_share: _builtins.float
     """of the worker's blocks, what its tenant's running requests may hold; 0: no bound"""
+    traceparent: _builtins.str
+    """W3C trace context of the request, for logs; empty: nobody traces it"""
     @_builtins.property
     def id(self) -> Global___AttemptId: ...
     @_builtins.property
@@ -748,10 +751,11 @@ class Assignment(_message.Message):
         weight: _builtins.float = ...,
         priority: _builtins.int = ...,
         kv_share: _builtins.float = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "id", b"id", "prefill", b"prefill", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "deadline_s", b"deadline_s", "decode", b"decode", "handle", b"handle", "holders", b"holders", "id", b"id", "kv_share", b"kv_share", "num_prompt_tokens", b"num_prompt_tokens", "prefill", b"prefill", "priority", b"priority", "role", b"role", "sampling", b"sampling", "tenant", b"tenant", "ticket", b"ticket", "token_ids", b"token_ids", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "deadline_s", b"deadline_s", "decode", b"decode", "handle", b"handle", "holders", b"holders", "id", b"id", "kv_share", b"kv_share", "num_prompt_tokens", b"num_prompt_tokens", "prefill", b"prefill", "priority", b"priority", "role", b"role", "sampling", b"sampling", "tenant", b"tenant", "ticket", b"ticket", "token_ids", b"token_ids", "traceparent", b"traceparent", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1296,6 +1300,7 @@ class Ending(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
+    TIMES_FIELD_NUMBER: _builtins.int
     reason: Global___EndReason.ValueType
     num_tokens: _builtins.int
     """output tokens in the stream so far, delivered by earlier attempts included"""
@@ -1303,6 +1308,8 @@ class Ending(_message.Message):
     """for END_REASON_ERROR; holds no text of the prompt"""
     @_builtins.property
     def id(self) -> Global___AttemptId: ...
+    @_builtins.property
+    def times(self) -> Global___AttemptTimes: ...
     def __init__(
         self,
         *,
@@ -1310,11 +1317,64 @@ class Ending(_message.Message):
         reason: Global___EndReason.ValueType = ...,
         num_tokens: _builtins.int = ...,
         detail: _builtins.str = ...,
+        times: Global___AttemptTimes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "times", b"times"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "id", b"id", "num_tokens", b"num_tokens", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "id", b"id", "num_tokens", b"num_tokens", "reason", b"reason", "times", b"times"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Ending: _TypeAlias = Ending  # noqa: Y015
+
+@_typing.final
+class AttemptTimes(_message.Message):
+    """What only the worker knows of an attempt's life. Times are seconds since it got the assignment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOTAL_S_FIELD_NUMBER: _builtins.int
+    STARTED_S_FIELD_NUMBER: _builtins.int
+    TAKE_S_FIELD_NUMBER: _builtins.int
+    TAKEN_S_FIELD_NUMBER: _builtins.int
+    WIRE_S_FIELD_NUMBER: _builtins.int
+    HANDOVER_BYTES_FIELD_NUMBER: _builtins.int
+    LANE_FIELD_NUMBER: _builtins.int
+    total_s: _builtins.float
+    started_s: _builtins.float
+    """left the waiting line"""
+    take_s: _builtins.float
+    """decode: its blocks were reserved, and the hand-over began"""
+    taken_s: _builtins.float
+    """the hand-over ended, with everything or early"""
+    wire_s: _builtins.float
+    """of the time between: blocks were copied and checked; the rest is waiting"""
+    handover_bytes: _builtins.int
+    """that arrived and were right"""
+    lane: _builtins.str
+    """by which they came"""
+    def __init__(
+        self,
+        *,
+        total_s: _builtins.float = ...,
+        started_s: _builtins.float | None = ...,
+        take_s: _builtins.float | None = ...,
+        taken_s: _builtins.float = ...,
+        wire_s: _builtins.float = ...,
+        handover_bytes: _builtins.int = ...,
+        lane: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_started_s", b"_started_s", "_take_s", b"_take_s", "started_s", b"started_s", "take_s", b"take_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_started_s", b"_started_s", "_take_s", b"_take_s", "handover_bytes", b"handover_bytes", "lane", b"lane", "started_s", b"started_s", "take_s", b"take_s", "taken_s", b"taken_s", "total_s", b"total_s", "wire_s", b"wire_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__started_s: _TypeAlias = _typing.Literal["started_s"]  # noqa: Y015
+    _WhichOneofArgType__started_s: _TypeAlias = _typing.Literal["_started_s", b"_started_s"]  # noqa: Y015
+    _WhichOneofReturnType__take_s: _TypeAlias = _typing.Literal["take_s"]  # noqa: Y015
+    _WhichOneofArgType__take_s: _TypeAlias = _typing.Literal["_take_s", b"_take_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__started_s) -> _WhichOneofReturnType__started_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__take_s) -> _WhichOneofReturnType__take_s | None: ...
+
+Global___AttemptTimes: _TypeAlias = AttemptTimes  # noqa: Y015

@@ -4,6 +4,7 @@ What is not listed here needs a key with the scope "infer": a path that somebody
 """
 
 import math
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -33,6 +34,9 @@ _CODES: Final = {
     FailureKind.RATE_LIMITED: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+_TRACE = re.compile(r"/v1/requests/[^/]+/trace")
 
 
 class Nobody(Caller):
@@ -68,13 +72,14 @@ class HttpGate:
     def _caller(self, http: web.Request) -> Caller:
         path, authorization = http.path, http.headers.get("Authorization")
         listing = path == PINS and http.method == "GET"
-        local_too = path in OPERATE or path == "/v1/usage" or listing
+        trace = http.method == "GET" and _TRACE.fullmatch(http.rel_url.raw_path) is not None
+        local_too = path in OPERATE or path == "/v1/usage" or listing or trace
         if authorization is None and local_too and self._is_local(http):
             return _NOBODY
         holder = self._tenants.caller(authorization)
         if path == PINS or path.startswith(PINS + "/"):
             holder.check_scope("pins")
-        elif path not in OPERATE and path not in ANY_SCOPE:
+        elif path not in OPERATE and path not in ANY_SCOPE and not trace:
             holder.check_scope("infer")
         if path in COUNTED and http.method == "POST":
             holder.count_call()

@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from coordinator.delivery import Request
 from coordinator.failures import FailureKind, RequestFailed
+from coordinator.metric_families import counters, gauges
 from coordinator.tenants.accounts import Account, Ended, KeyHolder
 from coordinator.tenants.audit import AuditLog
 from coordinator.tenants.keys import MAX_FILE_BYTES, MAX_KEY_CHARACTERS, Keys, digest_of, parse_keys
@@ -97,13 +98,11 @@ class Tenants(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """For Prometheus. Tenants are as many as somebody wrote into the file."""
-        requests = CounterMetricFamily("baton_tenant_requests", "Requests ended", labels=["tenant", "outcome"])
-        refused = CounterMetricFamily("baton_tenant_refused", "Requests not taken", labels=["tenant", "reason"])
-        tokens = CounterMetricFamily(
-            "baton_tenant_tokens", "Of ended requests; cached ones are input, too", labels=["tenant", "kind"]
-        )
-        cost = CounterMetricFamily("baton_tenant_cost", "Of ended requests, by the prices of --keys", labels=["tenant"])
-        streams = GaugeMetricFamily("baton_tenant_streams", "Answers on their way", labels=["tenant"])
+        requests = counters("baton_tenant_requests")
+        refused = counters("baton_tenant_refused")
+        tokens = counters("baton_tenant_tokens")
+        cost = counters("baton_tenant_cost")
+        streams = gauges("baton_tenant_streams")
         for name, account in self.accounts.items():
             usage = account.usage
             for outcome, number in usage.requests.items():
@@ -115,13 +114,13 @@ class Tenants(Collector):
             cost.add_metric([name], float(usage.cost))
             streams.add_metric([name], account.num_streams)
         yield from (requests, refused, tokens, cost, streams)
-        denied = CounterMetricFamily("baton_keys_denied", "Calls without a key that is good", labels=["reason"])
+        denied = counters("baton_keys_denied")
         for reason, number in self._denied.items():
             denied.add_metric([reason], number)
         yield denied
-        yield CounterMetricFamily("baton_keys_file_errors", "Broken --keys files, each time", self._file_errors)
+        yield counters("baton_keys_file_errors", self._file_errors)
         if self.audit is not None:
-            lines = CounterMetricFamily("baton_audit_lines", "Of --audit-log", labels=["event"])
+            lines = counters("baton_audit_lines")
             for event, number in self.audit.counts.items():
                 lines.add_metric([event], number)
             yield lines

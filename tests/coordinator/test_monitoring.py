@@ -66,7 +66,8 @@ def test_routers_read_streams_and_kv_by_the_names_of_vllm(run) -> None:
             await asyncio.gather(*answers)
             status, text = await get(system.ports.monitor, "/metrics/load")
             assert (status, value_of(text, "vllm:kv_cache_usage_perc")) == (200, 0.25)
-            assert len([line for line in text.splitlines() if not line.startswith("#")]) == 3
+            assert len([line for line in text.splitlines() if not line.startswith("#")]) == 4
+            assert value_of(text, "vllm:cache_config_info") == 1
             assert load() == (0, 0, 0.25)
 
     run(scenario())

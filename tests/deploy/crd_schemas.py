@@ -106,6 +106,7 @@ SCHEMAS: dict[tuple[str, str], Schema] = {
     ("monitoring.coreos.com/v1", "ServiceMonitor"): resource(
         record(
             {
+                "jobLabel": TEXT,
                 "selector": record({"matchLabels": LABELS}, "matchLabels"),
                 "namespaceSelector": record({"matchNames": each(NAME)}),
                 "endpoints": each(

@@ -1,6 +1,5 @@
 """The Helm chart and the base of kustomize: what Kubernetes takes, what fits together, flags that Baton has."""
 
-import asyncio
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -11,16 +10,12 @@ from typing import Any, cast
 
 import pytest
 import yaml
-from prometheus_client.parser import text_string_to_metric_families
 
 from baton import config
 from baton.config import parse_kubernetes
 from baton.discovery.kubernetes import PORT_NAME
+from baton.metric_names import METRICS
 from cli import main, worker
-from coordinator.dispatch import Dispatcher
-from coordinator.load_metrics import LoadMetrics
-from coordinator.metrics import Metrics
-from coordinator.workers import WorkerRegistry
 from kvtransfer.lanes.registry import parse_lanes
 from tests.deploy.crd_schemas import SCHEMAS
 from tests.deploy.manifests import (
@@ -29,6 +24,7 @@ from tests.deploy.manifests import (
     EXAMPLES,
     MISSING,
     NAMESPACE,
+    ROOT,
     Object,
     Pod,
     objects,
@@ -391,14 +387,8 @@ def test_a_model_is_fetched_by_who_starts_first_and_only_that_one_has_the_token(
 
 
 def exported() -> set[str]:
-    """Names of everything at /metrics of a coordinator, with or without figures."""
-    metrics, registry = Metrics(), WorkerRegistry("demo", "")
-    metrics.watch_workers(registry)
-    metrics.registry.register(LoadMetrics("demo", cast(Dispatcher, SimpleNamespace(requests={})), registry))
-    found = set()
-    for family in text_string_to_metric_families(asyncio.run(metrics.page()).decode()):
-        found.add(family.name + ("_total" if family.type == "counter" else ""))
-    return found
+    """Names of everything at /metrics of a coordinator; of histograms without what stands behind."""
+    return {metric.exported for metric in METRICS.values()}
 
 
 def names_in(query: str) -> set[str]:
@@ -494,6 +484,8 @@ def test_one_scrape_reaches_every_coordinator_once() -> None:
     (endpoint,) = monitor["spec"]["endpoints"]
     have = [each for each in services if endpoint["port"] in {port["name"] for port in each["spec"]["ports"]}]
     assert len(have) == 1
+    job = have[0]["metadata"]["labels"][monitor["spec"]["jobLabel"]]
+    assert f'up{{job="{job}"}}' in (ROOT / "deploy" / "observability" / "rules.yml").read_text()
     assert monitor["metadata"]["labels"]["release"] == "prometheus"
 
 
