@@ -114,8 +114,8 @@ def run(arguments: argparse.Namespace) -> int:
 async def _measure(
     target: Target, load: LoadOptions, workload: WorkloadOptions, output: OutputOptions, objectives: dict[str, float]
 ) -> dict[str, Any]:
-    if not (load.requests or load.seconds or workload.file):
-        load = replace(load, seconds=DEFAULT_SECONDS)
+    if not (load.requests or load.duration_s or workload.file):
+        load = replace(load, duration_s=DEFAULT_SECONDS)
     of_file: list[Asked] | None = None
     facts: dict[str, Any] = {"url": target.url, "command": shlex.join(["baton", *sys.argv[1:]])}
     if workload.file:
@@ -159,9 +159,9 @@ async def _run(jobs: list[Job], load: LoadOptions, of_file: int) -> Outcome:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupted)
     rate = load.rate if math.isfinite(load.rate) else 0.0
-    requests = 0 if load.seconds and (rate or not load.requests) else load.requests or of_file
+    requests = 0 if load.duration_s and (rate or not load.requests) else load.requests or of_file
     try:
-        with ProgressBar(requests, load.seconds) as bar:
+        with ProgressBar(requests, load.duration_s) as bar:
             return await run_clients(jobs, stop, bar.show, load.request_timeout_s if load.warmup else 0.0)
     except asyncio.CancelledError:
         raise BatonError("interrupted twice: nothing was written") from None

@@ -99,7 +99,7 @@ class Load:
         """From `start_at`, of `time.monotonic`, to the end of the last request. Cancelled, what runs is cut off, and
         what was measured is there all the same."""
         self._started_at = start_at
-        self._ends_at = start_at + self._options.seconds if self._options.seconds else math.inf
+        self._ends_at = start_at + self._options.duration_s if self._options.duration_s else math.inf
         await self._until(start_at)
         watching = asyncio.create_task(self._watch_lag())
         cpu_at, began = time.process_time(), now()

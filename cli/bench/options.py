@@ -32,7 +32,7 @@ class LoadOptions:
         "wait in the client, and their wait is shown (0: no limit, as real users are)",
     )  # fmt: skip
     requests: int = setting(0, "end after so many requests; 0: no matter how many")
-    seconds: float = setting(
+    duration_s: float = setting(
         0.0, "send nothing new after so long, and wait for what runs; 0: no limit, or, where neither --requests nor "
         f"--file says when to end, {DEFAULT_SECONDS:g}",
     )  # fmt: skip

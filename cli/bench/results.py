@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from baton.errors import ConfigurationError
 from cli.bench.measuring import (
@@ -28,6 +29,7 @@ from cli.bench.measuring import (
 from cli.bench.options import LoadOptions, OutputOptions, WorkloadOptions, is_grpc, parse_percentiles
 from cli.bench.running import Outcome
 
+_Floats = npt.NDArray[np.float64]
 CURVE = tuple(float(each) for each in [*np.arange(0, 99, 0.5), 99, 99.25, 99.5, 99.75, 99.9, 99.95, 99.99, 100])
 """Percents at which curves are drawn."""
 MAX_SHARE, MAX_LAG_MS, MAX_LATE_MS = 0.9, 10.0, 10.0
@@ -139,10 +141,8 @@ def _timeline(records: Sequence[Record], timeline: Timeline) -> dict[str, Any]:
     """By second of the run."""
     ends = [each.start + each.latency for each in records]
     seconds = int(max([*ends, *(each.start for each in records), 0.0])) + 1
-    running = np.zeros(seconds + 1)
-    for each in records:
-        running[int(each.start)] += 1
-        running[min(int(each.start + each.latency) + 1, seconds)] -= 1
+    marks = np.arange(seconds + 1, dtype=np.float64)
+    running = np.diff(_since(marks, [each.start for each in records]) - _since(marks, ends))
 
     def a_second(times: Sequence[float]) -> list[int]:
         return [int(each) for each in np.bincount(np.asarray(times, dtype=np.float64).astype(int), minlength=seconds)]
@@ -154,10 +154,19 @@ def _timeline(records: Sequence[Record], timeline: Timeline) -> dict[str, Any]:
         "sent": a_second([each.start for each in records]),
         "ended": a_second([each.start + each.latency for each in done]),
         "failed": a_second([each.start for each in records if each.error not in ("", CUT_OFF)]),
-        "running": [int(each) for each in np.cumsum(running[:-1])],
+        "running": [round(float(each), 3) for each in running],
         "tokens": [*timeline.tokens, *[0.0] * (seconds - len(timeline.tokens))],
         "ttft_points": [[round(each.start, 3), round(1e3 * each.ttft, 3)] for each in done[::step]],
     }
+
+
+def _since(marks: _Floats, times: Sequence[float]) -> _Floats:
+    """At each mark, how much time has passed since each of `times` that is before it, all together."""
+    ordered = np.sort(np.asarray(times, dtype=np.float64))
+    before = np.searchsorted(ordered, marks)
+    sums = np.concatenate(([0.0], np.cumsum(ordered)))
+    passed: _Floats = before * marks - sums[before]
+    return passed
 
 
 def _health(

@@ -55,7 +55,7 @@ def sessions(load: LoadOptions, workload: WorkloadOptions, seed: int, asked: lis
     for number, (at_s, turns) in enumerate(zip(times, bodies, strict=False)):
         if load.requests and requests + len(turns) > load.requests:
             turns = turns[: load.requests - requests]
-        if not turns or (load.seconds and at_s is not None and at_s >= load.seconds):
+        if not turns or (load.duration_s and at_s is not None and at_s >= load.duration_s):
             return
         requests += len(turns)
         yield Session(number, at_s, turns)

@@ -95,7 +95,7 @@ def test_warm_up_shares_the_prefixes_of_what_is_measured_and_no_prompt() -> None
 def test_requests_end_the_run_turns_included_and_seconds_end_an_open_loop() -> None:
     asked = drawn(LoadOptions(requests=7), 100, turns=3)
     assert [len(each.turns) for each in asked] == [3, 3, 1]
-    timed = drawn(LoadOptions(rate=100.0, seconds=2.0), 10_000)
+    timed = drawn(LoadOptions(rate=100.0, duration_s=2.0), 10_000)
     assert len(timed) == pytest.approx(200, rel=0.3)
     assert all(each.at_s is not None and each.at_s < 2.0 for each in timed)
 
