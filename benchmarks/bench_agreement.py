@@ -1,0 +1,155 @@
+"""`baton bench` beside guidellm, before the same server: workers that compute nothing, whose times are set.
+
+    python -m benchmarks.bench_agreement [--quick] [--json FILE] [--requests 320] [--streams 8] [--peers FOLDER]
+
+Both keep so many streams busy in a closed loop, with completions of 500 tokens in and 64 out; a prompt takes 50 ms, a
+token 20 ms. `baton bench` runs before and after guidellm: how much it differs from itself is what this machine's noise
+is worth. guidellm's ITL is the time after the first token by the tokens after it, which is vLLM's TPOT; its TPOT counts
+the first token in. It asks for `continuous_usage_stats`, which Baton refuses; that is taken out of its requests, and it
+counts tokens by events.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.gateway import DEMO, Processes, get
+from benchmarks.peers.environments import Recipe, Unavailable, add_peers_argument, ensure, find
+from benchmarks.report import Report, add_common_arguments
+
+GUIDELLM = Recipe(
+    "guidellm",
+    installs=(("torch==2.13.0",), ("guidellm==0.8.1",)),  # without a torch of its own it brings one for CUDA
+    wanted=frozenset({"guidellm"}),
+)
+INPUT_TOKENS, OUTPUT_TOKENS = 500, 64
+STEP_MS, PREFILL_TOKENS_PER_S = 20.0, 10_000.0
+TIMEOUT_S = 600.0
+
+
+class Seen(NamedTuple):
+    """Of a run; latencies in ms."""
+
+    requests_per_s: float
+    tokens_per_s: float
+    ttft_median: float
+    tpot_mean: float
+    tpot_median: float
+    e2e_mean: float
+    e2e_median: float
+
+
+NAMES = ("requests/s", "tokens/s", "TTFT, median", "TPOT, mean", "TPOT, median", "E2E, mean", "E2E, median")
+
+
+@contextlib.contextmanager
+def server() -> Iterator[str]:
+    """Its address. Raises Unavailable."""
+    with Processes() as processes:
+        read_fd, write_fd = os.pipe()
+        processes.start(
+            sys.executable, "-P", "-m", "cli.main", "coordinator", "--port", "0", "--grpc-port", "0", "--link-port",
+            "0", "--service-classes", "standard=0/0", "--announce-fd", str(write_fd), fds=[write_fd],
+        )  # fmt: skip
+        os.close(write_fd)
+        with os.fdopen(read_fd) as pipe:
+            announced = pipe.read()
+        if not announced:
+            raise Unavailable(f"the coordinator did not start: {processes.last_words()}")
+        ports = json.loads(announced)
+        processes.start(
+            sys.executable, "-P", "-m", "cli.main", "fake", "--coordinator", f"127.0.0.1:{ports['link']}",
+            "--step-ms", str(STEP_MS), "--prefill-tokens-per-s", str(PREFILL_TOKENS_PER_S),
+        )  # fmt: skip
+        processes.wait_for(lambda: len(get(ports["http"], "/status")["workers"]) == 2, "two workers")
+        yield f"http://127.0.0.1:{ports['http']}"
+
+
+def bench(url: str, requests: int, streams: int, folder: Path) -> Seen:
+    path = folder / "bench.json"
+    _run(
+        sys.executable, "-P", "-m", "cli.main", "bench", "--url", url, "--requests", str(requests), "--concurrency",
+        str(streams), "--input-tokens", str(INPUT_TOKENS), "--output-tokens", str(OUTPUT_TOKENS), "--json", str(path),
+    )  # fmt: skip
+    result = json.loads(path.read_text())
+    return Seen(
+        result["request_throughput"], result["output_throughput"], result["median_ttft_ms"], result["mean_tpot_ms"],
+        result["median_tpot_ms"], result["mean_e2el_ms"], result["median_e2el_ms"],
+    )  # fmt: skip
+
+
+def guidellm(python: Path, url: str, requests: int, streams: int, folder: Path) -> Seen:
+    path = folder / "guidellm.json"
+    backend = {
+        "kind": "openai_http", "target": url, "model": "demo", "request_format": "/v1/completions",
+        "extras": {"body": {"stream_options": None}},
+    }  # fmt: skip
+    _run(
+        str(python.parent / "guidellm"), "run", "--backend", json.dumps(backend), "--tokenizer",
+        f"kind=hf_auto,model={DEMO}", "--data",
+        f"kind=synthetic_text,prompt_tokens={INPUT_TOKENS},output_tokens={OUTPUT_TOKENS}", "--profile",
+        f"kind=concurrent,streams={streams}", "--constraint", f"kind=max_requests,count={requests}", "--output",
+        f"kind=json,path={path}", "--disable-progress",
+    )  # fmt: skip
+    metrics: dict[str, Any] = json.loads(path.read_text())["benchmarks"][0]["metrics"]
+    of = {name: each["successful"] for name, each in metrics.items() if isinstance(each, dict) and "successful" in each}
+    if of["request_latency"]["count"] != requests:
+        raise Unavailable(f"guidellm: {of['request_latency']['count']} of {requests} requests succeeded")
+    itl, latency = of["inter_token_latency_ms"], of["request_latency"]
+    return Seen(
+        of["requests_per_second"]["mean"], of["output_tokens_per_second"]["mean"],
+        of["time_to_first_token_ms"]["median"], itl["mean"], itl["median"], 1e3 * latency["mean"],
+        1e3 * latency["median"],
+    )  # fmt: skip
+
+
+def _run(*words: str) -> None:
+    """Raises Unavailable when it fails."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S, env=env, check=False)
+    if done.returncode:
+        raise Unavailable(f"{Path(words[0]).name} ended with {done.returncode}: {(done.stderr or done.stdout)[-400:]}")
+
+
+def compare(report: Report, python: Path, url: str, requests: int, streams: int, folder: Path) -> None:
+    bench(url, 2 * streams, streams, folder)  # warm
+    before = bench(url, requests, streams, folder)
+    peer = guidellm(python, url, requests, streams, folder)
+    after = bench(url, requests, streams, folder)
+    mine = Seen(*((a + b) / 2 for a, b in zip(before, after, strict=True)))
+    for name, own, other in zip(NAMES, mine, peer, strict=True):
+        report.row(name, own, "ms" if "," in name else "/s", f"guidellm: {other:.4g}", own / other)
+    for what, pairs in (("guidellm", zip(mine, peer, strict=True)), ("itself", zip(before, after, strict=True))):
+        percents = [100 * abs(a / b - 1) for a, b in pairs]
+        worst = max(range(len(percents)), key=percents.__getitem__)
+        goal = "<= 3 %" if what == "guidellm" else None
+        report.row(f"largest difference to {what}", percents[worst], "%", NAMES[worst], None, goal)
+    report.row("TPOT beside a step of the server", mine.tpot_mean, "ms", "the step", mine.tpot_mean / STEP_MS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser)
+    add_peers_argument(parser)
+    parser.add_argument("--requests", type=int, default=0, help="of each run (default: 320, with --quick 96)")
+    parser.add_argument("--streams", type=int, default=8)
+    arguments = parser.parse_args()
+    requests = arguments.requests or (96 if arguments.quick else 320)
+    report = Report(f"baton bench beside guidellm: {arguments.streams} streams, {requests} requests")
+    try:
+        peer = (find if arguments.quick else ensure)(GUIDELLM, Path(arguments.peers))
+        with Processes() as scratch, server() as url:
+            compare(report, peer.python, url, requests, arguments.streams, scratch.folder)
+    except Unavailable as error:
+        report.note(f"Not measured: {error}")
+    report.finish(arguments.json)
+
+
+if __name__ == "__main__":
+    main()
