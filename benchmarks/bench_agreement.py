@@ -1,12 +1,15 @@
 """`baton bench` beside guidellm, before the same server: workers that compute nothing, whose times are set.
 
-    python -m benchmarks.bench_agreement [--quick] [--json FILE] [--requests 320] [--streams 8] [--peers FOLDER]
+    python -m benchmarks.bench_agreement [--quick] [--json FILE] [--requests 320] [--streams 4] [--peers FOLDER]
 
-Both keep so many streams busy in a closed loop, with completions of 500 tokens in and 64 out; a prompt takes 50 ms, a
-token 20 ms. `baton bench` runs before and after guidellm: how much it differs from itself is what this machine's noise
-is worth. guidellm's ITL is the time after the first token by the tokens after it, which is vLLM's TPOT; its TPOT counts
-the first token in. It asks for `continuous_usage_stats`, which Baton refuses; that is taken out of its requests, and it
-counts tokens by events.
+Both keep so many streams busy in a closed loop, with completions of 2000 tokens in and 64 out; a prompt takes 200 ms,
+one after the other, a token 20 ms. `baton bench` runs before and after guidellm: how much it differs from itself is
+what this machine's noise is worth. Who is right about the first token is for the server to say: its own mean, from a
+request's arrival, is taken around each run.
+
+guidellm's ITL is the time after the first token by the tokens after it, which is vLLM's TPOT; its TPOT counts the first
+token in. It asks for `continuous_usage_stats`, which Baton refuses; that is taken out of its requests, and it counts
+tokens by events.
 """
 
 import argparse
@@ -15,7 +18,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +33,7 @@ GUIDELLM = Recipe(
     installs=(("torch==2.13.0",), ("guidellm==0.8.1",)),  # without a torch of its own it brings one for CUDA
     wanted=frozenset({"guidellm"}),
 )
-INPUT_TOKENS, OUTPUT_TOKENS = 500, 64
+INPUT_TOKENS, OUTPUT_TOKENS = 2000, 64
 STEP_MS, PREFILL_TOKENS_PER_S = 20.0, 10_000.0
 TIMEOUT_S = 600.0
 
@@ -38,6 +43,7 @@ class Seen(NamedTuple):
 
     requests_per_s: float
     tokens_per_s: float
+    ttft_mean: float
     ttft_median: float
     tpot_mean: float
     tpot_median: float
@@ -45,12 +51,26 @@ class Seen(NamedTuple):
     e2e_median: float
 
 
-NAMES = ("requests/s", "tokens/s", "TTFT, median", "TPOT, mean", "TPOT, median", "E2E, mean", "E2E, median")
+NAMES = (
+    "requests/s",
+    "tokens/s",
+    "TTFT, mean",
+    "TTFT, median",
+    "TPOT, mean",
+    "TPOT, median",
+    "E2E, mean",
+    "E2E, median",
+)
+
+
+class Addresses(NamedTuple):
+    http: str
+    grpc: str
 
 
 @contextlib.contextmanager
-def server() -> Iterator[str]:
-    """Its address. Raises Unavailable."""
+def server() -> Iterator[Addresses]:
+    """Raises Unavailable."""
     with Processes() as processes:
         read_fd, write_fd = os.pipe()
         processes.start(
@@ -68,7 +88,7 @@ def server() -> Iterator[str]:
             "--step-ms", str(STEP_MS), "--prefill-tokens-per-s", str(PREFILL_TOKENS_PER_S),
         )  # fmt: skip
         processes.wait_for(lambda: len(get(ports["http"], "/status")["workers"]) == 2, "two workers")
-        yield f"http://127.0.0.1:{ports['http']}"
+        yield Addresses(f"http://127.0.0.1:{ports['http']}", f"grpc://127.0.0.1:{ports['grpc']}")
 
 
 def bench(url: str, requests: int, streams: int, folder: Path) -> Seen:
@@ -79,7 +99,8 @@ def bench(url: str, requests: int, streams: int, folder: Path) -> Seen:
     )  # fmt: skip
     result = json.loads(path.read_text())
     return Seen(
-        result["request_throughput"], result["output_throughput"], result["median_ttft_ms"], result["mean_tpot_ms"],
+        result["request_throughput"], result["output_throughput"], result["mean_ttft_ms"],
+        result["median_ttft_ms"], result["mean_tpot_ms"],
         result["median_tpot_ms"], result["mean_e2el_ms"], result["median_e2el_ms"],
     )  # fmt: skip
 
@@ -101,10 +122,10 @@ def guidellm(python: Path, url: str, requests: int, streams: int, folder: Path) 
     of = {name: each["successful"] for name, each in metrics.items() if isinstance(each, dict) and "successful" in each}
     if of["request_latency"]["count"] != requests:
         raise Unavailable(f"guidellm: {of['request_latency']['count']} of {requests} requests succeeded")
-    itl, latency = of["inter_token_latency_ms"], of["request_latency"]
+    ttft, itl, latency = of["time_to_first_token_ms"], of["inter_token_latency_ms"], of["request_latency"]
     return Seen(
         of["requests_per_second"]["mean"], of["output_tokens_per_second"]["mean"],
-        of["time_to_first_token_ms"]["median"], itl["mean"], itl["median"], 1e3 * latency["mean"],
+        ttft["mean"], ttft["median"], itl["mean"], itl["median"], 1e3 * latency["mean"],
         1e3 * latency["median"],
     )  # fmt: skip
 
@@ -117,11 +138,32 @@ def _run(*words: str) -> None:
         raise Unavailable(f"{Path(words[0]).name} ended with {done.returncode}: {(done.stderr or done.stdout)[-400:]}")
 
 
+class Ttft(NamedTuple):
+    """The server's own, of all requests so far."""
+
+    total_ms: float
+    count: float
+
+
+def ttft_of(url: str) -> Ttft:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+        lines = [line.split() for line in answer.read().decode().splitlines() if line.startswith("baton_ttft_seconds_")]
+    total, count = (sum(float(value) for name, value in lines if name.startswith(f"baton_ttft_seconds_{each}"))
+                    for each in ("sum", "count"))  # fmt: skip
+    return Ttft(1e3 * total, count)
+
+
+def measured(url: str, run: Callable[[], Seen]) -> tuple[Seen, float]:
+    """And what the server says of its mean TTFT meanwhile, in ms."""
+    before, seen, after = ttft_of(url), run(), ttft_of(url)
+    return seen, (after.total_ms - before.total_ms) / (after.count - before.count)
+
+
 def compare(report: Report, python: Path, url: str, requests: int, streams: int, folder: Path) -> None:
     bench(url, 2 * streams, streams, folder)  # warm
-    before = bench(url, requests, streams, folder)
-    peer = guidellm(python, url, requests, streams, folder)
-    after = bench(url, requests, streams, folder)
+    before, served = measured(url, partial(bench, url, requests, streams, folder))
+    peer, served_peer = measured(url, partial(guidellm, python, url, requests, streams, folder))
+    after, _ = measured(url, partial(bench, url, requests, streams, folder))
     mine = Seen(*((a + b) / 2 for a, b in zip(before, after, strict=True)))
     for name, own, other in zip(NAMES, mine, peer, strict=True):
         report.row(name, own, "ms" if "," in name else "/s", f"guidellm: {other:.4g}", own / other)
@@ -130,6 +172,9 @@ def compare(report: Report, python: Path, url: str, requests: int, streams: int,
         worst = max(range(len(percents)), key=percents.__getitem__)
         goal = "<= 3 %" if what == "guidellm" else None
         report.row(f"largest difference to {what}", percents[worst], "%", NAMES[worst], None, goal)
+    said = "the server's own"
+    report.row("mean TTFT, beyond the server's own", before.ttft_mean - served, "ms", said, before.ttft_mean / served)
+    report.row("the same, guidellm", peer.ttft_mean - served_peer, "ms", said, peer.ttft_mean / served_peer)
     report.row("TPOT beside a step of the server", mine.tpot_mean, "ms", "the step", mine.tpot_mean / STEP_MS)
 
 
@@ -138,14 +183,14 @@ def main() -> None:
     add_common_arguments(parser)
     add_peers_argument(parser)
     parser.add_argument("--requests", type=int, default=0, help="of each run (default: 320, with --quick 96)")
-    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--streams", type=int, default=4)
     arguments = parser.parse_args()
     requests = arguments.requests or (96 if arguments.quick else 320)
     report = Report(f"baton bench beside guidellm: {arguments.streams} streams, {requests} requests")
     try:
         peer = (find if arguments.quick else ensure)(GUIDELLM, Path(arguments.peers))
-        with Processes() as scratch, server() as url:
-            compare(report, peer.python, url, requests, arguments.streams, scratch.folder)
+        with Processes() as scratch, server() as at:
+            compare(report, peer.python, at.http, requests, arguments.streams, scratch.folder)
     except Unavailable as error:
         report.note(f"Not measured: {error}")
     report.finish(arguments.json)
