@@ -92,13 +92,14 @@ def run(arguments: argparse.Namespace) -> int:
     log_to_stderr("bench")
     load, workload = from_arguments(LoadOptions, arguments), from_arguments(WorkloadOptions, arguments)
     output = from_arguments(OutputOptions, arguments)
-    check(arguments.url, load, workload, output)
+    url = arguments.url.rstrip("/").removesuffix("/v1")  # as other tools want it
+    check(url, load, workload, output)
     objectives = parse_objectives(arguments.goodput)
     for path in filter(None, (output.json, output.html)):
         writable_folder(Path(path).absolute().parent)  # says so before the run, not after it
     key = read_api_key(arguments.api_key_file) if arguments.api_key_file else api_key()
     target = Target(
-        arguments.url, arguments.ca, arguments.client_cert, arguments.client_key, f"Bearer {key}" if key else ""
+        url, arguments.ca, arguments.client_cert, arguments.client_key, f"Bearer {key}" if key else ""
     )
     result = uvloop.run(_measure(target, load, workload, output, objectives))
     if output.json:
@@ -220,7 +221,7 @@ def _headline(result: dict[str, Any]) -> list[tuple[str, str]]:
         rows.insert(2, ("goodput", f"{result['request_goodput']:.2f} requests/s ({share:.1%}) with {bounds}"))
     share = max(health["cpu_share"], default=0.0)
     said = f"{share:.0%} of a core, p99 of its loop's lag {health['p99_lag']:.1f} ms"
-    if own["settings"].get("open_loop"):
+    if own["settings"].get("open_loop") and "mean_client_queue_time_ms" not in result:
         said += f", p99 of how late it sent {health['p99_send_delay']:.1f} ms"
     rows.append(("client", said))
     return rows
