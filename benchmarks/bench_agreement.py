@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_agreement [--quick] [--json FILE] [--requests 320] [--streams 4] [--peers FOLDER]
 
-Both keep so many streams busy in a closed loop, with completions of 2000 tokens in and 64 out; a prompt takes 200 ms,
+Both keep so many streams busy in a closed loop, with chats of 2000 tokens in and 64 out; a prompt takes 200 ms,
 one after the other, a token 20 ms. `baton bench` runs before and after guidellm: how much it differs from itself is
 what this machine's noise is worth. Who is right about the first token is for the server to say: its own mean, from a
 request's arrival, is taken around each run.
@@ -94,7 +94,8 @@ def server() -> Iterator[Addresses]:
 def bench(url: str, requests: int, streams: int, folder: Path) -> Seen:
     path = folder / "bench.json"
     _run(
-        sys.executable, "-P", "-m", "cli.main", "bench", "--url", url, "--requests", str(requests), "--concurrency",
+        sys.executable, "-P", "-m", "cli.main", "bench", "--url", url, "--api", "chat", "--requests", str(requests),
+        "--concurrency",
         str(streams), "--input-tokens", str(INPUT_TOKENS), "--output-tokens", str(OUTPUT_TOKENS), "--json", str(path),
     )  # fmt: skip
     result = json.loads(path.read_text())
@@ -108,7 +109,7 @@ def bench(url: str, requests: int, streams: int, folder: Path) -> Seen:
 def guidellm(python: Path, url: str, requests: int, streams: int, folder: Path) -> Seen:
     path = folder / "guidellm.json"
     backend = {
-        "kind": "openai_http", "target": url, "model": "demo", "request_format": "/v1/completions",
+        "kind": "openai_http", "target": url, "model": "demo", "request_format": "/v1/chat/completions",
         "extras": {"body": {"stream_options": None}},
     }  # fmt: skip
     _run(

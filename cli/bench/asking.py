@@ -23,6 +23,11 @@ class Asking(msgspec.Struct):
     ignore_eos: bool
     extra: dict[str, Any]
 
+    def check(self) -> None:
+        """Raises ConfigurationError for fields that the form does not have; what a server of OpenAI's has, it says."""
+        if self.grpc:
+            self.message(api.GenerateRequest(), 1)
+
     def body(self, prompt: dict[str, Any], max_tokens: int) -> bytes:
         fields = {
             "model": self.model, **prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True,

@@ -98,9 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
     for path in filter(None, (output.json, output.html)):
         writable_folder(Path(path).absolute().parent)  # says so before the run, not after it
     key = read_api_key(arguments.api_key_file) if arguments.api_key_file else api_key()
-    target = Target(
-        url, arguments.ca, arguments.client_cert, arguments.client_key, f"Bearer {key}" if key else ""
-    )
+    target = Target(url, arguments.ca, arguments.client_cert, arguments.client_key, f"Bearer {key}" if key else "")
     result = uvloop.run(_measure(target, load, workload, output, objectives))
     if output.json:
         replace_file(Path(output.json), json.dumps(result, allow_nan=False) + "\n")
@@ -130,6 +128,7 @@ async def _measure(
     asking = Asking(
         is_grpc(target.url), workload.api == "chat", workload.model, not workload.stop_at_eos, parse_body(workload.body)
     )
+    asking.check()
     async with asked(target, asking) as server:
         if not asking.model:
             asking.model = await server.first_model()
@@ -219,9 +218,13 @@ def _headline(result: dict[str, Any]) -> list[tuple[str, str]]:
         bounds = ", ".join(f"{NAMES[name]} <= {bound:g} ms" for name, bound in own["objectives_ms"].items())
         share = result["request_goodput"] / result["request_throughput"] if result["request_throughput"] else 0.0
         rows.insert(2, ("goodput", f"{result['request_goodput']:.2f} requests/s ({share:.1%}) with {bounds}"))
+    settings = own["settings"]
+    if settings.get("file"):
+        left_out = f", {settings['file_left_out']:,} longer ones left out" if settings["file_left_out"] else ""
+        rows.insert(0, ("file", f"{settings['file_kind']}: {settings['file_requests']:,} requests{left_out}"))
     share = max(health["cpu_share"], default=0.0)
     said = f"{share:.0%} of a core, p99 of its loop's lag {health['p99_lag']:.1f} ms"
-    if own["settings"].get("open_loop") and "mean_client_queue_time_ms" not in result:
+    if settings.get("open_loop") and "mean_client_queue_time_ms" not in result:
         said += f", p99 of how late it sent {health['p99_send_delay']:.1f} ms"
     rows.append(("client", said))
     return rows

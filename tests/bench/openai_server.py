@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -83,7 +84,7 @@ class OpenAiServer:
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[OpenAiServer]:
+async def serving(tls: ssl.SSLContext | None = None) -> AsyncIterator[OpenAiServer]:
     server, app = OpenAiServer(), web.Application(client_max_size=1 << 24)
     app.router.add_post("/v1/completions", server._generate)
     app.router.add_post("/v1/chat/completions", server._generate)
@@ -91,10 +92,10 @@ async def serving() -> AsyncIterator[OpenAiServer]:
     app.router.add_get("/v1/models", server._models)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
+    site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
     await site.start()
     try:
-        server.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        server.url = f"http{'s' if tls else ''}://127.0.0.1:{runner.addresses[0][1]}"
         yield server
     finally:
         await runner.cleanup()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from baton.errors import ConfigurationError
+from cli.bench.asking import Asking
 from cli.bench.command import run
 from cli.bench.compare import compared, gates
 from cli.bench.drawing import fitting, linear, logarithmic
@@ -208,6 +209,13 @@ def test_flags_that_cannot_work_say_what_to_change(
 ) -> None:
     with pytest.raises(ConfigurationError, match=words):
         check(url, LoadOptions(**load), WorkloadOptions(**workload), OutputOptions())
+
+
+def test_a_body_that_does_not_fit_grpc_is_refused_before_anybody_is_asked() -> None:
+    with pytest.raises(ConfigurationError, match="--body does not fit"):
+        Asking(True, False, "m", True, {"top_k": 3}).check()
+    Asking(True, False, "m", True, {"sampling": {"topK": 3}}).check()
+    Asking(False, False, "m", True, {"top_k": 3}).check()
 
 
 def test_objectives_are_read_as_vllm_reads_them() -> None:

@@ -59,11 +59,15 @@ def test_sessions_find_what_was_said_before(at: Addresses, tmp_path: Path) -> No
     assert [each["turn"] for each in result["baton"]["ttft_by_turn"]] == [1, 2, 3]
 
 
-def test_what_the_server_refuses_is_told_in_its_words(at: Addresses) -> None:
-    words = ("--requests", "2", "--body", '{"top_k": -7}')
+@pytest.mark.parametrize(
+    ("way", "body", "kind"),
+    [("http", '{"top_k": -7}', "HTTP 400"), ("grpc", '{"sampling": {"top_k": -7}}', "gRPC INVALID_ARGUMENT")],
+)
+def test_what_the_server_refuses_is_told_in_its_words(at: Addresses, way: str, body: str, kind: str) -> None:
+    words = ("--requests", "2", "--body", body)
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "cli.main", "bench", "--url", at.http, *words],
+        [sys.executable, "-P", "-m", "cli.main", "bench", "--url", getattr(at, way), *words],
         capture_output=True, text=True, timeout=TIMEOUT_S, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "2 x HTTP 400: top_k must be" in done.stdout
+    assert f"2 x {kind}: top_k must be" in done.stdout

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import signal
+import ssl
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
@@ -24,6 +25,7 @@ from cli.bench.measuring import CUT_OFF, REFUSED, Record
 from cli.bench.options import LoadOptions, WorkloadOptions
 from cli.bench.stream import AskError, Seen, now
 from cli.bench.workload import sessions, warmup
+from tests.authority import Authority
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONTENT = Content(7, list(range(100, 200)), list(WORDS), 1.0)
@@ -323,6 +325,25 @@ def test_bodies_ask_for_a_stream_with_usage_and_carry_the_key() -> None:
             "stream_options": {"include_usage": True},
         }  # fmt: skip
         assert headers["Authorization"] == "Bearer abc"
+
+    run(main())
+
+
+def test_https_is_trusted_by_the_authority_that_is_named_and_by_no_other(tmp_path: Path) -> None:
+    files = Authority(tmp_path / "ours", "ours").sign("server")
+    other = Authority(tmp_path / "others", "others").sign("server").ca
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(files.cert, files.key)
+
+    async def main() -> None:
+        async with serving(tls) as server:
+            for ca, error in ((files.ca, ""), (other, "cannot connect")):
+                transport = transport_of(Target(server.url, ca, "", "", ""), "/v1/completions")
+                options, records = LoadOptions(concurrency=2, requests=4), list[Record]()
+                load = Load(options, Asking(False, False, "words", True, {}), CONTENT, transport, records.append)
+                await load.measure(sessions(options, WorkloadOptions(output_tokens=3), 3, None), now())
+                await transport.close()
+                assert [each.error for each in records] == [error] * 4
 
     run(main())
 
