@@ -1,11 +1,12 @@
-"""`baton bench` beside guidellm, before the same server: workers that compute nothing, whose times are set.
+"""`baton bench` beside guidellm, before the same server at the same time: workers that compute nothing, whose times are
+set.
 
-    python -m benchmarks.bench_agreement [--quick] [--json FILE] [--requests 320] [--streams 4] [--peers FOLDER]
+    python -m benchmarks.bench_agreement [--quick] [--json FILE] [--requests 320] [--streams 3] [--peers FOLDER]
 
-Both keep so many streams busy in a closed loop, with chats of 2000 tokens in and 64 out; a prompt takes 200 ms,
-one after the other, a token 20 ms. `baton bench` runs before and after guidellm: how much it differs from itself is
-what this machine's noise is worth. Who is right about the first token is for the server to say: its own mean, from a
-request's arrival, is taken around each run.
+guidellm and two of `baton bench` each keep so many streams busy in a closed loop, with chats of 1000 tokens in and 64
+out; a prompt takes 100 ms, one after the other, a token 20 ms. All three meet what this machine does meanwhile; how
+much the two differ is what chance is worth. What the server says of its mean TTFT, from a request's arrival, stands
+beside.
 
 guidellm's ITL is the time after the first token by the tokens after it, which is vLLM's TPOT; its TPOT counts the first
 token in. It asks for `continuous_usage_stats`, which Baton refuses; that is taken out of its requests, and it counts
@@ -18,9 +19,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +35,7 @@ GUIDELLM = Recipe(
     installs=(("torch==2.13.0",), ("guidellm==0.8.1",)),  # without a torch of its own it brings one for CUDA
     wanted=frozenset({"guidellm"}),
 )
-INPUT_TOKENS, OUTPUT_TOKENS = 2000, 64
+INPUT_TOKENS, OUTPUT_TOKENS = 1000, 64
 STEP_MS, PREFILL_TOKENS_PER_S = 20.0, 10_000.0
 TIMEOUT_S = 600.0
 
@@ -91,8 +93,8 @@ def server() -> Iterator[Addresses]:
         yield Addresses(f"http://127.0.0.1:{ports['http']}", f"grpc://127.0.0.1:{ports['grpc']}")
 
 
-def bench(url: str, requests: int, streams: int, folder: Path) -> Seen:
-    path = folder / "bench.json"
+def bench(name: str, url: str, requests: int, streams: int, folder: Path) -> Seen:
+    path = folder / f"{name}.json"
     _run(
         sys.executable, "-P", "-m", "cli.main", "bench", "--url", url, "--api", "chat", "--requests", str(requests),
         "--concurrency",
@@ -154,28 +156,34 @@ def ttft_of(url: str) -> Ttft:
     return Ttft(1e3 * total, count)
 
 
-def measured(url: str, run: Callable[[], Seen]) -> tuple[Seen, float]:
-    """And what the server says of its mean TTFT meanwhile, in ms."""
-    before, seen, after = ttft_of(url), run(), ttft_of(url)
-    return seen, (after.total_ms - before.total_ms) / (after.count - before.count)
+def _all_at_once(python: Path, url: str, requests: int, streams: int, folder: Path) -> list[Seen]:
+    """guidellm, which takes long to begin, and when it has begun the others."""
+    before = ttft_of(url).count
+    with ThreadPoolExecutor(3) as pool:
+        peer = pool.submit(guidellm, python, url, requests, streams, folder)
+        while ttft_of(url).count == before and not peer.done():
+            time.sleep(0.05)
+        others = [pool.submit(bench, name, url, requests, streams, folder) for name in ("one", "two")]
+        return [each.result() for each in (peer, *others)]
 
 
 def compare(report: Report, python: Path, url: str, requests: int, streams: int, folder: Path) -> None:
-    bench(url, 2 * streams, streams, folder)  # warm
-    before, served = measured(url, partial(bench, url, requests, streams, folder))
-    peer, served_peer = measured(url, partial(guidellm, python, url, requests, streams, folder))
-    after, _ = measured(url, partial(bench, url, requests, streams, folder))
-    mine = Seen(*((a + b) / 2 for a, b in zip(before, after, strict=True)))
+    bench("warm", url, 2 * streams, streams, folder)
+    before = ttft_of(url)
+    peer, one, two = _all_at_once(python, url, requests, streams, folder)
+    after = ttft_of(url)
+    served_ms = (after.total_ms - before.total_ms) / (after.count - before.count)
+    mine = Seen(*((a + b) / 2 for a, b in zip(one, two, strict=True)))
     for name, own, other in zip(NAMES, mine, peer, strict=True):
         report.row(name, own, "ms" if "," in name else "/s", f"guidellm: {other:.4g}", own / other)
-    for what, pairs in (("guidellm", zip(mine, peer, strict=True)), ("itself", zip(before, after, strict=True))):
+    for what, pairs in (("guidellm", zip(mine, peer, strict=True)), ("another of its own", zip(one, two, strict=True))):
         percents = [100 * abs(a / b - 1) for a, b in pairs]
         worst = max(range(len(percents)), key=percents.__getitem__)
         goal = "<= 3 %" if what == "guidellm" else None
         report.row(f"largest difference to {what}", percents[worst], "%", NAMES[worst], None, goal)
-    said = "the server's own"
-    report.row("mean TTFT, beyond the server's own", before.ttft_mean - served, "ms", said, before.ttft_mean / served)
-    report.row("the same, guidellm", peer.ttft_mean - served_peer, "ms", said, peer.ttft_mean / served_peer)
+    said = "the server's own, of all"
+    report.row("mean TTFT, beyond the server's", mine.ttft_mean - served_ms, "ms", said, mine.ttft_mean / served_ms)
+    report.row("the same, guidellm", peer.ttft_mean - served_ms, "ms", said, peer.ttft_mean / served_ms)
     report.row("TPOT beside a step of the server", mine.tpot_mean, "ms", "the step", mine.tpot_mean / STEP_MS)
 
 
@@ -184,7 +192,7 @@ def main() -> None:
     add_common_arguments(parser)
     add_peers_argument(parser)
     parser.add_argument("--requests", type=int, default=0, help="of each run (default: 320, with --quick 96)")
-    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--streams", type=int, default=3)
     arguments = parser.parse_args()
     requests = arguments.requests or (96 if arguments.quick else 320)
     report = Report(f"baton bench beside guidellm: {arguments.streams} streams, {requests} requests")
