@@ -461,7 +461,13 @@ def test_prompts_are_exact_by_the_servers_tokens_and_about_right_by_its_usage() 
 # The command
 
 
-async def bench(server: OpenAiServer, *words: str, interrupt_after: int = 0) -> tuple[int, str]:
+def first_child_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+
+async def bench(
+    server: OpenAiServer, *words: str, interrupt_after: int = 0, kill_one_after: int = 0
+) -> tuple[int, str]:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-P", "-m", "cli.main", "bench", "--url", server.url, *words,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -471,6 +477,10 @@ async def bench(server: OpenAiServer, *words: str, interrupt_after: int = 0) -> 
             while len(server.bodies) < interrupt_after:
                 await asyncio.sleep(0.01)
             process.send_signal(signal.SIGINT)
+        if kill_one_after:
+            while len(server.bodies) < kill_one_after:
+                await asyncio.sleep(0.01)
+            os.kill(first_child_of(process.pid), signal.SIGKILL)
         said, _ = await process.communicate()
         return process.returncode or 0, said.decode()
     finally:
@@ -524,6 +534,21 @@ def test_ctrl_c_writes_what_was_measured(tmp_path: Path) -> None:
         result = json.loads(path.read_text())
         assert (result["completed"], result["failed"], result["baton"]["cut_off"]) == (4, 0, 2)
         assert "interrupted" in said
+
+    run(main())
+
+
+def test_a_process_that_dies_while_it_sends_is_told_and_the_others_go_on(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving() as server:
+            server.first_s, path = 0.02, tmp_path / "r.json"
+            words = ("--concurrency", "2", "--clients", "2", "--requests", "60", "--output-tokens", "2")
+            status, said = await bench(server, *words, "--json", str(path), kill_one_after=6)
+            assert status == 0, said
+        result = json.loads(path.read_text())
+        assert result["baton"]["lost_clients"] == 1
+        assert 30 <= result["completed"] < 60, "all of the one that lived"
+        assert "1 of the processes that send died" in said
 
     run(main())
 
