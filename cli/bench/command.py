@@ -124,6 +124,7 @@ async def _measure(
     is_closed = not load.rate and (of_file is None or of_file[0].at_s is None)
     if is_closed and not load.concurrency:
         load = replace(load, concurrency=DEFAULT_STREAMS)
+        check(target.url, load, workload, output)
     seed = load.seed if load.seed >= 0 else random.SystemRandom().getrandbits(31)
     asking = Asking(
         is_grpc(target.url), workload.api == "chat", workload.model, not workload.stop_at_eos, parse_body(workload.body)

@@ -20,145 +20,16 @@ Tokenize = Callable[[str], Awaitable[list[int]]]
 """Token ids of a text, without special tokens. Raises LookupError where the server has no such thing."""
 CountWords = Callable[[str], Awaitable[int]]
 """Prompt tokens of a text by the usage of an answer; 0: unknown."""
-WORDS = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "is",
-    "that",
-    "it",
-    "was",
-    "for",
-    "on",
-    "are",
-    "as",
-    "with",
-    "his",
-    "they",
-    "at",
-    "be",
-    "this",
-    "from",
-    "have",
-    "or",
-    "by",
-    "one",
-    "had",
-    "not",
-    "but",
-    "what",
-    "all",
-    "were",
-    "when",
-    "we",
-    "there",
-    "can",
-    "an",
-    "your",
-    "which",
-    "their",
-    "said",
-    "if",
-    "do",
-    "will",
-    "each",
-    "about",
-    "how",
-    "up",
-    "out",
-    "them",
-    "then",
-    "she",
-    "many",
-    "some",
-    "so",
-    "these",
-    "would",
-    "other",
-    "into",
-    "has",
-    "more",
-    "her",
-    "two",
-    "like",
-    "him",
-    "see",
-    "time",
-    "could",
-    "no",
-    "make",
-    "than",
-    "first",
-    "been",
-    "its",
-    "who",
-    "now",
-    "people",
-    "my",
-    "made",
-    "over",
-    "did",
-    "down",
-    "only",
-    "way",
-    "find",
-    "use",
-    "may",
-    "water",
-    "long",
-    "little",
-    "very",
-    "after",
-    "words",
-    "called",
-    "just",
-    "where",
-    "most",
-    "know",
-    "house",
-    "world",
-    "school",
-    "still",
-    "father",
-    "keep",
-    "tree",
-    "never",
-    "start",
-    "city",
-    "earth",
-    "eye",
-    "light",
-    "thought",
-    "head",
-    "under",
-    "story",
-    "saw",
-    "left",
-    "few",
-    "while",
-    "along",
-    "might",
-    "close",
-    "something",
-    "seem",
-    "next",
-    "hard",
-    "open",
-    "example",
-    "begin",
-    "life",
-    "always",
-    "those",
-    "both",
-    "paper",
-    "together",
-    "got",
-    "group",
-    "often",
-    "run",
-]
+_TEXT = (
+    "the of and to in is that it was for on are as with his they at be this from have or by one had not but what "
+    "all were when we there can an your which their said if do will each about how up out them then she many some "
+    "so these would other into has more her two like him see time could no make than first been its who now people "
+    "my made over did down only way find use may water long little very after words called just where most know "
+    "house world school still father keep tree never start city earth eye light thought head under story saw left "
+    "few while along might close something seem next hard open example begin life always those both paper together "
+    "got group often run"
+)
+WORDS = _TEXT.split()
 _FEWEST = 16
 _GUESS = 1.3
 """Tokens of a word, where nobody counts."""
@@ -189,10 +60,8 @@ class Content(msgspec.Struct):
 
 class Prepared(msgspec.Struct):
     content: Content
-    exact: bool
-    """Lengths are those that were asked for."""
     source: str
-    """Of that knowledge, in words."""
+    """How the length of a prompt is known, in words."""
 
 
 async def prepare(seed: int, tokenizer: str, tokenize: Tokenize, count: CountWords) -> Prepared:
@@ -200,7 +69,7 @@ async def prepare(seed: int, tokenizer: str, tokenize: Tokenize, count: CountWor
     if tokenizer:
         local = _local(tokenizer)
         ids = await local(" " + " ".join(WORDS))
-        return Prepared(await _content(seed, local, ids), True, f"tokenizer of {tokenizer}")
+        return Prepared(await _content(seed, local, ids), f"tokenizer of {tokenizer}")
     try:
         ids = await tokenize(" " + " ".join(WORDS))
     except LookupError:
@@ -209,8 +78,8 @@ async def prepare(seed: int, tokenizer: str, tokenize: Tokenize, count: CountWor
         each = (all_tokens - half_tokens) / (len(WORDS) - half)
         source = "usage of the server" if each > 0 else "a guess: neither /tokenize nor usage says how long prompts are"
         log.warning("prompts are about as long as asked (%s); --tokenizer makes them exact", source)
-        return Prepared(Content(seed, [], list(WORDS), each if each > 0 else _GUESS), False, source)
-    return Prepared(await _content(seed, tokenize, ids), True, "/tokenize of the server")
+        return Prepared(Content(seed, [], list(WORDS), each if each > 0 else _GUESS), source)
+    return Prepared(await _content(seed, tokenize, ids), "/tokenize of the server")
 
 
 async def _content(seed: int, tokenize: Tokenize, ids: list[int]) -> Content:

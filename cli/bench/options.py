@@ -170,7 +170,7 @@ def check(url: str, load: LoadOptions, workload: WorkloadOptions, output: Output
         raise ConfigurationError("--burstiness and --speed must be greater than 0")
     if not 0 <= workload.length_spread < 1:
         raise ConfigurationError(f"--length-spread is {workload.length_spread}; it must be 0 or more, and less than 1")
-    if load.clients > max(load.concurrency or DEFAULT_STREAMS, 1) and not load.rate and not workload.file:
+    if load.concurrency and load.clients > load.concurrency:
         raise ConfigurationError("--clients is more than --concurrency: a stream cannot be shared by processes")
     if workload.turns > 1 and workload.file and not workload.file.endswith(".json"):
         raise ConfigurationError("--turns of a --file are those of ShareGPT's JSON; leave --turns out")

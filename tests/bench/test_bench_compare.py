@@ -198,6 +198,7 @@ def test_ticks_are_round_numbers() -> None:
         ("http://a:1", {"rate": float("nan")}, {}, "--rate is nan"),
         ("http://a:1", {"rate": float("inf")}, {}, "say how many with --requests"),
         ("http://a:1", {"clients": 4, "concurrency": 2}, {}, "--clients is more than --concurrency"),
+        ("http://a:1", {"clients": 4, "concurrency": 2, "rate": 9.0}, {}, "--clients is more than --concurrency"),
         ("http://a:1", {"burstiness": 0.0}, {}, "--burstiness and --speed"),
         ("http://a:1", {}, {"length_spread": 1.0}, "--length-spread is 1.0"),
         ("http://a:1", {}, {"turns": 0}, "--turns is 0"),

@@ -449,9 +449,9 @@ def test_prompts_are_exact_by_the_servers_tokens_and_about_right_by_its_usage() 
 
     async def main() -> None:
         exact = await prepare(1, "", one_each, two_each)
-        assert (exact.exact, exact.content.tokens_per_word) == (True, 1.0)
+        assert (exact.source, exact.content.tokens_per_word) == ("/tokenize of the server", 1.0)
         counted = await prepare(1, "", nothing, two_each)
-        assert (counted.exact, counted.content.tokens_per_word, counted.content.ids) == (False, 2.0, [])
+        assert (counted.content.tokens_per_word, counted.content.ids) == (2.0, [])
         guessed = await prepare(1, "", nothing, silence)
         assert "guess" in guessed.source
 
