@@ -286,6 +286,54 @@ def test_turns_ask_with_all_that_was_said() -> None:
     run(main())
 
 
+def test_later_turns_of_an_open_loop_are_due_when_they_are_sent() -> None:
+    async def main() -> None:
+        async with serving() as server:
+            server.first_s = 0.05
+            records = await measured(server, LoadOptions(rate=50.0, requests=4), turns=2, api="chat")
+        assert sorted(each.turn for each in records) == [0, 0, 1, 1]
+        assert all(each.scheduled == each.start for each in records if each.turn)
+        assert all(each.scheduled <= each.start for each in records)
+
+    run(main())
+
+
+def test_time_ends_a_closed_loop_and_what_runs_then_is_counted() -> None:
+    async def main() -> None:
+        async with serving() as server:
+            server.first_s = 0.12
+            records = await measured(server, LoadOptions(concurrency=2, duration_s=0.2))
+        assert len(records) >= 2
+        assert [each.error for each in records] == [""] * len(records)
+        assert all(each.start <= 0.2 for each in records)
+        assert max(each.start + each.latency for each in records) > 0.2
+
+    run(main())
+
+
+def test_an_event_that_names_the_role_alone_is_no_first_token() -> None:
+    async def main() -> None:
+        async with serving() as server:
+
+            async def answer(http: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+                response = await streamed(http)
+                for wait_s, delta, end in (
+                    (0.0, {"role": "assistant", "content": ""}, None),
+                    (0.08, {"content": "a"}, None),
+                    (0.0, {}, "stop"),
+                ):
+                    await asyncio.sleep(wait_s)
+                    await response.write(event({"choices": [{"index": 0, "delta": delta, "finish_reason": end}]}))
+                return response
+
+            server.answer = answer
+            (seen,) = await measured(server, LoadOptions(concurrency=1, requests=1), api="chat")
+        assert (seen.error, seen.events, seen.output_tokens, seen.counted) == ("", 1, 1, False)
+        assert seen.ttft >= 0.08
+
+    run(main())
+
+
 def test_a_session_whose_turn_failed_asks_no_more() -> None:
     async def main() -> None:
         async with serving() as server:
