@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "key": ("cli.key", "make API keys of tenants"),
     "audit": ("cli.audit", "check the audit log of tenants' requests"),
     "profile": ("cli.profile", "measure a model on this machine: cost table, trace, and where each millisecond goes"),
+    "bench": ("cli.bench.command", "send load to a server, and say what its users would see"),
     "doctor": ("cli.doctor", "show what this host offers for moving KV blocks, and measure every lane"),
 }
 EXIT_USAGE = 2
