@@ -331,6 +331,15 @@ class CoordinatorOptions:
         "clients then need a key, see docs/tenants.md; empty: whoever reaches the port may ask",
     )  # fmt: skip
     audit_log: str = setting("", "file that a line is appended to for every request of a tenant; only with --keys")
+    filter: str = setting(
+        "", "plugin that every prompt and answer passes, as MODULE:FACTORY of an installed package; several with "
+        "commas between them, in this order, the same at every coordinator; see docs/security.md",
+    )  # fmt: skip
+    filter_timeout_s: float = setting(5.0, "longest that one call of a filter may take")
+    filter_fails: str = setting(
+        "closed", "what becomes of text whose filter fails or is late: closed ends its request with an error, open "
+        "lets it pass as it is", choices=("closed", "open"),
+    )  # fmt: skip
     max_shadows: int = setting(8, "streams of copies that run at shadow versions side by side; more are dropped")
     parent_pid: int = setting(0, "exit when this process is gone; 0 watches nobody")
 
@@ -345,7 +354,7 @@ _POSITIVE = {
     "page_size", "gpu_share", "max_batch_tokens", "max_running", "lease_s", "heartbeat_interval_s",
     "heartbeat_timeout_s", "pull_timeout_s", "connect_timeout_s", "drain_timeout_s", "max_requests",
     "max_body_bytes", "request_timeout_s", "max_attempts", "speculate_tokens", "speculate_running", "seconds",
-    "discovery_ttl_s", "kv_index_blocks", "workers", "blocks",
+    "discovery_ttl_s", "kv_index_blocks", "workers", "blocks", "filter_timeout_s",
 }  # fmt: skip
 _NOT_NEGATIVE = {
     "max_model_tokens", "threads", "local_prefill_tokens", "parent_pid", "worker_return_s", "orphan_s", "max_resume_s",

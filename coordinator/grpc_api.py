@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from baton.errors import InvalidRequestError
 from baton.v1 import inference_pb2 as api
 from baton.v1 import inference_pb2_grpc as rpc
-from coordinator.delivery import ABORTED, LENGTH, STOP, Delta, Position, Request, Urgency
+from coordinator.delivery import ABORTED, CONTENT_FILTER, LENGTH, STOP, Delta, Position, Request, Urgency
 from coordinator.failures import FailureKind, RequestFailed, cut_off
 from coordinator.pins import CachePin
 from coordinator.requests import (
@@ -53,6 +53,8 @@ _CODES = {
     FailureKind.POISON: grpc.StatusCode.FAILED_PRECONDITION,  # "should not be retried", unlike UNAVAILABLE and ABORTED
     FailureKind.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     FailureKind.HANDED_ON: grpc.StatusCode.UNAVAILABLE,
+    FailureKind.FILTERED: grpc.StatusCode.INVALID_ARGUMENT,
+    FailureKind.FILTER_FAILED: grpc.StatusCode.UNAVAILABLE,
     FailureKind.TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,
     FailureKind.INTERNAL: grpc.StatusCode.INTERNAL,
 }
@@ -60,6 +62,7 @@ _FINISH: dict[str | None, api.FinishReason.ValueType] = {
     STOP: api.FINISH_REASON_STOP,
     LENGTH: api.FINISH_REASON_LENGTH,
     ABORTED: api.FINISH_REASON_ABORTED,
+    CONTENT_FILTER: api.FINISH_REASON_CONTENT_FILTER,
 }
 
 MAX_CALLS = 8192

@@ -53,6 +53,8 @@ _HTTP_STATUS = {
     FailureKind.POISON: (422, "invalid_request_error", "poison"),  # no 5xx, which clients' libraries send again
     FailureKind.UNAVAILABLE: (503, "service_unavailable_error", "unavailable"),
     FailureKind.HANDED_ON: (503, "service_unavailable_error", "handed_on"),  # reaches nobody: the connection ends
+    FailureKind.FILTERED: (400, "invalid_request_error", "filtered"),
+    FailureKind.FILTER_FAILED: (503, "service_unavailable_error", "filter_failed"),
     FailureKind.TIMEOUT: (504, "timeout_error", "timeout"),
     FailureKind.INTERNAL: (500, "server_error", "internal_error"),
 }

@@ -84,6 +84,7 @@ class Metrics:
         self.slow_readers = Counter(
             "baton_slow_readers", "Clients hung up on: they did not read their answers", registry=registry
         )
+        self.filters = Counter("baton_filter", "What filters did", ["filter", "event"], registry=registry)
         self.shadows = Counter("baton_shadows", "Copies of requests by event", ["event"], registry=registry)
         self.drains = Counter("baton_drains", "Draining workers and their streams", ["event"], registry=registry)
         self.versions = VersionMetrics()

@@ -28,6 +28,7 @@ from baton.tls import COORDINATOR_NAME, inside, outside
 from coordinator.dispatch import Dispatcher
 from coordinator.drains import Drains
 from coordinator.failures import revoked, unavailable
+from coordinator.filters import load
 from coordinator.grpc_api import GrpcApi
 from coordinator.http_api import HttpApi
 from coordinator.link import LinkServer
@@ -82,6 +83,10 @@ class Coordinator:
         self.dispatcher = Dispatcher(options, self.registry, self.metrics)
         self.metrics.registry.register(RoutingMetrics(options.routing, self.dispatcher.knowledge))
         self.intake = Intake(options, name, self._tokenizer, self.registry, self.dispatcher, self.metrics)
+        if (filters := load(options, self.metrics)) is not None:
+            self.intake.filters = filters
+            filters.cut = self.dispatcher.cut
+            filters.fail = lambda request, failure: self.dispatcher.end(request, "failed", failure)
         self.dispatcher.model = name
         self.resumption = Resumption(options, self.intake, self.dispatcher, self.metrics)
         self._drains = Drains(self.registry, self.dispatcher, self.metrics, options.drain_timeout_s)
