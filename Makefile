@@ -7,7 +7,7 @@ PACKAGES := baton cli coordinator prefill decode worker engine kvtransfer kernel
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install dev optional-lanes system-packages test lint types contracts proto proto-check unit format gpu-check bench faults soak clean
+.PHONY: help serve install dev optional-lanes system-packages scanners audit sbom test lint types contracts proto proto-check unit format gpu-check bench faults soak clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -49,6 +49,19 @@ $(VENV)/.system-packages: | $(VENV)/bin/python
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends etcd-server etcd-client; }; } \
 		>/dev/null 2>&1 && touch $@ || echo "etcd cannot be installed here; its tests are skipped."
 
+scanners: $(VENV)/.scanners  ## what `make audit` and `make sbom` run, in an environment of its own
+
+$(VENV)/.scanners: | $(VENV)/.dev
+	$(BIN)/python -m venv $(VENV)/scan
+	$(VENV)/scan/bin/pip install --quiet --retries 1 "cyclonedx-bom>=7,<8" "pip-audit>=2.9,<3" && touch $@ || \
+		echo "cyclonedx-bom and pip-audit cannot be installed; their test is skipped."
+
+audit: scanners  ## known vulnerabilities of what is installed (needs the network; says so where there is none)
+	$(BIN)/python -m tests.security.supply audit $(VENV)/scan/bin/pip-audit
+
+sbom: scanners  ## what is installed, with versions and licences, as CycloneDX JSON (FILE=sbom.json)
+	$(BIN)/python -m tests.security.supply sbom $(VENV)/scan/bin/cyclonedx-py $(or $(FILE),sbom.json)
+
 test: lint types contracts proto-check unit  ## everything CI runs
 
 lint: dev  ## ruff: style and mistakes
@@ -73,7 +86,7 @@ proto: dev  ## generate baton/v1 from proto/baton/v1
 proto-check: dev  ## fail when the generated types differ from the .proto files
 	$(BIN)/python -m tests.check_proto
 
-unit: dev optional-lanes system-packages  ## pytest, in parallel
+unit: dev optional-lanes system-packages scanners  ## pytest, in parallel
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 gpu-check:  ## GPU kernels and engine: right, and how near to the limits (installs nothing; QUICK=1 for 2 minutes)
