@@ -11,6 +11,8 @@ head. So a client that keeps many connections open costs itself, and the others 
 """
 
 import asyncio
+import contextlib
+import errno
 import functools
 import ipaddress
 import logging
@@ -21,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
@@ -96,19 +99,24 @@ class Listener:
     def open(self, host: str, port: int, shares: bool = False) -> int:
         """Listen; returns the port. `shares`: with processes that do so as well. Raises OSError."""
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        missing: OSError | None = None
+        opened = []
         for family, address in dict.fromkeys((each[0], each[4]) for each in found):
-            listening = socket.socket(family, socket.SOCK_STREAM)
-            self._sockets.append(listening)
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if shares:
-                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            if family == socket.AF_INET6:
-                listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            listening.bind((address[0], port, *address[2:]))
-            port = port or listening.getsockname()[1]
-            listening.listen(BACKLOG)
-            listening.setblocking(False)
-            self._watch(listening)
+            try:
+                opened.append(_listening(family, (address[0], port, *address[2:]), shares))
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    for each in opened:
+                        each.close()
+                    raise
+                missing = error  # such as ::1 of localhost, where there is no IPv6
+                continue
+            port = port or opened[-1].getsockname()[1]
+        if missing is not None and not opened:
+            raise missing
+        self._sockets += opened
+        for each in opened:
+            self._watch(each)
         return port
 
     def close(self) -> None:
@@ -187,6 +195,23 @@ class Listener:
             leave()
             connection.close()
             raise
+
+
+def _listening(family: int, address: tuple[Any, ...], shares: bool) -> socket.socket:
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setblocking(False)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shares:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listening.bind(address)
+        listening.listen(BACKLOG)
+    except OSError:
+        listening.close()
+        raise
+    return listening
 
 
 @functools.lru_cache(4096)
@@ -325,6 +350,19 @@ class HttpConnection(web.RequestHandler):
         response = web.Response(body=body, status=431 if too_large else 400, content_type="application/json")
         response.force_close()
         return response
+
+
+def is_name_of_this_machine(host: str) -> bool:
+    """Of a Host header. A web page whose own name was made to lead here (DNS rebinding) sends that name."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return False
+    if name in ("", "localhost", socket.gethostname().lower()):
+        return True
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
+    return False
 
 
 def most_connections(asked: int) -> int:
