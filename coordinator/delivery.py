@@ -286,6 +286,8 @@ class Request:
         """Number of the client that has it now: of two, the one that came later."""
         self.differs = False
         """From what its client has."""
+        self.unwanted = False
+        """Aborted, be it when its workers had finished."""
         self.unfiltered = 0
         """Choices whose text has not passed its filters to the end."""
         self.on_news: Callable[[], None] | None = None

@@ -155,6 +155,7 @@ class Dispatcher:
 
     def abort(self, request: Request) -> None:
         """The client does not want the rest. Effective in every state, idempotent."""
+        request.unwanted = True
         if not request.ended:
             for choice in request.choices:
                 choice.end(ABORTED)

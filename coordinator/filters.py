@@ -21,7 +21,7 @@ from baton.config import CoordinatorOptions
 from baton.errors import ConfigurationError
 from baton.filters import Filter, OutputFilter, Refused, Shown, Text
 from baton.v1 import worker_link_pb2 as wire
-from coordinator.delivery import CONTENT_FILTER, Choice, Delta, Position, Request, check_claim
+from coordinator.delivery import ABORTED, CONTENT_FILTER, Choice, Delta, Position, Request, check_claim
 from coordinator.detokenizer import TextStream
 from coordinator.failures import FailureKind, RequestFailed
 from coordinator.metrics import Metrics
@@ -250,7 +250,9 @@ class FilteredChoice(Choice):
         try:
             while self._verdict is None and self.request.failure is None:
                 at = len(self._passed)
-                if at < len(self._pieces):
+                if self.request.unwanted:
+                    self._decide(ABORTED)
+                elif at < len(self._pieces):
                     text, end = await self._push(self._pieces[at], False)
                     self._passed.append(text)
                     if end:

@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
-from coordinator_harness import DECODE, System, running
+from coordinator_harness import DECODE, System, running, until
 
 from baton.errors import ConfigurationError
 from baton.filters import Filter, OutputFilter, Refused, Shown
@@ -331,6 +331,41 @@ def test_logprobs_which_name_tokens_are_refused(run) -> None:
         async with filtering() as system, system.http.post("/v1/completions", json=body) as answer:
             assert answer.status == 400
             assert (await answer.json())["error"]["param"] == "logprobs"
+
+    run(scenario())
+
+
+def test_an_aborted_answer_is_filtered_no_further_and_ends_at_once(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    async def slow(text: str, final: bool) -> Shown:
+        calls.append(text)
+        await asyncio.sleep(0.1)
+        return Shown(len(text), text)
+
+    monkeypatch.setattr(Moderator, "output", lambda self: slow)
+
+    async def scenario() -> None:
+        async with filtering("own_filters:Moderator") as system:
+            worker = system.workers[0]
+            worker.pause_at = 8
+            answers = aiter(system.inference.Generate(api.GenerateRequest(text="x")))
+            first = await anext(answers)
+            await system.inference.Abort(api.AbortRequest(request_id=first.request_id))
+            rest = [each async for each in answers]
+            assert SAYS.startswith(first.text + "".join(each.text for each in rest))
+            assert rest[-1].finish_reason == api.FINISH_REASON_ABORTED
+            worker.pause_at = None
+            for at in (1, 2):  # all of the second is here, and its client hangs up while it is filtered
+                call = system.inference.Generate(api.GenerateRequest(text="x"))
+                await anext(aiter(call))
+                if at == 2:
+                    await until(lambda: not system.coordinator.dispatcher.requests)
+                call.cancel()
+                await asyncio.sleep(0.2)
+                done = len(calls)
+                await asyncio.sleep(0.3)
+                assert len(calls) == done, "nobody reads it"
 
     run(scenario())
 
