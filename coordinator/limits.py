@@ -181,7 +181,6 @@ class Listener:
         return leave
 
     async def _welcome(self, connection: socket.socket, leave: Leave) -> None:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         timeout_s = self._handshake_s if self._context is not None else None
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
@@ -202,6 +201,7 @@ def _listening(family: int, address: tuple[Any, ...], shares: bool) -> socket.so
     try:
         listening.setblocking(False)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # and so do those that it accepts
         if shares:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:

@@ -361,11 +361,16 @@ def test_grpc_has_no_more_connections_than_it_may(run) -> None:
             assert await hung_up(third) < 5
             wires[0][1].close()
 
-            async def served() -> None:
-                async with grpc.aio.insecure_channel(f"127.0.0.1:{system.ports.grpc}") as channel:
-                    await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+            async def served() -> bool:
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    async with grpc.aio.insecure_channel(f"127.0.0.1:{system.ports.grpc}") as channel:
+                        stub = health_pb2_grpc.HealthStub(channel)
+                        return bool(await stub.Check(health_pb2.HealthCheckRequest(), timeout=5))
+                return False
 
-            await served()
+            async with asyncio.timeout(10):
+                while not await served():
+                    await asyncio.sleep(0.05)
 
     run(scenario())
 
@@ -446,6 +451,30 @@ def test_strangers_at_the_link_take_no_room_from_each_other_for_ever(run, monkey
             await system.worker("decode-0", DECODE)
 
     run(scenario())
+
+
+def test_no_more_connections_are_taken_than_there_are_descriptors_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    raised: list[tuple[int, int]] = []
+    monkeypatch.setattr(limits.resource, "setrlimit", lambda which, both: raised.append(both))
+    monkeypatch.setattr(limits.resource, "getrlimit", lambda which: (1024, 1 << 20))
+    assert limits.most_connections(8192) == 8192
+    assert raised == [(1 << 20, 1 << 20)], "as far as it may be"
+    assert caplog.text == ""
+    monkeypatch.setattr(limits.resource, "getrlimit", lambda which: (1024, 4096))
+    assert limits.most_connections(8192) == (4096 - limits.RESERVED_DESCRIPTORS) // 2
+    assert "raise ulimit -n" in caplog.text
+
+
+def test_accepted_connections_send_small_answers_at_once() -> None:
+    """Without waiting for more (Nagle's way), which costs a stream 40 ms here and there."""
+    listening = limits._listening(socket.AF_INET, ("127.0.0.1", 0), False)
+    listening.setblocking(True)
+    with listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
 
 
 def test_a_full_table_of_descriptors_makes_nobody_wait_for_ever(
