@@ -7,7 +7,7 @@ PACKAGES := baton cli coordinator prefill decode worker engine kvtransfer kernel
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install dev optional-lanes chart-tools kustomize-base system-packages test lint types contracts proto proto-check unit docs-metrics format gpu-check bench faults soak clean
+.PHONY: help serve install dev optional-lanes chart-tools kustomize-base system-packages scanners audit sbom test lint types contracts proto proto-check unit docs-metrics format gpu-check bench faults soak clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -66,6 +66,19 @@ $(VENV)/.chromium: | $(VENV)/bin/python
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium fonts-dejavu-core; }; } \
 		>/dev/null 2>&1 && touch $@ || echo "chromium cannot be installed here; the dashboard's tests are skipped."
 
+scanners: $(VENV)/.scanners  ## what `make audit` and `make sbom` run, in an environment of its own
+
+$(VENV)/.scanners: | $(VENV)/.dev
+	$(BIN)/python -m venv $(VENV)/scan
+	$(VENV)/scan/bin/pip install --quiet --retries 1 "cyclonedx-bom>=7,<8" "pip-audit>=2.9,<3" && touch $@ || \
+		echo "cyclonedx-bom and pip-audit cannot be installed; their test is skipped."
+
+audit: scanners  ## known vulnerabilities of what is installed (needs the network; says so where there is none)
+	$(BIN)/python -m tests.security.supply audit $(VENV)/scan/bin/pip-audit
+
+sbom: scanners  ## what is installed, with versions and licences, as CycloneDX JSON (FILE=sbom.json)
+	$(BIN)/python -m tests.security.supply sbom $(VENV)/scan/bin/cyclonedx-py $(or $(FILE),sbom.json)
+
 test: lint types contracts proto-check unit  ## everything CI runs
 
 lint: dev  ## ruff: style and mistakes
@@ -94,7 +107,7 @@ proto-check: dev  ## fail when the generated types differ from the .proto files
 docs-metrics: dev  ## write docs/metrics.md from baton/metric_names.py
 	$(BIN)/python -m baton.metric_page docs/metrics.md
 
-unit: dev optional-lanes chart-tools system-packages  ## pytest, in parallel
+unit: dev optional-lanes chart-tools system-packages scanners  ## pytest, in parallel
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 gpu-check:  ## GPU kernels and engine: right, and how near to the limits (installs nothing; QUICK=1 for 2 minutes)

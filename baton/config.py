@@ -350,6 +350,19 @@ class CoordinatorOptions:
         "name no class are of the first",
     )  # fmt: skip
     max_body_bytes: int = setting(1 << 20, "largest HTTP body or gRPC message accepted")
+    max_connections: int = setting(
+        8192, "clients' connections open at once, of HTTP and of gRPC each; idle ones of HTTP make room for new ones"
+    )
+    max_connections_per_address: int = setting(
+        0, "of these, of HTTP, those of one address (of IPv6 one /64); 0: any, as all come from one behind a proxy"
+    )
+    head_timeout_s: float = setting(
+        10.0, "longest that a client may take for its TLS handshake, and from the beginning to the end of a "
+        "request's head; its body may take 30 s more",
+    )  # fmt: skip
+    idle_timeout_s: float = setting(
+        620.0, "seconds without a request after which a connection is closed; longer than a load balancer's"
+    )
     request_timeout_s: float = setting(600.0, "longest that one request may take")
     max_attempts: int = setting(
         3, "tries of one request that living workers may fail; those whose worker died do not count"
@@ -377,6 +390,15 @@ class CoordinatorOptions:
     )  # fmt: skip
     trace_ratio: float = setting(1.0, "of the requests whose callers have not decided whether they are traced")
     trace_slow_s: float = setting(30.0, "requests that took longer are traced always, as are errors; 0: not for that")
+    filter: str = setting(
+        "", "plugin that every prompt and answer passes, as MODULE:FACTORY of an installed package; several with "
+        "commas between them, in this order, the same at every coordinator; see docs/security.md",
+    )  # fmt: skip
+    filter_timeout_s: float = setting(5.0, "longest that one call of a filter may take")
+    filter_fails: str = setting(
+        "closed", "what becomes of text whose filter fails or is late: closed ends its request with an error, open "
+        "lets it pass as it is", choices=("closed", "open"),
+    )  # fmt: skip
     max_shadows: int = setting(8, "streams of copies that run at shadow versions side by side; more are dropped")
     parent_pid: int = setting(0, "exit when this process is gone; 0 watches nobody")
 
@@ -391,11 +413,12 @@ _POSITIVE = {
     "page_size", "gpu_share", "max_batch_tokens", "max_running", "lease_s", "heartbeat_interval_s",
     "heartbeat_timeout_s", "pull_timeout_s", "connect_timeout_s", "drain_timeout_s", "max_requests",
     "max_body_bytes", "request_timeout_s", "max_attempts", "speculate_tokens", "speculate_running", "seconds",
-    "discovery_ttl_s", "kv_index_blocks", "workers", "blocks",
+    "discovery_ttl_s", "kv_index_blocks", "workers", "blocks", "filter_timeout_s", "max_connections",
+    "head_timeout_s", "idle_timeout_s",
 }  # fmt: skip
 _NOT_NEGATIVE = {
     "max_model_tokens", "threads", "local_prefill_tokens", "parent_pid", "worker_return_s", "orphan_s", "max_resume_s",
-    "max_shadows", "step_ms", "prefill_tokens_per_s",
+    "max_shadows", "step_ms", "prefill_tokens_per_s", "max_connections_per_address",
 }  # fmt: skip
 _PORTS = {"port", "grpc_port", "link_port"}
 _OPTIONAL_PORTS = {"own_port", "monitor_port"}

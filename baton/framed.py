@@ -39,10 +39,17 @@ class Framed(asyncio.Protocol, Generic[Incoming]):
     """
 
     def __init__(
-        self, incoming: type[Incoming], on_open: Callable[["Framed[Incoming]"], None] = lambda opened: None
+        self,
+        incoming: type[Incoming],
+        on_open: Callable[["Framed[Incoming]"], None] = lambda opened: None,
+        on_lost: Callable[[], None] = lambda: None,
+        max_first_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
+        """`on_lost`: called once, when nothing of the connection is left. `max_first_bytes`: of the first message, from
+        who may be a stranger."""
         self._incoming = incoming
-        self._on_open = on_open
+        self._on_open, self._on_lost = on_open, on_lost
+        self._max_bytes = max_first_bytes
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
         self._greeted = False
@@ -72,6 +79,7 @@ class Framed(asyncio.Protocol, Generic[Incoming]):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end(None if exc is None else ConnectionError(reason_of(exc)))
+        self._on_lost()
 
     # What its owner calls
 
@@ -145,11 +153,12 @@ class Framed(asyncio.Protocol, Generic[Incoming]):
             self._greeted = True
         while len(buffer) >= (start := at + LENGTH_BYTES) and not self.ended.done():
             size = int.from_bytes(buffer[at:start], "little")
-            if size > MAX_MESSAGE_BYTES:
-                raise ConnectionError(f"a message of {size} bytes, more than {MAX_MESSAGE_BYTES}")
+            if size > self._max_bytes:
+                raise ConnectionError(f"a message of {size} bytes, more than {self._max_bytes}")
             if len(buffer) < start + size:
                 break
             at = start + size
+            self._max_bytes = MAX_MESSAGE_BYTES
             try:
                 message = self._incoming.FromString(bytes(buffer[start:at]))
             except DecodeError:

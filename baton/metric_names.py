@@ -115,6 +115,7 @@ _REQUESTS = Section("Requests", "What clients asked for and what became of it.",
     _histogram("baton_ttft_ratio", "Time to first token: measured over predicted"),
     _counter("baton_slow_readers", "Clients hung up on: they did not read their answers", unit="clients"),
     _counter("baton_requests_resumed", "Clients that came back", "how"),
+    _counter("baton_filter", "What filters did with texts: [security.md](security.md#filters)", "filter", "event"),
 ))  # fmt: skip
 _PHASES = Section("Phases", "Where the time of a request goes; of a single one, `baton trace` says it.", (
     _histogram("baton_queue_seconds", "A prompt at the worker that computes it: assigned until taken up"),
@@ -187,7 +188,9 @@ _TENANTS = Section("Tenants", "Only with `--keys`: [tenants.md](tenants.md).", (
     _counter("baton_keys_file_errors", "Broken --keys files, each time"),
     _counter("baton_audit_lines", "Of --audit-log", "event", unit="lines"),
 ))  # fmt: skip
-_PROCESS = Section("Discovery, TLS, tracing", "Of the coordinator itself: [security.md](security.md).", (
+_PROCESS = Section("Connections, discovery, TLS, tracing", "Of the coordinator itself: [security.md](security.md).", (
+    _counter("baton_connections_refused", "Connections turned away or closed early", "door", "reason"),
+    _gauge("baton_connections_open", "Connections of clients and workers", "door"),
     _counter("baton_traces", "Traces of requests, by what became of them: [tracing.md](tracing.md)", "event",
              unit="traces"),
     _gauge("baton_discovery_up", "1 while --discovery answers, or none is used", unit="1"),

@@ -24,7 +24,7 @@ from coordinator.version_metrics import Figures
 if TYPE_CHECKING:
     from coordinator.timelines import Timeline
 
-STOP, LENGTH, ABORTED = "stop", "length", "abort"
+STOP, LENGTH, ABORTED, CONTENT_FILTER = "stop", "length", "abort", "content_filter"
 _MISSING_LOGPROB = -9999.0  # as OpenAI writes a logprob too small to matter; JSON has no infinity
 
 
@@ -203,14 +203,7 @@ class Choice:
         tokens = self.stream.tokens[: claimed.num_tokens]
         self._digest.update(_digested(tokens))
         ended = self.finish_reason is not None and len(self.stream.tokens) == claimed.num_tokens
-        if (
-            len(tokens) < claimed.num_tokens
-            or self._digest.hexdigest() != claimed.digest
-            or (claimed.ended and not ended)
-        ):
-            raise RequestFailed(
-                FailureKind.DIFFERS, "this request was computed again, and came out otherwise; send it again"
-            )
+        check_claim(claimed, len(tokens), self._digest.hexdigest(), ended)
 
     def rewind(self, position: Position) -> None:
         """The client goes on from there."""
@@ -218,6 +211,14 @@ class Choice:
         self._digest, self._claimed = xxhash.xxh32(), position if position.num_tokens else None
         if len(self._pieces) > self._taken or self.finish_reason is not None:
             self._touch()
+
+
+def check_claim(claimed: Position, num_tokens: int, digest: str, ended: bool) -> None:
+    """Raise RequestFailed unless these, up to there, are what a client that came back says it has."""
+    if num_tokens < claimed.num_tokens or digest != claimed.digest or (claimed.ended and not ended):
+        raise RequestFailed(
+            FailureKind.DIFFERS, "this request was computed again, and came out otherwise; send it again"
+        )
 
 
 def _digested(token_ids: Sequence[int]) -> bytes:
@@ -285,6 +286,10 @@ class Request:
         """Number of the client that has it now: of two, the one that came later."""
         self.differs = False
         """From what its client has."""
+        self.unwanted = False
+        """Aborted, be it when its workers had finished."""
+        self.unfiltered = 0
+        """Choices whose text has not passed its filters to the end."""
         self.on_news: Callable[[], None] | None = None
         """Called whenever there may be something to take, and then by whoever has it: a stream of events."""
         self._dirty: list[Choice] = []
@@ -293,7 +298,7 @@ class Request:
     @property
     def drained(self) -> bool:
         """It ended and everything has been taken."""
-        return self.ended and not self._dirty
+        return self.ended and not self._dirty and (not self.unfiltered or self.failure is not None)
 
     def touch(self, choice: Choice) -> None:
         """`choice` has a delta waiting."""
@@ -327,7 +332,7 @@ class Request:
                 return found
             if self.failure is not None:
                 raise self.failure
-            if self.ended:
+            if self.ended and not self.unfiltered:
                 return []
             waiter = self._waiter = asyncio.get_running_loop().create_future()
             try:

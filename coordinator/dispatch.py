@@ -176,6 +176,7 @@ class Dispatcher:
 
     def abort(self, request: Request) -> None:
         """The client does not want the rest. Effective in every state, idempotent."""
+        request.unwanted = True
         if not request.ended:
             for choice in request.choices:
                 choice.end(ABORTED)
@@ -465,6 +466,15 @@ class Dispatcher:
         self._drop_legs(choice)
         if by.decode:
             self._computed(by, choice.prompt + choice.stream.tokens[:-1])
+        self._ended(choice, reason)
+
+    def cut(self, choice: Choice, reason: str) -> None:
+        """Nobody may see more of a choice than there is: its workers need not go on. Idempotent."""
+        if choice.finish_reason is None and not choice.request.ended:
+            self._drop_legs(choice)
+            self._ended(choice, reason)
+
+    def _ended(self, choice: Choice, reason: str) -> None:
         choice.end(reason)
         request = choice.request
         if all(other.finish_reason is not None for other in request.choices):

@@ -21,6 +21,8 @@ class FailureKind(Enum):
     CANNOT_PIN = "cannot_pin"
     UNAVAILABLE = "unavailable"
     HANDED_ON = "handed_on"
+    FILTERED = "filtered"
+    FILTER_FAILED = "filter_failed"
     POISON = "poison"
     TIMEOUT = "timeout"
     INTERNAL = "internal"

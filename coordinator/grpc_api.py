@@ -5,20 +5,22 @@ asked that it be kept.
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from baton.config import CoordinatorOptions
 from baton.errors import InvalidRequestError
 from baton.v1 import inference_pb2 as api
 from baton.v1 import inference_pb2_grpc as rpc
-from coordinator.delivery import ABORTED, LENGTH, STOP, Delta, Position, Request, Urgency
+from coordinator.delivery import ABORTED, CONTENT_FILTER, LENGTH, STOP, Delta, Position, Request, Urgency
 from coordinator.failures import FailureKind, RequestFailed, cut_off
 from coordinator.pins import CachePin
 from coordinator.requests import (
@@ -39,6 +41,8 @@ from coordinator.tracing import arriving
 
 access = logging.getLogger("baton.access")
 
+_WATCH = "/grpc.health.v1.Health/Watch"
+_REFLECT = f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"
 _SERVICE = api.DESCRIPTOR.services_by_name["Inference"].full_name
 _CODES = {
     FailureKind.UNKNOWN_MODEL: grpc.StatusCode.NOT_FOUND,
@@ -55,6 +59,8 @@ _CODES = {
     FailureKind.POISON: grpc.StatusCode.FAILED_PRECONDITION,  # "should not be retried", unlike UNAVAILABLE and ABORTED
     FailureKind.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     FailureKind.HANDED_ON: grpc.StatusCode.UNAVAILABLE,
+    FailureKind.FILTERED: grpc.StatusCode.INVALID_ARGUMENT,
+    FailureKind.FILTER_FAILED: grpc.StatusCode.UNAVAILABLE,
     FailureKind.TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,
     FailureKind.INTERNAL: grpc.StatusCode.INTERNAL,
 }
@@ -62,8 +68,15 @@ _FINISH: dict[str | None, api.FinishReason.ValueType] = {
     STOP: api.FINISH_REASON_STOP,
     LENGTH: api.FINISH_REASON_LENGTH,
     ABORTED: api.FINISH_REASON_ABORTED,
+    CONTENT_FILTER: api.FINISH_REASON_CONTENT_FILTER,
 }
 
+MAX_STREAMS = 1024
+"""Of one connection."""
+MAX_OPEN_CALLS = 256
+"""Of those that need no key and may last for ever: watching the health, and reflection."""
+MIN_PING_MS, MAX_PING_STRIKES = 100, 100
+"""A client that pings more often, so many times while it gets nothing else, is hung up on."""
 MAX_CALLS = 8192
 """At one time; more are RESOURCE_EXHAUSTED."""
 _READ_TIMEOUT_S = 30.0
@@ -197,6 +210,50 @@ class InferenceServicer(rpc.InferenceServicer):
         return await _unary(context, answer)
 
 
+class OpenCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Bounds the calls that anybody may keep open: others would find no room."""
+
+    def __init__(self) -> None:
+        self._num_open = 0
+
+    async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler_call_details.method not in (_WATCH, _REFLECT):
+            return handler
+        if handler_call_details.method == _WATCH:
+            return grpc.unary_stream_rpc_method_handler(
+                self._watching(handler.unary_stream), handler.request_deserializer, handler.response_serializer
+            )
+        return grpc.stream_stream_rpc_method_handler(
+            self._reflecting(handler.stream_stream), handler.request_deserializer, handler.response_serializer
+        )
+
+    def _watching(self, watch: Callable[[Any, _Context], Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+        async def watching(request: Any, context: _Context) -> None:
+            async with self._slot(context):
+                await watch(request, context)
+
+        return watching
+
+    def _reflecting(self, reflect: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+        async def reflecting(requests: Any, context: _Context) -> AsyncIterator[Any]:
+            async with self._slot(context):
+                async for answer in reflect(requests, context):
+                    yield answer
+
+        return reflecting
+
+    @contextlib.asynccontextmanager
+    async def _slot(self, context: _Context) -> AsyncIterator[None]:
+        if self._num_open >= MAX_OPEN_CALLS:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many such calls are open; try again later")
+        self._num_open += 1
+        try:
+            yield
+        finally:
+            self._num_open -= 1
+
+
 class GrpcApi:
     """The server and its health. `host:port` is opened by `start`."""
 
@@ -204,25 +261,30 @@ class GrpcApi:
         self,
         intake: Intake,
         resumption: Resumption,
-        max_message_bytes: int,
-        alive_interval_s: float,
+        options: CoordinatorOptions,
+        max_connections: int,
         tenants: Tenants | None = None,
-        shares_port: bool = False,
     ) -> None:
-        """`alive_interval_s`: how often a call without news looks whether another coordinator could do better.
-        `shares_port`: with other processes, of which clients meet any."""
-        # Clients find out by pings that their coordinator hangs, as often as they like.
-        options = [
-            ("grpc.so_reuseport", int(shares_port)), ("grpc.max_receive_message_length", max_message_bytes),
-            ("grpc.http2.max_ping_strikes", 0),
-        ]  # fmt: skip
+        arguments = [
+            ("grpc.so_reuseport", int(options.own_port >= 0)),  # with other processes, of which clients meet any
+            ("grpc.max_receive_message_length", options.max_body_bytes),
+            # Clients find out by pings that their coordinator hangs.
+            ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_MS),
+            ("grpc.http2.max_ping_strikes", MAX_PING_STRIKES),
+            ("grpc.max_concurrent_streams", MAX_STREAMS),
+            ("grpc.max_allowed_incoming_connections", max_connections),
+            ("grpc.server_handshake_timeout_ms", round(options.head_timeout_s * 1e3)),
+            ("grpc.max_connection_idle_ms", round(options.idle_timeout_s * 1e3)),
+        ]
         self.server = grpc.aio.server(
-            options=options,
-            interceptors=[GrpcGate(tenants)] if tenants else None,
+            options=arguments,
+            interceptors=[OpenCalls(), *([GrpcGate(tenants)] if tenants else [])],
             maximum_concurrent_rpcs=MAX_CALLS,
         )
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        rpc.add_InferenceServicer_to_server(InferenceServicer(intake, resumption, alive_interval_s), self.server)
+        rpc.add_InferenceServicer_to_server(
+            InferenceServicer(intake, resumption, options.heartbeat_interval_s), self.server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         names = (_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.server)

@@ -28,6 +28,7 @@ from coordinator.delivery import Delta, Position, Request
 from coordinator.drains import DrainRequest, Drains
 from coordinator.event_stream import EventStream, EventStreams
 from coordinator.failures import FailureKind, RequestFailed
+from coordinator.limits import is_name_of_this_machine
 from coordinator.openai_answers import SSE_DONE, AnswerWriter, ErrorBody, ErrorDetail, json_body, positions_of, sse
 from coordinator.pins import CachePin
 from coordinator.requests import GenerateSpec, Intake, check_request_id, new_request_id
@@ -56,6 +57,8 @@ _HTTP_STATUS = {
     FailureKind.POISON: (422, "invalid_request_error", "poison"),  # no 5xx, which clients' libraries send again
     FailureKind.UNAVAILABLE: (503, "service_unavailable_error", "unavailable"),
     FailureKind.HANDED_ON: (503, "service_unavailable_error", "handed_on"),  # reaches nobody: the connection ends
+    FailureKind.FILTERED: (400, "invalid_request_error", "filtered"),
+    FailureKind.FILTER_FAILED: (503, "service_unavailable_error", "filter_failed"),
     FailureKind.TIMEOUT: (504, "timeout_error", "timeout"),
     FailureKind.INTERNAL: (500, "server_error", "internal_error"),
 }
@@ -451,7 +454,8 @@ def _is_local(http: web.Request) -> bool:
     """From this machine, and not through a proxy that speaks for somebody else."""
     peer = http.transport.get_extra_info("peername") if http.transport is not None else None
     forwarded = "X-Forwarded-For" in http.headers or "Forwarded" in http.headers
-    return peer is not None and not forwarded and _is_loopback(peer[0])
+    here = peer is not None and not forwarded and _is_loopback(peer[0])
+    return here and is_name_of_this_machine(http.headers.get("Host", ""))
 
 
 def _is_loopback(host: str) -> bool:

@@ -21,10 +21,14 @@ from baton.pulse import Pulse
 from baton.tls import Tls
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.dispatch import Dispatcher
+from coordinator.limits import Listener, Refusals
 from coordinator.workers import Worker, WorkerRegistry
 
 events = logging.getLogger("baton.events")
 
+MAX_CONNECTIONS = 16384
+"""Those in a TLS handshake, too."""
+MAX_REGISTRATION_BYTES = 1 << 20
 MAX_UNREGISTERED = 1024
 """Connections that have not said who they are; more are hung up on."""
 SAY_AGAIN_S = 60.0
@@ -35,8 +39,9 @@ Link = Framed[wire.WorkerMessage]
 
 class LinkServer:
     def __init__(
-        self, options: CoordinatorOptions, registry: WorkerRegistry, dispatcher: Dispatcher, tls: Tls | None = None
-    ) -> None:
+        self, options: CoordinatorOptions, registry: WorkerRegistry, dispatcher: Dispatcher, refusals: Refusals,
+        tls: Tls | None = None,
+    ) -> None:  # fmt: skip
         self._options = options
         self._registry = registry
         self._dispatcher = dispatcher
@@ -44,33 +49,31 @@ class LinkServer:
         self._pulse = Pulse(options.heartbeat_interval_s, options.heartbeat_timeout_s)
         self._cut_off_at_s = -math.inf
         """When a worker was last lost because nobody was heard."""
-        self._tls = tls
-        self._server: asyncio.Server | None = None
+        self._refusals = refusals
+        self._listener = Listener(
+            "link", lambda leave: Framed(wire.WorkerMessage, self._opened, leave, MAX_REGISTRATION_BYTES), refusals,
+            max_open=MAX_CONNECTIONS, handshake_s=options.heartbeat_timeout_s,
+            context=tls.listener("link") if tls is not None else None,
+        )  # fmt: skip
         self._links: dict[Link, asyncio.Task[None]] = {}
         self._num_unregistered = 0
         self._said_s = -math.inf
         """When somebody who is no worker was last told of in the log."""
 
-    async def start(self) -> int:
+    def start(self) -> int:
         """Listen; returns the port. Raises OSError."""
-        options, tls = self._options, self._tls
-        self._server = await asyncio.get_running_loop().create_server(
-            lambda: Framed(wire.WorkerMessage, self._opened), options.link_host, options.link_port,
-            backlog=MAX_UNREGISTERED, ssl=tls.listener("link") if tls is not None else None,
-            ssl_handshake_timeout=options.heartbeat_timeout_s if tls is not None else None,
-        )  # fmt: skip
-        return int(self._server.sockets[0].getsockname()[1])
+        return self._listener.open(self._options.link_host, self._options.link_port)
 
     async def stop(self) -> None:
         """Hang up on every worker. Idempotent."""
-        if self._server is not None:
-            self._server.close()
+        self._listener.close()
         for link in self._links:
             link.close()
         await asyncio.gather(*self._links.values(), return_exceptions=True)
 
     def _opened(self, link: Link) -> None:
         if self._num_unregistered >= MAX_UNREGISTERED:
+            self._refusals.count("link", "full")
             link.abort()
             return
         self._num_unregistered += 1
@@ -82,6 +85,7 @@ class LinkServer:
             worker = await self._register(link)
         except (ConnectionError, TimeoutError) as error:
             link.abort()
+            self._refusals.count("link", "stranger")
             self._say_stranger(str(error) or "no registration arrived in time")
             return
         finally:

@@ -70,6 +70,7 @@ class Metrics:
         self.finished = counter("baton_finished_choices", registry)
         self.prompt_lengths, self.completion_lengths = Buckets(LENGTHS), Buckets(LENGTHS)
         self.slow_readers = counter("baton_slow_readers", registry)
+        self.filters = counter("baton_filter", registry)
         self.shadows = counter("baton_shadows", registry)
         self.responses = counter("baton_responses", registry)
         self.traces = counter("baton_traces", registry)

@@ -7,16 +7,18 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from baton.config import CoordinatorOptions
 from baton.errors import InvalidRequestError
+from baton.filters import Text
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import AnswerForm, Choice, Request, Urgency
 from coordinator.detokenizer import TextStream
 from coordinator.dispatch import Dispatcher
 from coordinator.failures import FailureKind, RequestFailed, unavailable
+from coordinator.filters import Filters, strings_in, with_strings
 from coordinator.metrics import Metrics
 from coordinator.pins import CachePin, Pins
 from coordinator.sampling import SamplingRequest, check, for_choice, resolve
@@ -39,6 +41,17 @@ class ChatPrompt:
 
     add_generation_prompt: bool = True
     """False: only what further messages may follow."""
+
+    def texts(self) -> list[Text]:
+        """All that the model may read of what the client wrote."""
+        texts = [Text(message["role"], message["content"]) for message in self.messages]
+        return texts + [Text("variable", each) for each in strings_in(dict(self.template_variables))]
+
+    def with_texts(self, texts: Sequence[str]) -> "ChatPrompt":
+        """The same with others in their places."""
+        left = iter(texts)
+        messages = [{**message, "content": next(left)} for message in self.messages]
+        return replace(self, messages=messages, template_variables=with_strings(dict(self.template_variables), left))
 
 
 Prompt = str | Sequence[int] | ChatPrompt
@@ -95,6 +108,8 @@ class Intake:
         self.needs_key = False
         """A call that came by no gate is refused, whatever door somebody may build."""
         self.created_unix_s = int(time.time())
+        self.filters: Filters | None = None
+        """Set by the coordinator."""
         self.on_started: Callable[[Request], None] = lambda request: None
         """Set by the shadows."""
 
@@ -147,6 +162,8 @@ class Intake:
         for prompt in spec.prompts:
             if isinstance(prompt, ChatPrompt):
                 _check_messages(prompt)
+        if spec.sampling.logprobs is not None and self.filters is not None and self.filters.filters_answers:
+            raise InvalidRequestError("logprobs are not given here: answers are filtered", "logprobs")
         caller = calling.get()
         salt = caller.salt(check_salt(spec.cache_salt))
         caller.check_limits(num_streams)
@@ -158,7 +175,7 @@ class Intake:
         request.user = spec.user
         request.urgency, request.asked_again = spec.urgency, asked_again
         request.version = self.dispatcher.choose_version(spec.user or request_id)
-        for index, prompt in enumerate(spec.prompts):
+        for index, prompt in enumerate(await self._filtered(spec.prompts)):
             token_ids = await self.token_ids(prompt)
             param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
             max_tokens = self._max_tokens(spec, len(token_ids), param, request.version)
@@ -167,6 +184,29 @@ class Intake:
             self.dispatcher.start(request)
         self.on_started(request)
         return request
+
+    async def _filtered(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        """What the filters make of them. Raises InvalidRequestError or RequestFailed."""
+        if self.filters is None:
+            return prompts
+        parts = [
+            prompt.texts() if isinstance(prompt, ChatPrompt)
+            else [Text("prompt", prompt if isinstance(prompt, str) else self.text(prompt))]
+            for prompt in prompts
+        ]  # fmt: skip
+        left = iter(await self.filters.input([text for part in parts for text in part]))
+        result: list[Prompt] = []
+        for prompt, part in zip(prompts, parts, strict=True):
+            texts = [next(left) for _ in part]
+            if isinstance(prompt, ChatPrompt):
+                result.append(prompt.with_texts(texts))
+            elif isinstance(prompt, str):
+                result.append(texts[0])
+            elif texts[0] != part[0].text:  # what begins a text is in it already
+                result.append(await self.tokenizer.encode(texts[0], add_special_tokens=False))
+            else:
+                result.append(prompt)
+        return result
 
     def copy_choices(self, request: Request, copy: Request) -> None:
         """Give `copy` the choices that `request` has."""
@@ -193,7 +233,8 @@ class Intake:
         """Keep the KV of a prefix. Raises InvalidRequestError, or RequestFailed when it cannot be kept."""
         self.check_model(spec.model)
         salt = calling.get().salt(check_salt(spec.cache_salt))
-        token_ids = await self.token_ids(spec.prompt)
+        (prompt,) = await self._filtered([spec.prompt])
+        token_ids = await self.token_ids(prompt)
         context = self.registry.context_tokens
         if context and len(token_ids) >= context:
             raise InvalidRequestError(
@@ -214,12 +255,12 @@ class Intake:
 
     def add_choices(self, request: Request, index: int, prompt: list[int], sampling: wire.EngineSampling) -> None:
         """All choices of one prompt; `sampling` is that of the first."""
-        form = request.form
+        form, new_choice = request.form, Choice if self.filters is None else self.filters.choice
         request.prompt_tokens += len(prompt)
         for number in range(form.choices_per_prompt):
             detokenizer = self.tokenizer.detokenizer(prompt, form.keep_special_tokens)
             text = TextStream(detokenizer, form.stop, sampling.min_tokens)
-            Choice(request, index, prompt, for_choice(sampling, number), text, form.keep_special_tokens)
+            new_choice(request, index, prompt, for_choice(sampling, number), text, form.keep_special_tokens)
 
     def _max_tokens(self, spec: GenerateSpec, num_prompt_tokens: int, param: str, version: str) -> int:
         context = self.registry.context_tokens_of(version)

@@ -9,7 +9,6 @@ import contextlib
 import gc
 import logging
 import signal
-import ssl
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +29,10 @@ from coordinator.dashboard.feed import Feed
 from coordinator.dispatch import Dispatcher
 from coordinator.drains import Drains
 from coordinator.failures import revoked, unavailable
+from coordinator.filters import load
 from coordinator.grpc_api import GrpcApi
 from coordinator.http_api import NOT_READY, HttpApi
+from coordinator.limits import HttpConnections, Listener, Refusals, most_connections
 from coordinator.link import LinkServer
 from coordinator.metrics import Metrics
 from coordinator.otlp import OtlpExporter
@@ -88,6 +89,10 @@ class Coordinator:
         self.dispatcher = Dispatcher(options, self.registry, self.metrics)
         self.metrics.registry.register(RoutingMetrics(options.routing, self.dispatcher.knowledge))
         self.intake = Intake(options, name, self._tokenizer, self.registry, self.dispatcher, self.metrics)
+        if (filters := load(options, self.metrics)) is not None:
+            self.intake.filters = filters
+            filters.cut = self.dispatcher.cut
+            filters.fail = lambda request, failure: self.dispatcher.end(request, "failed", failure)
         self.dispatcher.model = name
         self._tracing = self._trace(options) if options.otlp_endpoint else None
         self.metrics.watch_timelines(self.dispatcher.timelines)
@@ -108,7 +113,10 @@ class Coordinator:
         if self._rollout is not None:
             self.dispatcher.versions.rollout = self._rollout.content
         self._feed = Feed(name, self.registry, self.dispatcher, self.metrics, self._rollout_trouble)
-        self._link = LinkServer(options, self.registry, self.dispatcher, self._tls)
+        self._refusals = Refusals()
+        self.metrics.registry.register(self._refusals)
+        self._max_connections = most_connections(options.max_connections)
+        self._link = LinkServer(options, self.registry, self.dispatcher, self._refusals, self._tls)
         self.metrics.watch_tls({"inside": self._tls, "public": self._public_tls})
         self._tasks: set[asyncio.Task[None]] = set()
         self._announcing: asyncio.Task[None] | None = None
@@ -130,8 +138,7 @@ class Coordinator:
         try:
             link = await self._start_link()
             self._grpc = GrpcApi(
-                self.intake, self.resumption, options.max_body_bytes, options.heartbeat_interval_s, self.tenants,
-                shares_port=options.own_port >= 0,
+                self.intake, self.resumption, options, self._max_connections, self.tenants,
             )  # fmt: skip
             credentials = server_credentials(self._public_tls) if self._public_tls else None
             grpc_port = _bind(self._grpc.server, options.host, options.grpc_port, "--grpc-port", credentials)
@@ -155,7 +162,7 @@ class Coordinator:
     async def _start_link(self) -> int:
         options = self._options
         try:
-            port = await self._link.start()
+            port = self._link.start()
         except OSError as error:
             reason = error.strerror or str(error)
             raise _port_error("--link-port", options.link_host, options.link_port, reason) from error
@@ -185,10 +192,18 @@ class Coordinator:
         )
         await runner.setup()
         self._closing.push_async_callback(runner.cleanup)
-        context = self._public_tls.listener("http") if self._public_tls else None
+        assert runner.server is not None, "it was set up"
+        connections = HttpConnections(runner.server, self._refusals, options.head_timeout_s, options.idle_timeout_s)
+        listener = Listener(
+            "http", connections.connection, self._refusals, max_open=self._max_connections,
+            max_per_address=options.max_connections_per_address, handshake_s=options.head_timeout_s,
+            context=self._public_tls.listener("http") if self._public_tls else None, make_room=connections.make_room,
+        )  # fmt: skip
+        for each in (connections, listener):
+            self._closing.callback(each.close)
         shares = options.own_port >= 0
-        port = await _listen(runner, options.host, options.port, "--port", context, shares)
-        own = await _listen(runner, options.host, options.own_port, "--own-port", context) if shares else -1
+        port = _listen(listener, options.host, options.port, "--port", shares)
+        own = _listen(listener, options.host, options.own_port, "--own-port") if shares else -1
         return port, own
 
     def _unready(self) -> str:
@@ -333,16 +348,12 @@ def _bind(server: grpc.aio.Server, host: str, port: int, flag: str, credentials:
     return bound
 
 
-async def _listen(
-    runner: web.AppRunner, host: str, port: int, flag: str, context: ssl.SSLContext | None, shares: bool = False
-) -> int:
+def _listen(listener: Listener, host: str, port: int, flag: str, shares: bool = False) -> int:
     """`shares`: with processes that do so as well."""
-    site = web.TCPSite(runner, host, port, ssl_context=context, reuse_port=shares)
     try:
-        await site.start()
+        return listener.open(host, port, shares)
     except OSError as error:
         raise _port_error(flag, host, port, error.strerror or str(error)) from error
-    return int(runner.addresses[-1][1])
 
 
 def _port_error(flag: str, host: str, port: int, reason: str) -> ConfigurationError:

@@ -11,6 +11,7 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from baton.metric_names import VLLM_HISTOGRAMS
+from coordinator.delivery import ABORTED, CONTENT_FILTER, LENGTH, STOP
 from coordinator.dispatch import Dispatcher
 from coordinator.metric_families import counters, gauges, histograms
 from coordinator.metrics import Metrics, written
@@ -80,7 +81,7 @@ class VllmMetrics(Collector):
             family.add_metric([model], _value(counted))
             yield family
         finished, preemptions = counters("vllm:request_success"), counters("vllm:num_preemptions")
-        for reason in ("stop", "length", "abort", "error"):
+        for reason in (STOP, LENGTH, ABORTED, CONTENT_FILTER, "error"):
             finished.add_metric([model, reason], _value(metrics.finished.labels(reason)))
         for worker in self._registry.workers.values():
             preemptions.add_metric([model, worker.id], worker.heartbeat.counters.get("preemptions", 0.0))

@@ -60,6 +60,8 @@ log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 1024
 MAX_STRANGERS = 256
 """Connections in a TLS handshake; beyond these the oldest is forgotten."""
+HANDSHAKE_MS = 5000
+"""Who does not speak ZeroMQ by then is hung up on."""
 MAX_PARKED = 4096
 
 
@@ -152,6 +154,7 @@ class OfferServer:
         self._socket.setsockopt(zmq.LINGER, 200)
         self._socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self._socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         self._socket.setsockopt(zmq.IPV6, int(":" in host))
         try:
             self._socket.bind(f"tcp://{_bracketed(host)}:{port or '*'}")

@@ -31,6 +31,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
     """max_tokens or the context length"""
     FINISH_REASON_ABORTED: _FinishReason.ValueType  # 3
+    FINISH_REASON_CONTENT_FILTER: _FinishReason.ValueType  # 4
+    """a filter of the coordinator let no more through"""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
 
@@ -40,6 +42,8 @@ FINISH_REASON_STOP: FinishReason.ValueType  # 1
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """max_tokens or the context length"""
 FINISH_REASON_ABORTED: FinishReason.ValueType  # 3
+FINISH_REASON_CONTENT_FILTER: FinishReason.ValueType  # 4
+"""a filter of the coordinator let no more through"""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
@@ -421,9 +425,11 @@ class GenerateResponse(_message.Message):
     finish_reason: Global___FinishReason.ValueType
     """set on the last response of a choice"""
     digest: _builtins.str
-    """of the choice's tokens so far: xxh32, hexadecimal, of them as fixed32"""
+    """of the choice's tokens so far: xxh32, hexadecimal; where answers are filtered, of its text"""
     @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """all 0 where the coordinator filters answers: they would tell what text was before"""
+
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
         """one per token id where asked for"""

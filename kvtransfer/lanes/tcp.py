@@ -52,6 +52,7 @@ MAX_REQUEST_BYTES = 64 << 20
 SPREAD_BYTES = 4 << 20
 """A pull takes another connection for each so many bytes: one is bound by one core, here and at the peer."""
 _IDLE_PULSE_S = 5.0
+_FIRST_REQUEST_S = 5.0  # a peer probes as soon as it is connected; who does not holds a thread for nothing
 _JOIN_S = 2.0
 
 _REQUEST = struct.Struct("<QII")
@@ -134,7 +135,8 @@ class TcpLaneServer(LaneServer):
             stream = accept_stream(connection, self._tls, _IDLE_PULSE_S)
             with self._lock:
                 self._peers[me] = stream
-            while _answer(stream, memory, self._check_open):
+            known = _answer(stream, memory, partial(check_still_wanted, time.monotonic() + _FIRST_REQUEST_S, None))
+            while known and _answer(stream, memory, self._check_open):
                 pass
         except OSError as error:
             if stream is None and self._tls is not None:
