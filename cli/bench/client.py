@@ -12,6 +12,7 @@ import gc
 import itertools
 import sys
 from collections import Counter
+from functools import partial
 from urllib.parse import urlsplit
 
 import uvloop
@@ -38,7 +39,8 @@ def transport_of(target: Target, path: str) -> Transport:
         from cli.bench.grpc_stream import GrpcTransport, open_channel, read_ca  # gRPC is slow to import
 
         metadata = (("authorization", target.authorization),) if target.authorization else ()
-        return GrpcTransport(open_channel(parts.netloc, read_ca(target.ca), parts.scheme == "grpcs"), metadata)
+        opened = partial(open_channel, parts.netloc, read_ca(target.ca), parts.scheme == "grpcs")
+        return GrpcTransport(opened, metadata)
     tls = trusting(target.ca, target.client_cert, target.client_key) if parts.scheme == "https" else None
     headers = {"Authorization": target.authorization} if target.authorization else {}
     return HttpTransport(target.url, path, tls, headers)

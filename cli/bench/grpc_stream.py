@@ -1,6 +1,7 @@
 """Baton's gRPC as a transport: a response of the stream is an event, its arrival is when the library had it."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from cli.bench.stream import AskError, Seen, now
 
 _KINDS = {grpc.StatusCode.RESOURCE_EXHAUSTED: REFUSED, grpc.StatusCode.DEADLINE_EXCEEDED: "timed out"}
 _PUSHBACK = "grpc-retry-pushback-ms"
+MAX_CALLS = 512
+"""Of one connection. What a server takes no more of, 1024 of Baton's, would wait in the library, seen by nobody."""
 
 
 def read_ca(path: str) -> bytes | None:
@@ -33,14 +36,40 @@ def open_channel(target: str, ca: bytes | None, secure: bool) -> grpc.aio.Channe
     return grpc.aio.insecure_channel(target, options)
 
 
+class _Connection:
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.channel = channel
+        self.generate = rpc.InferenceStub(channel).Generate
+        self.num_calls = 0
+
+
 class GrpcTransport:
-    def __init__(self, channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...]) -> None:
-        self._channel, self._metadata = channel, metadata
-        self._generate = rpc.InferenceStub(channel).Generate
-        self.connections, self.reconnections = 1, 0
+    def __init__(self, opened: Callable[[], grpc.aio.Channel], metadata: tuple[tuple[str, str], ...]) -> None:
+        self._opened, self._metadata = opened, metadata
+        self._all: list[_Connection] = []
+        self.reconnections = 0
+
+    @property
+    def connections(self) -> int:
+        return len(self._all)
+
+    def _connection(self) -> _Connection:
+        for connection in self._all:
+            if connection.num_calls < MAX_CALLS:
+                return connection
+        self._all.append(_Connection(self._opened()))
+        return self._all[-1]
 
     async def ask(self, request: bytes, seen: Seen) -> None:
-        call = self._generate(api.GenerateRequest.FromString(request), metadata=self._metadata)
+        connection = self._connection()
+        connection.num_calls += 1
+        try:
+            await self._ask(connection, request, seen)
+        finally:
+            connection.num_calls -= 1
+
+    async def _ask(self, connection: _Connection, request: bytes, seen: Seen) -> None:
+        call = connection.generate(api.GenerateRequest.FromString(request), metadata=self._metadata)
         try:
             async for response in call:
                 at = now()
@@ -68,4 +97,5 @@ class GrpcTransport:
             raise AskError("broke off", "the call ended without saying how the answer did")
 
     async def close(self) -> None:
-        await self._channel.close(None)
+        for connection in self._all:
+            await connection.channel.close(None)

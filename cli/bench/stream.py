@@ -58,8 +58,11 @@ class Seen:
 class Transport(Protocol):
     """One server, as one process asks it."""
 
-    connections: int
     reconnections: int
+
+    @property
+    def connections(self) -> int:
+        """Opened so far."""
 
     async def ask(self, request: bytes, seen: Seen) -> None:
         """Send it, and read its answer to its end. Raises AskError. Cancelled, it ends the request."""
