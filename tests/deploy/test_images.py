@@ -41,7 +41,7 @@ def test_the_context_has_every_package_and_no_weights_tests_or_environments() ->
 
 
 def test_libraries_are_those_of_the_project_with_the_extras_of_the_image() -> None:
-    for stage, extras in (("cpu-libraries", []), ("cuda-libraries", ["gpu", "nixl"])):
+    for stage, extras in (("cpu-libraries", ["otel"]), ("cuda-libraries", ["gpu", "nixl", "otel"])):
         (words,) = re.findall(r"python /src/requirements.py /src/pyproject.toml(.*) >", STAGES[stage])
         assert words.split() == extras
         command = [sys.executable, str(FOLDER / "requirements.py"), str(ROOT / "pyproject.toml"), *extras]
