@@ -1,8 +1,10 @@
-"""What every process of the system does about itself: logs, its parent, and being asked to stop."""
+"""What every process of the system does about itself: logs, its parent, descriptors, and being asked to stop."""
 
 import asyncio
+import contextlib
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -15,6 +17,15 @@ def log_to_stderr(name: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(log_format(name))
     logging.basicConfig(handlers=[handler], level=os.environ.get("BATON_LOG_LEVEL", "INFO").upper())
+
+
+def raise_descriptor_limit() -> int:
+    """As far as this process may; each connection takes a descriptor. Returns how many there may be, -1 for any."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # the kernel may allow fewer than the limit says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def watch_parent(parent_pid: int, on_exit: Callable[[], None]) -> None:

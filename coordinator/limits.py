@@ -16,7 +16,6 @@ import errno
 import functools
 import ipaddress
 import logging
-import resource
 import socket
 import ssl
 import time
@@ -30,6 +29,7 @@ from aiohttp.http_exceptions import LineTooLong
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from baton.processes import raise_descriptor_limit
 from coordinator.metric_families import counters, gauges
 from coordinator.openai_answers import ErrorBody, ErrorDetail, json_body
 
@@ -366,11 +366,9 @@ def is_name_of_this_machine(host: str) -> bool:
 
 def most_connections(asked: int) -> int:
     """As many of them as there are descriptors for, after this process's limit is raised as far as it may be."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if hard == resource.RLIM_INFINITY or hard >= 2 * asked + RESERVED_DESCRIPTORS:  # HTTP's and gRPC's
+    descriptors = raise_descriptor_limit()
+    if descriptors < 0 or descriptors >= 2 * asked + RESERVED_DESCRIPTORS:  # HTTP's and gRPC's
         return asked
-    most = max(64, (hard - RESERVED_DESCRIPTORS) // 2)
+    most = max(64, (descriptors - RESERVED_DESCRIPTORS) // 2)
     events.warning("--max-connections is %d, and there are descriptors for %d; raise ulimit -n", asked, most)
     return most

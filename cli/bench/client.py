@@ -18,12 +18,12 @@ from urllib.parse import urlsplit
 import uvloop
 
 from baton.client import trusting
-from baton.processes import log_to_stderr
+from baton.processes import log_to_stderr, raise_descriptor_limit
 from cli.bench.asking import PATHS
 from cli.bench.files import Asked, read
 from cli.bench.frames import Done, Ended, Go, Job, Ready, Target, next_frame, packed
 from cli.bench.http_stream import HttpTransport
-from cli.bench.load import Load, raise_file_limit
+from cli.bench.load import Load
 from cli.bench.measuring import Record
 from cli.bench.stream import Transport
 from cli.bench.workload import sessions, warmup
@@ -158,7 +158,7 @@ async def _pipes() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
 
 def main() -> None:
     log_to_stderr("bench")
-    raise_file_limit()
+    raise_descriptor_limit()
     with contextlib.suppress(EOFError):
         uvloop.run(_live())
 

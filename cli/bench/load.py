@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import itertools
 import math
-import resource
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -273,11 +272,3 @@ class Load:
                     waits.clear()
         finally:
             self._lag.add(waits)
-
-
-def raise_file_limit() -> None:
-    """Each stream is a connection."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import resource
 import socket
 import ssl
 import time
@@ -456,15 +457,24 @@ def test_strangers_at_the_link_take_no_room_from_each_other_for_ever(run, monkey
 def test_no_more_connections_are_taken_than_there_are_descriptors_for(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    raised: list[tuple[int, int]] = []
-    monkeypatch.setattr(limits.resource, "setrlimit", lambda which, both: raised.append(both))
-    monkeypatch.setattr(limits.resource, "getrlimit", lambda which: (1024, 1 << 20))
+    limit = (1024, 1 << 20)
+
+    def set_limit(which: int, both: tuple[int, int]) -> None:
+        nonlocal limit
+        if both[1] == resource.RLIM_INFINITY:
+            raise PermissionError("more than the kernel has")
+        limit = both
+
+    monkeypatch.setattr(resource, "setrlimit", set_limit)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limit)
     assert limits.most_connections(8192) == 8192
-    assert raised == [(1 << 20, 1 << 20)], "as far as it may be"
+    assert limit == (1 << 20, 1 << 20), "as far as it may be"
     assert caplog.text == ""
-    monkeypatch.setattr(limits.resource, "getrlimit", lambda which: (1024, 4096))
-    assert limits.most_connections(8192) == (4096 - limits.RESERVED_DESCRIPTORS) // 2
-    assert "raise ulimit -n" in caplog.text
+    for least in (1024, 4096), (4096, resource.RLIM_INFINITY):
+        limit = least
+        assert limits.most_connections(8192) == (4096 - limits.RESERVED_DESCRIPTORS) // 2
+        assert "raise ulimit -n" in caplog.text
+        caplog.clear()
 
 
 def test_accepted_connections_send_small_answers_at_once() -> None:
