@@ -46,6 +46,8 @@ class _Stage:
         self.fails_open = options.filter_fails == "open"
         self._timeout_s = options.filter_timeout_s
         self._metrics = metrics
+        for event in ("failed", "late"):
+            metrics.filters.labels(name, event)  # alerts look at them: what begins at 1 has no rate
 
     def count(self, event: str) -> None:
         self._metrics.filters.labels(self.name, event).inc()

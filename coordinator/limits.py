@@ -56,7 +56,10 @@ class Refusals(Collector):
     """Connections and requests turned away, by door (http, grpc, link) and reason; connections that are open."""
 
     def __init__(self) -> None:
-        self.counts: Counter[tuple[str, str]] = Counter()
+        # What an alert looks at is there from the start: what begins at 1 has no rate.
+        self.counts: Counter[tuple[str, str]] = Counter(
+            {(door, reason): 0 for door in ("http", "link") for reason in ("full", "descriptors")}
+        )
         self.open: Counter[str] = Counter()
 
     def count(self, door: str, reason: str) -> None:
