@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from coordinator_harness import DECODE, PREFILL, System, running, until
+from fake_worker import token_at
 
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.timelines import MAX_ENDED, Timeline
@@ -190,5 +191,24 @@ def test_names_of_vllm_say_what_is_running_and_what_waits(run) -> None:
             assert system.metric("vllm:time_to_first_token_seconds_count", **model) == 1
             config = {**model, "block_size": "16", "num_gpu_blocks": "4096"}
             assert system.metric("vllm:cache_config_info", **config) == 1
+
+    run(check())
+
+
+def test_an_ended_choice_of_a_request_that_goes_on_neither_runs_nor_waits(run) -> None:
+    async def check() -> None:
+        async with running() as system:
+            worker = await system.worker("decode-0", DECODE)
+            model = {"model_name": system.coordinator.intake.model_name}
+            worker.pause_at = 2
+            body = {"model": "demo", "prompt": [[1, 2, 3], [4, 5, 6]], "stop_token_ids": [token_at([1, 2, 3], 0)]}
+            async with system.http.post("/v1/completions", json=body | {"max_tokens": 4, "stream": True}) as answer:
+                async for line in answer.content:
+                    if b'"finish_reason":"stop"' in line:
+                        break
+                assert system.metric("vllm:num_requests_running", **model) == 1
+                assert system.metric("vllm:num_requests_waiting", **model) == 0
+                worker.go.set()
+                await answer.read()
 
     run(check())
