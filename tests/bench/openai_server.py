@@ -3,6 +3,7 @@
 import asyncio
 import json
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -31,6 +32,14 @@ def prompt_tokens(body: dict[str, Any]) -> int:
     return len(prompt.split()) if isinstance(prompt, str) else len(prompt)
 
 
+async def waits(seconds: float) -> None:
+    """Not less: uvloop's timers, of whole milliseconds, may fire a part of one early."""
+    end = time.monotonic() + seconds
+    await asyncio.sleep(seconds)
+    while (left := end - time.monotonic()) > 0:
+        await asyncio.sleep(left)
+
+
 async def streamed(http: web.Request) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(http)
@@ -50,10 +59,10 @@ class OpenAiServer:
 
     async def says_words(self, http: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         response, number = await streamed(http), int(body["max_tokens"])
-        await asyncio.sleep(self.first_s)
+        await waits(self.first_s)
         for index in range(number):
             if index:
-                await asyncio.sleep(self.step_s)
+                await waits(self.step_s)
             end = "length" if index == number - 1 else None
             if "messages" in body:
                 choice = {"index": 0, "delta": {"content": f" w{index}"}, "finish_reason": end}

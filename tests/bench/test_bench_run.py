@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import uvloop
 from aiohttp import web
-from openai_server import OpenAiServer, completion, event, serving, streamed, usage
+from openai_server import OpenAiServer, completion, event, serving, streamed, usage, waits
 
 from cli.bench.asking import Asking
 from cli.bench.client import transport_of
@@ -106,10 +106,10 @@ def test_what_waits_in_the_client_for_others_is_seen_as_such() -> None:
         async with serving() as server:
             server.first_s = 0.1
             records = await measured(server, LoadOptions(rate=float("inf"), requests=3, concurrency=1))
-        waits = sorted(each.start - each.scheduled for each in records)
-        assert waits[0] < 0.1
-        assert waits[1] >= 0.1
-        assert waits[2] >= 0.2
+        queued = sorted(each.start - each.scheduled for each in records)
+        assert queued[0] < 0.1
+        assert queued[1] >= 0.1
+        assert queued[2] >= 0.2
         assert all(each.ttft < 0.2 for each in records), "from when it was sent"
 
     run(main())
@@ -176,7 +176,7 @@ def test_a_refused_request_can_be_asked_again_when_the_server_says_and_its_wait_
             server.answer = answer
             records = await measured(server, LoadOptions(concurrency=2, requests=4, retry_after=True))
         assert [(each.error, each.refusals) for each in records] == [("", 1)] * 4
-        assert all(each.ttft >= 0.08 for each in records)
+        assert all(each.ttft >= 0.079 for each in records), "uvloop counts whole milliseconds"
 
     run(main())
 
@@ -322,7 +322,7 @@ def test_an_event_that_names_the_role_alone_is_no_first_token() -> None:
                     (0.08, {"content": "a"}, None),
                     (0.0, {}, "stop"),
                 ):
-                    await asyncio.sleep(wait_s)
+                    await waits(wait_s)
                     await response.write(event({"choices": [{"index": 0, "delta": delta, "finish_reason": end}]}))
                 return response
 
