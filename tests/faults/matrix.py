@@ -537,25 +537,26 @@ async def _run(
 ) -> None:  # fmt: skip
     """A fleet in which something was wrong is replaced."""
     remaining = list(batch.cells)
-    while remaining and not _is_over(until_s):
+    while remaining and not _is_over(until_s, results):
         async with Fleet(nursery, dict(batch.fleet), *batch.variant.options) as fleet:
             usual_s = await _usual(fleet, undisturbed)
-            while remaining and not _is_over(until_s):
+            while remaining and not _is_over(until_s, results):
                 cell = remaining.pop(0)
                 for _ in range(MAX_TRIES):
                     case_seed = seed * 1_000_000 + len(results)
                     result = await Case(fleet, undisturbed, usual_s, cell, batch.variant, case_seed).run()
                     results.append(result)
                     on_result(result)
-                    if result.proven or result.bad or _is_over(until_s):
+                    if result.proven or result.bad or _is_over(until_s, results):
                         break
                 if result.bad:
                     print(fleet.log())
                     break
 
 
-def _is_over(until_s: float | None) -> bool:
-    return until_s is not None and time.monotonic() > until_s
+def _is_over(until_s: float | None, results: list[Result]) -> bool:
+    """Not before something is proven, however long a busy machine takes to start a fleet."""
+    return until_s is not None and time.monotonic() > until_s and any(result.proven or result.bad for result in results)
 
 
 async def _usual(fleet: Fleet, undisturbed: Undisturbed) -> dict[str, float]:
