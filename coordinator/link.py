@@ -75,6 +75,7 @@ class LinkServer:
         if self._num_unregistered >= MAX_UNREGISTERED:
             self._refusals.count("link", "full")
             link.abort()
+            self._say_stranger(f"{MAX_UNREGISTERED} others have not registered yet, and it was hung up on at once")
             return
         self._num_unregistered += 1
         task = self._links[link] = asyncio.get_running_loop().create_task(self._serve(link))
@@ -140,7 +141,7 @@ class LinkServer:
         now = time.monotonic()
         if now - self._said_s >= SAY_AGAIN_S:
             self._said_s = now
-            events.warning("somebody who dialled the link is no worker of this version: %s", reason)
+            events.warning("who dialled the link is no worker of this version (if it is one, upgrade it): %s", reason)
 
     async def watch(self) -> None:
         """Send heartbeats, and lose silent workers, until cancelled."""

@@ -252,22 +252,20 @@ def test_logprobs_are_whole_although_the_first_token_came_from_the_prefill_worke
     body: dict[str, Any] = {"prompt": PROMPTS[2], "logprobs": 1, "cache_salt": "of this test"}
     whole = merged(events_of(pools, body, "logprobs-whole-undisturbed", lambda count: None))
     adopted = pools.metric("baton_worker_orphans_adopted_total", worker="decode-1")
-    pids = [worker["pid"] for worker in pools.status()["workers"]]
+    prefill = next(worker["pid"] for worker in pools.status()["workers"] if worker["id"] == "prefill-0")
     found: list[dict[str, Any]] = []
     body["cache_salt"] = "so that prefill has something to do"
     ask = threading.Thread(
         target=lambda: found.extend(events_of(pools, body, "logprobs-cut-before-any", lambda count: None))
     )
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+    pools.wait_for(pools.is_whole, "nothing of the first request is left")
+    os.kill(prefill, signal.SIGSTOP)
     try:
         ask.start()
-        pools.wait_for(lambda: pools.status()["requests"] == 1, "it is assigned")
-        time.sleep(0.2)  # to both workers
+        pools.wait_for(lambda: not pools.is_whole(), "the decode worker has its assignment")
         pools.kill_coordinator()
     finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+        os.kill(prefill, signal.SIGCONT)
     ask.join(60)
     cut = merged(found)
     pools.wait_for(
