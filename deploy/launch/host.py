@@ -25,7 +25,8 @@ class Problem(Exception):
 
 
 class Gpu(NamedTuple):
-    index: int
+    number: int
+    """As the driver counts them."""
     uuid: str
     pci: str
     """Address as sysfs writes it, such as 0000:3b:00.0."""
@@ -57,7 +58,7 @@ def place(
 ) -> Place:
     """Of the worker `rank` of this host, which may run on the cores `allowed`. Raises Problem."""
     name = _gpu_of(rank, environ, gpus)
-    gpu = next((each for each in gpus if name and (name == str(each.index) or each.uuid.startswith(name))), None)
+    gpu = next((each for each in gpus if name and (name == str(each.number) or each.uuid.startswith(name))), None)
     nodes = _numa_nodes(sysfs)
     if gpu:
         device = _pci_device(gpu.pci, sysfs)
@@ -90,7 +91,7 @@ def nvidia_gpus() -> list[Gpu]:
 
 def _gpu_of(rank: int, environ: Mapping[str, str], gpus: Sequence[Gpu]) -> str | None:
     given = environ.get("CUDA_VISIBLE_DEVICES")
-    visible = [str(gpu.index) for gpu in gpus] if given is None else [name for name in given.split(",") if name]
+    visible = [str(gpu.number) for gpu in gpus] if given is None else [name for name in given.split(",") if name]
     if not visible:
         return given
     if len(visible) == 1 and "SLURM_STEP_ID" in environ:
@@ -161,7 +162,7 @@ def _cores(
 
 def _physical_cores(cpus: frozenset[int], sysfs: Path) -> list[frozenset[int]]:
     """The threads of each, so that no two workers share one."""
-    cores = {}
+    cores: dict[int, frozenset[int]] = {}
     for cpu in sorted(cpus):
         siblings = parse_cpus(_text(sysfs / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")) & cpus
         cores.setdefault(min(siblings, default=cpu), siblings or frozenset({cpu}))
