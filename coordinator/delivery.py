@@ -57,6 +57,8 @@ class AnswerForm:
     keep_special_tokens: bool = False
     stop: tuple[str, ...] = ()
     choices_per_prompt: int = 1
+    continuous_usage: bool = False
+    """In every event what was used so far, not only in the last one."""
 
 
 @dataclass(frozen=True, slots=True)

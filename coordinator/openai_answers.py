@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import msgspec
@@ -148,13 +149,15 @@ class AnswerWriter:
         self._request = request
         self._model = model
         self._chat = request.form.chat
-        self._include_usage = request.form.include_usage
+        self._include_usage, self._continuous_usage = request.form.include_usage, request.form.continuous_usage
         self._token_bytes = token_bytes
         had = [*positions, *[Position()] * len(request.choices)][: len(request.choices)]
         self._frames: dict[int, _Frame] = {}
         """By choice: of its events that carry text and nothing else."""
         self._introduced = {number for number, position in enumerate(had) if position != Position()}
         self._had = [_written(*position) for position in had]
+        self._num_tokens = [position.num_tokens for position in had]
+        """That the client has with the last event, by choice."""
 
     def whole(self, deltas: Sequence[Delta]) -> bytes:
         """`deltas` are all deltas of the request."""
@@ -175,14 +178,15 @@ class AnswerWriter:
         """An event, or nothing for a delta that shows nothing (half a character, or text held back)."""
         first = delta.choice not in self._introduced
         num_tokens = delta.first_index + len(delta.token_ids)
+        self._num_tokens[delta.choice] = num_tokens
         self._had[delta.choice] = _written(num_tokens, delta.finish_reason is not None, delta.digest)
         plain = delta.text and not delta.finish_reason and not delta.logprobs and not (first and self._chat)
-        if plain:
+        if plain and not self._continuous_usage:
             frame = self._frames.get(delta.choice) or self._frame(delta.choice)
             return frame.event(self._event_id(), delta.text)
         if not (delta.text or delta.finish_reason or delta.logprobs or (first and self._chat)):
             return b""
-        usage = None if self._include_usage else UNSET
+        usage = self._usage()
         if not self._chat:
             return sse(self._answer("text_completion", [self._completion(delta)], usage), self._event_id())
         self._introduced.add(delta.choice)
@@ -191,7 +195,7 @@ class AnswerWriter:
         return sse(self._answer("chat.completion.chunk", [body], usage), self._event_id())
 
     def _frame(self, choice: int) -> "_Frame":
-        usage = None if self._include_usage else UNSET
+        usage = self._usage()
         if self._chat:
             kind = "chat.completion.chunk"
             body: Any = ChatChunkChoice(choice, ChatText(content=_MARK), None, None)
@@ -200,6 +204,12 @@ class AnswerWriter:
         head, tail = _encode(self._answer(kind, [body], usage)).split(_encode(_MARK))
         frame = self._frames[choice] = _Frame(head, tail)
         return frame
+
+    def _usage(self) -> Usage | UnsetType | None:
+        """Of an event that is not the last one."""
+        if self._continuous_usage:
+            return usage_of(replace(self._request.usage(), completion=sum(self._num_tokens)))
+        return None if self._include_usage else UNSET
 
     def _event_id(self) -> str:
         return f"{self._request.id}:{'.'.join(self._had)}"

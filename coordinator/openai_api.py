@@ -24,6 +24,8 @@ _RESERVED_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt"
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_usage: bool | None = None
+    # Beyond OpenAI, as in vLLM: what was used so far, in every event.
+    continuous_usage_stats: bool | None = None
 
 
 class ResponseFormat(msgspec.Struct, forbid_unknown_fields=False):
@@ -66,6 +68,10 @@ class _Sampled(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     @property
     def urgency(self) -> Urgency:
@@ -112,7 +118,8 @@ class CompletionRequest(_Sampled, forbid_unknown_fields=True, kw_only=True):
         sampling = self.sampling(self.max_tokens, self.logprobs)
         return GenerateSpec(
             self.model or "", _prompts(self.prompt), sampling, COMPLETION_DEFAULT_TOKENS, cache_salt=self.cache_salt,
-            include_usage=self.include_usage, user=self.user or "", urgency=self.urgency,
+            include_usage=self.include_usage, continuous_usage=self.continuous_usage, user=self.user or "",
+            urgency=self.urgency,
         )  # fmt: skip
 
 
@@ -165,6 +172,7 @@ class ChatRequest(_Sampled, forbid_unknown_fields=True, kw_only=True):
             cache_salt=self.cache_salt,
             chat=True,
             include_usage=self.include_usage,
+            continuous_usage=self.continuous_usage,
             urgency=self.urgency,
         )
 

@@ -73,6 +73,7 @@ class GenerateSpec:
     """Requests of different salts share no KV."""
     chat: bool = False
     include_usage: bool = False
+    continuous_usage: bool = False
     user: str = ""
     """Whose requests all go to one version of the model, where several share the traffic."""
     urgency: Urgency = field(default_factory=Urgency)
@@ -170,7 +171,7 @@ class Intake:
         # Refused before the work of tokenising, and again by `start`, because others may have come meanwhile.
         self.dispatcher.check_capacity(num_streams)
         stop = tuple(spec.sampling.stop)
-        form = AnswerForm(spec.chat, spec.include_usage, spec.keep_special_tokens, stop, n)
+        form = AnswerForm(spec.chat, spec.include_usage, spec.keep_special_tokens, stop, n, spec.continuous_usage)
         request = Request(request_id, salt, form, resume_s)
         request.user = spec.user
         request.urgency, request.asked_again = spec.urgency, asked_again

@@ -14,7 +14,7 @@ from aiohttp import HttpVersion10, HttpVersion11
 from coordinator_harness import running
 
 from baton.v1 import worker_link_pb2 as wire
-from coordinator.delivery import AnswerForm, Choice, Delta, Request
+from coordinator.delivery import AnswerForm, Choice, Delta, Position, Request
 from coordinator.detokenizer import IncrementalDetokenizer, TextStream
 from coordinator.event_stream import ALIVE, EventStream, EventStreams
 from coordinator.failures import FailureKind, RequestFailed
@@ -58,9 +58,10 @@ class Connection:
         return data
 
 
-def a_request(num_choices: int = 1, chat: bool = False, include_usage: bool = False) -> Request:
+def a_request(num_choices: int = 1, chat: bool = False, include_usage: bool = False, **form: bool) -> Request:
     """Whose tokens are characters."""
-    request = Request("r" * 20, form=AnswerForm(chat=chat, include_usage=include_usage, choices_per_prompt=num_choices))
+    asked = AnswerForm(chat=chat, include_usage=include_usage, choices_per_prompt=num_choices, **form)
+    request = Request("r" * 20, form=asked)
     for _ in range(num_choices):
         text = TextStream(IncrementalDetokenizer(lambda ids: "".join(map(chr, ids))))
         Choice(request, 0, [65], wire.EngineSampling(max_tokens=1000), text, False)
@@ -271,6 +272,35 @@ def test_an_event_that_is_filled_in_is_the_one_that_would_be_encoded(chat: bool,
             body = ChatChunkChoice(choice, ChatText(content=text), None, None)
             whole = writer._answer(kind, [body if chat else CompletionChoice(choice, text, None, None)], usage)
             assert event == sse(whole, writer._event_id())
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_every_event_may_say_what_was_used_so_far(chat: bool, run: Run) -> None:
+    """As load generators want it; after a resumption the count goes on where it was."""
+
+    async def main() -> None:
+        async with running() as system:
+            await system.worker()
+            path, prompt = ("chat/completions", {"messages": [{"role": "user", "content": "hello"}]}) if chat else (
+                "completions", {"prompt": "hello"}
+            )  # fmt: skip
+            options = {"include_usage": True, "continuous_usage_stats": True}
+            body = {"model": "demo", **prompt, "max_tokens": 5, "stream": True, "stream_options": options}
+            async with system.http.post(f"/v1/{path}", json=body) as response:
+                lines = (await response.text()).splitlines()
+            usages = [json.loads(line[6:])["usage"] for line in lines if line.startswith("data: {")]
+            counts = [usage["completion_tokens"] for usage in usages]
+            assert counts == sorted(counts)
+            assert counts[-1] == 5
+            assert len(set(counts)) > 2
+            assert len({usage["prompt_tokens"] for usage in usages}) == 1
+
+    run(main())
+    request = a_request(2, chat, include_usage=True, continuous_usage=True)
+    positions = [Position(3, False, "0123abcd"), Position()]
+    writer = AnswerWriter(request, "demo", lambda id: chr(id).encode(), positions)
+    event = writer.chunk(Delta(0, 0, 3, [7, 8], "x", digest="4567cdef"))
+    assert json.loads(event.split(b"data: ")[1])["usage"]["completion_tokens"] == 5, "what came before is counted"
 
 
 def test_a_client_of_http_1_0_gets_a_stream_that_its_connection_ends(run: Run) -> None:
