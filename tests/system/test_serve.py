@@ -160,8 +160,9 @@ def test_the_command_line_clients_answer(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("language", ["python", ""])
 def test_the_first_requests_of_the_readme_work(cluster: Cluster, language: str) -> None:
-    blocks = re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    examples = [block for block in blocks if "127.0.0.1:" in block and "──" not in block]
+    section = (ROOT / "README.md").read_text().partition("## First requests")[2].partition("\n## ")[0]
+    blocks = re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+    examples = [block for block in blocks if "127.0.0.1:" in block]
     assert len(examples) == (2 if language else 1)
     for example in examples:
         here = example.replace("http://127.0.0.1:8000", cluster.url).replace("127.0.0.1:50051", cluster.grpc)
