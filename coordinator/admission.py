@@ -8,7 +8,7 @@ their order (docs/admission.md has the reasons):
    none of it waits.
 2. The predicted wait and the request's own computation must keep to the target of its class; one that computes for
    longer than that by itself may wait for as long as the target. While requests of a class with a shorter target come,
-   others wait at most for half of that target: what they leave is kept for those (trunk reservation, as telephone
+   others wait at most for a quarter of that target: what they leave is kept for those (trunk reservation, as telephone
    exchanges have it).
 3. The predicted time between tokens must leave the class's, or half as much again as the best that was seen here.
 4. A deadline of the request itself must be met by the prediction.
@@ -41,8 +41,8 @@ from coordinator.routing import Route
 REFUSE, READMIT = 0.9, 0.7
 USUAL_ERRORS, MAX_ERROR = 2.0, 1.0
 """Added to a prediction: of those who are taken at the very target half would miss it, and one in twenty so."""
-RESERVED = 0.5
-"""Of a target, what requests of classes with longer ones leave free."""
+OTHERS_SHARE = 0.25
+"""Of a target, how long requests of classes with longer ones may wait."""
 IN_USE_S = 60.0
 """So long after its last request a class counts as in use."""
 SLOWEST_ITL = 1.5
@@ -268,7 +268,7 @@ class Admission:
             each.ttft_s for each in self._classes.values() if each.ttft_s < target_s and now - each.seen_s < IN_USE_S
         ]
         room_s = max(part * target_s - own_s, min(own_s, part * target_s))
-        return min(room_s, RESERVED * part * min(shorter, default=math.inf))
+        return min(room_s, OTHERS_SHARE * part * min(shorter, default=math.inf))
 
     def _itl_room_s(self, this: _Class, part: float) -> float:
         return max(part * (this.target.itl_s or math.inf), SLOWEST_ITL * self._best_itl_s)
