@@ -34,7 +34,8 @@ SLOTS, TARGET_S, PATIENCE_S = 4, 1.5, 5.0
 WANTED_CAPACITY = 4.0
 """Requests a second: answers are made so long."""
 PROMPT_TOKENS, FIRST_WORD, LAST_WORD = 16, 300, 4000
-FULL_TIMES, QUICK_TIMES = (0.5, 1.0, 2.0, 5.0, 10.0), (0.5, 1.0, 10.0)
+FULL_TIMES, QUICK_TIMES = (1.0, 2.0, 5.0, 0.5, 10.0), (1.0, 0.5, 10.0)
+"""In this order: the worst comes when nothing is known of any overload any more."""
 WARM_S = 2.0
 """Of a level, before it counts: free slots take more than a server can go on with."""
 PROBE_S, GIVE_UP_S = 0.1, 60.0

@@ -8,7 +8,7 @@ their order (docs/admission.md has the reasons):
    none of it waits.
 2. The predicted wait and the request's own computation must keep to the target of its class; one that computes for
    longer than that by itself may wait for as long as the target. While requests of a class with a shorter target come,
-   others wait at most for half of that target: what they leave is kept for those (trunk reservation, as telephone
+   others wait at most for a quarter of that target: what they leave is kept for those (trunk reservation, as telephone
    exchanges have it).
 3. The predicted time between tokens must leave the class's, or half as much again as the best that was seen here.
 4. A deadline of the request itself must be met by the prediction.
@@ -17,7 +17,9 @@ Refusals begin at REFUSE of a target and end at READMIT, so that admission does 
 will be short enough if those who were refused before come back first; it is spread at random.
 
 Predictions come from the route, where the policy makes any, and from the backlog seen here (`coordinator.forecast`).
-Both are corrected by what was measured, for each class; the one that erred less lately is believed.
+Both are corrected by what was measured, for each class, and the longer wait is believed: each sees what the other does
+not. Which of them was right lately is no guide: admission holds waits near one value, so that a prediction which knows
+nothing of the queue looks best of all.
 """
 
 import math
@@ -37,9 +39,10 @@ from coordinator.metrics import Metrics
 from coordinator.routing import Route
 
 REFUSE, READMIT = 0.9, 0.7
-MAX_ERROR = 0.5
-RESERVED = 0.5
-"""Of a target, what requests of classes with longer ones leave free."""
+USUAL_ERRORS, MAX_ERROR = 2.0, 1.0
+"""Added to a prediction: of those who are taken at the very target half would miss it, and one in twenty so."""
+OTHERS_SHARE = 0.25
+"""Of a target, how long requests of classes with longer ones may wait."""
 IN_USE_S = 60.0
 """So long after its last request a class counts as in use."""
 SLOWEST_ITL = 1.5
@@ -92,7 +95,7 @@ class _Forecast:
     ttft_s: float
     """What is believed, corrected; so is the rest."""
     wait_s: float
-    """What others cause, and the usual error: half of those who are taken at the very target would miss it."""
+    """What others cause, and what predictions err by."""
     itl_s: float
 
 
@@ -218,11 +221,8 @@ class Admission:
         if route is not None:
             own_s = min(route.own_s or alone_s, route.ttft_s or math.inf)
             by_policy, itl_s = _Guess(route.ttft_s, max(0.0, route.ttft_s - own_s)), route.itl_s or itl_s
-        right, guess = this.by_backlog, by_backlog
-        if by_policy.ttft_s and (not rate or this.by_policy.error <= this.by_backlog.error):
-            right, guess = this.by_policy, by_policy
-        wait_s = right.ratio * guess.wait_s * (1.0 + min(right.error, MAX_ERROR))
-        return _Forecast(this, by_policy, by_backlog, own_s, right.ratio * guess.ttft_s, wait_s, itl_s)
+        wait_s, ttft_s = max(_corrected(this.by_policy, by_policy), _corrected(this.by_backlog, by_backlog))
+        return _Forecast(this, by_policy, by_backlog, own_s, ttft_s, wait_s, itl_s)
 
     def _sample_itl(self, now: float) -> None:
         at_s, sum_s, count = self._itl_at
@@ -270,7 +270,7 @@ class Admission:
             each.ttft_s for each in self._classes.values() if each.ttft_s < target_s and now - each.seen_s < IN_USE_S
         ]
         room_s = max(part * target_s - own_s, min(own_s, part * target_s))
-        return min(room_s, RESERVED * part * min(shorter, default=math.inf))
+        return min(room_s, OTHERS_SHARE * part * min(shorter, default=math.inf))
 
     def _itl_room_s(self, this: _Class, part: float) -> float:
         return max(part * (this.target.itl_s or math.inf), SLOWEST_ITL * self._best_itl_s)
@@ -298,3 +298,8 @@ def _work(choice: Choice) -> float:
     """In tokens. Choices of one prompt share its KV."""
     first = choice.number % choice.request.form.choices_per_prompt == 0
     return STREAM_WORK + (len(choice.prompt) if first else 0)
+
+
+def _corrected(by: Calibration, guess: _Guess) -> tuple[float, float]:
+    """The wait, with what predictions err by added to it, and the time to the first token."""
+    return by.ratio * guess.wait_s * (1.0 + min(USUAL_ERRORS * by.error, MAX_ERROR)), by.ratio * guess.ttft_s

@@ -82,9 +82,16 @@ def queueing(fleet: Fleet, tokens: int) -> Route:
     return Route("w", None, PrefillChoice.LOCAL_MIXED, Work(1, 1), ttft_s=own_s + busy_s + queued_s, own_s=own_s)
 
 
-def test_a_policy_that_predicts_too_little_is_not_believed() -> None:
-    fleet = Fleet(policy=queueing)
-    assert goodput(overload(fleet, 10.0), 60.0) >= 0.85 * fleet.capacity
+@pytest.mark.parametrize("before", [0.0, 0.5])
+@pytest.mark.parametrize("slots", [4, 64])
+def test_a_policy_that_predicts_too_little_is_not_believed_and_a_sudden_overload_is_seen(
+    slots: int, before: float
+) -> None:
+    """While the fleet keeps up, short queues are served at the pace of prefill: a hundred times that of slots."""
+    fleet = Fleet(slots=slots, answer_s=slots / 8.0, policy=queueing)
+    if before:
+        overload(fleet, before)
+    assert goodput(overload(fleet, 10.0), 60.0) >= 0.9 * fleet.capacity
 
 
 def test_a_policy_that_predicts_well_is_believed_from_the_first_burst_on() -> None:
