@@ -11,8 +11,8 @@ from typing import NamedTuple
 STREAM_WORK = 64.0
 """What a stream costs beside the tokens of its prompt, in tokens."""
 STARTS = (8, 64)
-"""That a rate is taken from. After a change the fewer are right again soon; what they err by chance the more do not. The
-lower rate is believed: who is refused too early leaves a queue that is served all the same."""
+"""That a rate is taken from. After a change the fewer are right again soon; what they err by chance the more do not.
+The lower rate is believed: who is refused too early leaves a queue that is served all the same."""
 NUM_SAMPLES, SAMPLE_MEMORY_S = 16, 30.0
 PRIOR_S = 0.5
 MIN_RATIO, MAX_RATIO = 0.125, 4.0
