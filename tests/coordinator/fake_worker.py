@@ -87,6 +87,8 @@ class FakeWorker:
         self.refuses_as_draining = False
         self.pause_at: int | None = None  # generates up to this index, then waits for `go`
         self.go = asyncio.Event()
+        self.takes_up = asyncio.Event()  # what it was assigned, once it is set
+        self.takes_up.set()
         self.fail_at: int | None = None  # ends with an error instead of this index
         self.lie_at: int | None = None  # reports another token at this index
         self.skip_at: int | None = None  # forgets this index
@@ -245,6 +247,7 @@ class FakeWorker:
         if self.reservation.holder not in (None, self):
             await self.send(admission=wire.Admission(id=id, accepted=False, reason="reserved", reserved=True))
             return
+        await self.takes_up.wait()
         for cached_tokens in (3, 900):  # the second, as after a preemption, is not the client's business
             await self.send(admission=wire.Admission(id=id, accepted=True, cached_tokens=cached_tokens))
         if self.complains and assignment.HasField("prefill"):

@@ -48,7 +48,8 @@ def test_routers_read_streams_and_kv_by_the_names_of_vllm(run) -> None:
             for name in NAMES:
                 assert value_of(text, f'vllm:{name}{{model_name="demo"}}') == 0
             worker = await system.worker()
-            worker.pause_at = 0
+            worker.takes_up.clear()
+            worker.pause_at = 1
             worker.heartbeat.blocks.MergeFrom(BlockCounts(total=100, free=40, cached=35, held=25))
             prefills = await system.worker("prefill-0", PREFILL)
             prefills.heartbeat.blocks.held = 4096  # its KV is on its way to decode
@@ -59,8 +60,7 @@ def test_routers_read_streams_and_kv_by_the_names_of_vllm(run) -> None:
                 return tuple(system.metric(f"vllm:{name}", model_name="demo") for name in NAMES)
 
             await until(lambda: load() == (2, 0, 0.25))
-            go, worker.go, worker.pause_at = worker.go, asyncio.Event(), 1
-            go.set()
+            worker.takes_up.set()
             await until(lambda: load() == (0, 2, 0.25))
             worker.go.set()
             await asyncio.gather(*answers)
