@@ -47,9 +47,9 @@ class Pulse:
 
     @property
     def stood_still(self) -> bool:
-        """This process did so for long enough, just now, that peers may have hung up on it."""
+        """This process did so for long enough that peers may have hung up on it, and is only now reading what came."""
         now = time.monotonic()
-        return now - self._due > self._timeout_s / 2 or now - self._stood_still_at < self._timeout_s
+        return now - self._due > self._timeout_s / 2 or now - self._stood_still_at < 2 * self._interval_s
 
     def silent(self, heard: float) -> bool:
         """Whether a peer that was heard last then counts as dead."""

@@ -62,6 +62,24 @@ def test_a_process_that_stood_still_gives_others_time_to_be_heard(clock: Clock) 
     asyncio.run(run())
 
 
+def test_who_hangs_up_on_a_process_that_stood_still_is_excused_only_while_it_reads_what_came(clock: Clock) -> None:
+    """For longer, and poison would kill whoever is there unpunished."""
+
+    async def run() -> None:
+        pulse = Pulse(INTERVAL_S, TIMEOUT_S)
+        await pulse.rest([clock.now])
+        assert not pulse.stood_still
+        clock.now += TIMEOUT_S
+        assert pulse.stood_still, "before it looked at the clock itself"
+        await pulse.rest([clock.now])
+        woke = clock.now
+        while pulse.stood_still:
+            await pulse.rest([clock.now])
+        assert clock.now - woke == pytest.approx(2 * INTERVAL_S, abs=INTERVAL_S)
+
+    asyncio.run(run())
+
+
 def test_with_nobody_to_listen_to_there_are_only_heartbeats(clock: Clock) -> None:
     async def run() -> None:
         pulse = Pulse(INTERVAL_S, TIMEOUT_S)
