@@ -9,8 +9,7 @@ much the two differ is what chance is worth. What the server says of its mean TT
 beside.
 
 guidellm's ITL is the time after the first token by the tokens after it, which is vLLM's TPOT; its TPOT counts the first
-token in. It asks for `continuous_usage_stats`, which Baton refuses; that is taken out of its requests, and it counts
-tokens by events.
+token in.
 """
 
 import argparse
@@ -112,7 +111,6 @@ def guidellm(python: Path, url: str, requests: int, streams: int, folder: Path) 
     path = folder / "guidellm.json"
     backend = {
         "kind": "openai_http", "target": url, "model": "demo", "request_format": "/v1/chat/completions",
-        "extras": {"body": {"stream_options": None}},
     }  # fmt: skip
     _run(
         str(python.parent / "guidellm"), "run", "--backend", json.dumps(backend), "--tokenizer",

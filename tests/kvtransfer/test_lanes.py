@@ -350,9 +350,17 @@ def test_a_large_tcp_pull_is_spread_over_connections_and_fails_as_one(monkeypatc
     monkeypatch.setattr(tcp, "SPREAD_BYTES", BLOCK_BYTES)
     served = Served("tcp")
     remote = scattered(40, 1)
+    exchange, together = served.client._exchange, threading.Barrier(4)
+
+    def with_others(*args):
+        together.wait(10)
+        exchange(*args)
+
+    served.client._exchange = with_others
     served.client.pull(served.reads(remote, list(range(40))), soon())
+    served.client._exchange = exchange
     assert (served.target.blocks[:40] == served.source.blocks[remote]).all()
-    assert len(served.client._idle) > 1
+    assert len(served.client._idle) == 4
     reads = served.reads(remote, list(range(40)))
     wrong = {"remote_generation": 5} if bad == "generation" else {"remote_block": NUM_BLOCKS}
     reads[33] = reads[33]._replace(**wrong)
