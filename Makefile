@@ -108,7 +108,7 @@ docs-metrics: dev  ## write docs/metrics.md from baton/metric_names.py
 	$(BIN)/python -m baton.metric_page docs/metrics.md
 
 unit: dev optional-lanes chart-tools system-packages scanners  ## pytest, in parallel
-	$(BIN)/pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal --durations 40
 
 gpu-check:  ## GPU kernels and engine: right, and how near to the limits (installs nothing; QUICK=1 for 2 minutes)
 	$(PYTHON) -m benchmarks.gpu_check $(if $(QUICK),--quick)
