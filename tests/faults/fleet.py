@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import aiohttp
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from baton.framed import GREETING, LENGTH_BYTES
 from baton.v1 import handover_pb2 as handover
@@ -143,7 +144,10 @@ class LinkTap(Connection):
         if frame == GREETING:
             return frame
         if from_client:
-            message = wire.WorkerMessage.FromString(frame[LENGTH_BYTES:])
+            try:
+                message = wire.WorkerMessage.FromString(frame[LENGTH_BYTES:])
+            except DecodeError:
+                raise ConnectionError("a worker whose link broke asks whether TLS is spoken here") from None
             if message.HasField("registration"):
                 frame = await self._register(message.registration, frame)
             events = self._said(message)
