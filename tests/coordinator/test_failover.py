@@ -418,7 +418,7 @@ def test_a_worker_that_breaks_the_protocol_is_lost_and_the_stream_goes_on(run) -
 @pytest.mark.parametrize("silent", ["one of two", "all", "all, because this process stood still"])
 def test_nobody_is_suspected_of_what_a_coordinator_that_is_cut_off_or_hangs_did_itself(run, silent: str) -> None:
     async def main() -> None:
-        async with running(heartbeat_timeout_s=0.5) as system:
+        async with running(heartbeat_interval_s=0.2, heartbeat_timeout_s=1.0) as system:
             workers = [await system.worker(f"decode-{number}") for number in range(2)]
             for worker in workers:
                 worker.pause_at = 2
@@ -426,11 +426,12 @@ def test_nobody_is_suspected_of_what_a_coordinator_that_is_cut_off_or_hangs_did_
             await until(lambda: all(len(worker.assignments) == 2 for worker in workers))
             stood_still = "stood still" in silent
             if stood_still:
-                time.sleep(0.8)  # noqa: ASYNC251 - the whole process
+                time.sleep(1.6)  # noqa: ASYNC251 - the whole process
             for worker in workers if silent.startswith("all") else workers[:1]:
                 if stood_still:
                     await worker.stop()
                 worker.send_heartbeats = False
+                worker.takes_up.clear()  # what the other one had: an answer would be a sign of life
             left = 1 if silent == "one of two" else 0
             await until(lambda: len(system.coordinator.registry.workers) == left)
             last = await system.worker("decode-2")
@@ -438,7 +439,7 @@ def test_nobody_is_suspected_of_what_a_coordinator_that_is_cut_off_or_hangs_did_
                 worker.go.set()
             expected = text_of(await collect(system, "hello", 5))
             assert [text_of(await call) for call in calls] == [expected] * 4
-            assert last.assignments
+            assert left or last.assignments
             assert (system.metric("baton_suspects_total") > 0) == (silent == "one of two")
 
     run(main())
