@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import select
 import signal
 import sys
 
@@ -74,6 +75,18 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _reader_left() -> bool:
+    """Nobody reads our output any more, such as `head` when it has enough."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 if __name__ == "__main__":

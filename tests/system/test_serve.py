@@ -158,6 +158,18 @@ def test_the_command_line_clients_answer(cluster: Cluster) -> None:
         assert worker["address"]
 
 
+def test_a_command_whose_reader_has_enough_ends_without_a_word(cluster: Cluster) -> None:
+    words = ["complete", "--url", cluster.url, "--max-tokens", "400", "--temperature", "0", "The list type"]
+    command = [sys.executable, "-P", "-m", "cli.main", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(30) == 128 + signal.SIGPIPE
+
+
 @pytest.mark.parametrize("language", ["python", ""])
 def test_the_first_requests_of_the_readme_work(cluster: Cluster, language: str) -> None:
     section = (ROOT / "README.md").read_text().partition("## First requests")[2].partition("\n## ")[0]
