@@ -6,9 +6,10 @@ The chain is that of vLLM's prefix cache. H is BLAKE2b cut to 128 bits: collisio
 a prompt that is served from another's block.
 """
 
-from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
+
+from baton.token_ids import pack
 
 NAME_BYTES = 16
 
@@ -30,9 +31,9 @@ def tenant_name(cache_salt: str) -> bytes:
 
 def block_name(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """Name of a full block that holds `token_ids` and follows the block named `parent`."""
-    return packed_block_name(parent, array("I", token_ids).tobytes())
+    return packed_block_name(parent, pack(token_ids))
 
 
 def packed_block_name(parent: bytes, tokens: bytes) -> bytes:
-    """The same of token ids that are 32-bit numbers behind each other."""
+    """The same of `baton.token_ids`."""
     return blake2b(parent + tokens, digest_size=NAME_BYTES).digest()

@@ -37,10 +37,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from baton.block_names import root_name
+from baton.token_ids import pack
 from baton.v1 import worker_link_pb2 as wire
 from benchmarks.report import Report, add_common_arguments
 from benchmarks.retention import BLOCK_TOKENS, DATA, name_of
-from coordinator.block_keys import KEY_BYTES, BlockKeys
+from coordinator.block_keys import KEY_BYTES, BlockKeys, KeyMemo
 from coordinator.holders import holders
 from coordinator.knowledge import Prompt, Told
 from coordinator.kv_index import KvIndex
@@ -73,12 +74,12 @@ def a_cluster(num_workers: int, draw: random.Random) -> tuple[WorkerTable, Told,
     told = Told(table, 4 * INDEX_BLOCKS)
     common = [draw.randrange(30_000) for _ in range(PROMPT_TOKENS // 2)]
     prompts = [common + [draw.randrange(30_000) for _ in range(PROMPT_TOKENS // 2)] for _ in range(100)]
-    keys = [list(BlockKeys(root_name("model"), PAGE, prompt)) for prompt in prompts]
+    keys = [[*itertools.chain(*BlockKeys(root_name("model"), PAGE, pack(prompt)))] for prompt in prompts]
     for at in range(num_workers):
         prefills = float(at % 2)
         row = table.add(f"w{at}", Group("v", "model", PAGE), Fixed(prefills, 1 - prefills, 0, 65536, 131072))
         waiting = draw.randrange(20_000)
-        table.put(row, Load(1, draw.randrange(30), waiting, 800_000, STREAM_S, 1 / PREFILL_TOKENS_PER_S, 1e-5))
+        table.put(row, Load(1, 800_000, draw.randrange(30), waiting, STREAM_S, 1 / PREFILL_TOKENS_PER_S, 1e-5))
         held = keys[0][: len(keys[0]) // 2]
         for its in keys:
             if draw.random() < 3 / num_workers:
@@ -87,12 +88,13 @@ def a_cluster(num_workers: int, draw: random.Random) -> tuple[WorkerTable, Told,
         change = wire.KvChange(tier=wire.KV_TIER_POOL, stored=array("Q", held).tobytes())
         index = told.index
         index.apply(index.open(row), wire.KvEvents(sequence=1, snapshot=True, changes=[change]))
-    return table, told, [Prompt(prompt, "", "v") for prompt in prompts]
+    return table, told, [Prompt(pack(prompt), "", "v") for prompt in prompts]
 
 
 def decide(report: Report, num_workers: int, policies: list[str]) -> None:
     table, told, prompts = a_cluster(num_workers, random.Random(num_workers))
-    keys = [list(BlockKeys(root_name("model"), PAGE, prompt.tokens)) for prompt in prompts]
+    memo = KeyMemo()
+    _, keys = ([list(BlockKeys(root_name("model"), PAGE, its.packed, memo)) for its in prompts] for _ in range(2))
     for policy in policies:
         router = Router(table, policy, 64)
         times: dict[str, list[float]] = {"match": [], "choose": [], "walk": []}
@@ -343,9 +345,9 @@ class Cluster:
 
     def _cached(self, asked: Asked) -> Cached:
         if self._memory is None:
-            depths = self.index.match(asked.keys, len(self.registry.table))
+            depths = self.index.match([asked.keys], len(self.registry.table))
         else:
-            depths = np.zeros((3, len(self.registry.table)), np.int64)
+            depths = np.zeros((3, len(self.registry.table)))
             for held in self._memory.holders(asked.names):
                 depths[:, self.machines[held.life.worker_id].worker.row] = held.num_tokens // STRIDE_TOKENS
         return Cached(np.minimum(depths * BLOCK_TOKENS, asked.num_tokens - 1))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
 
+from baton.token_ids import pack
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.detokenizer import TextStream
 from coordinator.failures import FailureKind, RequestFailed, moved
@@ -107,6 +108,7 @@ class Choice:
         "homeless_since_s",
         "last_token_s",
         "number",
+        "packed_prompt",
         "prompt",
         "prompt_index",
         "request",
@@ -130,6 +132,7 @@ class Choice:
         self.number = len(request.choices)
         self.prompt_index = prompt_index
         self.prompt = prompt
+        self.packed_prompt = pack(prompt)
         self.sampling = sampling
         self.stream = TokenStream(sampling.max_tokens, sampling.min_tokens, sampling.stop_token_ids)
         self.stream_id = f"{request.id}-{self.number}"
@@ -158,6 +161,10 @@ class Choice:
         self._muted = False
         """The client knows how it ended."""
         request.choices.append(self)
+
+    def packed(self) -> bytes:
+        """The prompt and what was delivered (`baton.token_ids`)."""
+        return self.packed_prompt + pack(self.stream.tokens)
 
     def add(self, token_id: int, logprob: wire.StepLogprob | None, is_stop_token: bool) -> bool:
         """Append a delivered token. True if a stop string is complete now."""

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from baton.config import CoordinatorOptions, parse_classes
+from baton.token_ids import TOKEN_BYTES
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.admission import Admission
 from coordinator.breakers import Breakers
@@ -364,9 +365,9 @@ class Dispatcher:
         workers = self._registry.workers
         decode = workers[route.decode]
         prefill = workers[route.prefill] if route.prefill is not None else None
-        tokens = choice.prompt + choice.stream.tokens
+        num_tokens = len(choice.prompt) + len(choice.stream.tokens)
         common = wire.Assignment(
-            id=wire.AttemptId(request_id=choice.stream_id, attempt=attempt), token_ids=tokens,
+            id=wire.AttemptId(request_id=choice.stream_id, attempt=attempt), token_ids=choice.packed(),
             num_prompt_tokens=len(choice.prompt), sampling=choice.sampling, cache_salt=choice.request.cache_salt,
             deadline_s=max(0.001, self._remaining_s(choice.request)), traceparent=traceparent_of(choice.request),
         )  # fmt: skip
@@ -381,7 +382,7 @@ class Dispatcher:
             computes = worker is prefill or prefill is None
             leg.part = self.timelines.part(leg, computes)
             leg.expected_tokens = route.cached_tokens if computes else None
-            worker.open(leg, len(tokens), len(tokens) - route.cached_tokens if computes else 0)
+            worker.open(leg, num_tokens, num_tokens - route.cached_tokens if computes else 0)
             message = wire.CoordinatorMessage(assignment=common)
             assignment = message.assignment
             assignment.handle, assignment.role = leg.handle, role
@@ -395,11 +396,11 @@ class Dispatcher:
                 assignment.ticket = issue(choice, self.model)
             worker.send(message)
 
-    def _computed(self, leg: Leg, tokens: "Sequence[int]") -> None:
+    def _computed(self, leg: Leg, packed: bytes) -> None:
         """The leg's worker has these tokens in its KV cache."""
         leg.remembered = True
         request = leg.choice.request
-        self.knowledge.computed(leg.worker, Prompt(tokens, request.cache_salt, request.version))
+        self.knowledge.computed(leg.worker, Prompt(packed, request.cache_salt, request.version))
 
     def _abandon(self, leg: Leg, cause: str, own_fault: bool = True) -> None:
         """The attempt cannot go on: the next one starts elsewhere. `own_fault`: a living worker failed it."""
@@ -465,7 +466,7 @@ class Dispatcher:
                     leg.worker.close(leg)
         self._drop_legs(choice)
         if by.decode:
-            self._computed(by, choice.prompt + choice.stream.tokens[:-1])
+            self._computed(by, choice.packed()[:-TOKEN_BYTES])
         self._ended(choice, reason)
 
     def cut(self, choice: Choice, reason: str) -> None:
@@ -538,7 +539,7 @@ class Dispatcher:
             if leg.waiting_tokens:
                 worker.waits(leg, 0)
             if not leg.remembered:
-                self._computed(leg, choice.prompt)
+                self._computed(leg, choice.packed_prompt)
                 self.timelines.first_token(leg, now)
                 self.admission.first_token(choice, now)
             self._metrics.token(choice, now)

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.worker_table import Vector
-
 HALF_BATCH = 16.0
 """So many streams double the time of a step: weights are read once a step, the rest is each stream's own. On 2 CPU
 cores it is about 9, an H100 with 8B parameters has about 30."""
@@ -19,6 +17,7 @@ ANSWER_TOKENS = 128.0
 HOST_S_PER_BYTE, DISK_S_PER_BYTE = 1 / 4e9, 1 / 1e9
 """Of blocks loaded from a worker's own tiers; heartbeats do not say. What takes longer than computing is computed."""
 
+Vector = npt.NDArray[np.float64]
 Number = float | npt.NDArray[Any]
 """Of several arguments that are arrays, all go together element by element."""
 
@@ -38,9 +37,9 @@ def compute_s(uncached: Number, token_s: Number) -> Number:
     return uncached * token_s
 
 
-def fetch_saves_s(tokens: Number, token_s: Number, handover_s: Number) -> Number:
-    """What is saved where so many tokens need not be computed, because another worker's pool has them."""
-    return tokens * (handover_s > 0) * np.maximum(token_s - handover_s, 0.0)
+def saves_s(token_s: float, handover_s: float) -> float:
+    """For each token that need not be computed because another worker's pool has it."""
+    return max(token_s - handover_s, 0.0) if handover_s > 0 else 0.0
 
 
 def load_s(host: Number, disk: Number, token_bytes: Number, token_s: Number) -> Number:
@@ -68,4 +67,4 @@ def itl_s(stream_s: Number, requests: Number) -> Number:
 def decode_s(stream_s: Number, requests: Number, answer_tokens: float) -> Number:
     """Seconds that clients of a decode worker wait in all when it gets one stream more: the new one for its tokens, the
     others for what it adds to their steps."""
-    return answer_tokens * (itl_s(stream_s, requests + 1) + requests * stream_s)
+    return answer_tokens * stream_s * (requests + requests + (1 + HALF_BATCH))

@@ -7,17 +7,18 @@ finds only what requests with its own salt have left.
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from baton.block_names import root_name
 from baton.errors import PeerError
+from baton.token_ids import count
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.block_keys import BlockKeys, KeyMemo
-from coordinator.kv_index import KvIndex, WorkerCaches
-from coordinator.policies.base import Cached
+from coordinator.kv_index import KvIndex, Vectors, WorkerCaches
+from coordinator.policies.base import NOTHING_CACHED, Cached
 from coordinator.prefixes import Life, PrefixMemory, strides
 from coordinator.worker_table import WorkerTable
 from coordinator.workers import Worker
@@ -30,7 +31,8 @@ SILENT_S = 10.0
 class Prompt(NamedTuple):
     """What is to be found in caches."""
 
-    tokens: Sequence[int]
+    packed: bytes
+    """Its tokens (`baton.token_ids`)."""
     cache_salt: str
     version: str
     """Of the model."""
@@ -86,13 +88,14 @@ class Told(CacheKnowledge):
         self._is_full = False
 
     def match(self, prompt: Prompt) -> Cached:
-        num_rows = len(self._table)
-        tokens = np.zeros((3, num_rows), np.int64)
+        found: Vectors | None = None
         for group in self._table.groups_of(prompt.version):
             root = root_name(group.model_fingerprint, cache_salt=prompt.cache_salt)
-            keys = BlockKeys(root, group.page_size_tokens, prompt.tokens, self._memo)
-            np.maximum(tokens, self.index.match(keys, num_rows) * group.page_size_tokens, out=tokens)
-        return Cached(np.minimum(tokens, len(prompt.tokens) - 1, out=tokens))
+            keys = BlockKeys(root, group.page_size_tokens, prompt.packed, self._memo)
+            tokens = self.index.match(keys, len(self._table))
+            tokens *= group.page_size_tokens
+            found = tokens if found is None else np.maximum(found, tokens, out=found)
+        return NOTHING_CACHED if found is None else Cached(np.minimum(found, count(prompt.packed) - 1, out=found))
 
     def computed(self, worker: Worker, prompt: Prompt) -> None:
         """It tells by itself."""
@@ -171,19 +174,19 @@ class Guessed(CacheKnowledge):
         self._rows: dict[Life, int] = {}
 
     def match(self, prompt: Prompt) -> Cached:
-        tokens = np.zeros((3, len(self._table)), np.int64)
+        tokens = np.zeros((1, len(self._table)))
         for fingerprint in {group.model_fingerprint for group in self._table.groups_of(prompt.version)}:
-            names = strides(root_name(fingerprint, cache_salt=prompt.cache_salt), prompt.tokens)
+            names = strides(root_name(fingerprint, cache_salt=prompt.cache_salt), prompt.packed)
             for held in self._memory.holders(names):
                 if (row := self._rows.get(held.life)) is not None:
                     tokens[:, row] = np.maximum(tokens[:, row], held.num_tokens)
-        return Cached(np.minimum(tokens, len(prompt.tokens) - 1, out=tokens))
+        return Cached(np.minimum(tokens, count(prompt.packed) - 1, out=tokens))
 
     def computed(self, worker: Worker, prompt: Prompt) -> None:
         if not worker.lost.is_set():
             self._rows[_life(worker)] = worker.row
             root = root_name(worker.registration.model_fingerprint, cache_salt=prompt.cache_salt)
-            self._memory.record(strides(root, prompt.tokens), _life(worker))
+            self._memory.record(strides(root, prompt.packed), _life(worker))
 
     def on_events(self, worker: Worker, message: wire.KvEvents) -> None:
         """It was not asked to, and nothing is made of it."""

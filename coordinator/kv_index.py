@@ -18,9 +18,12 @@ wrong guess and never a wrong answer, because whoever is sent to looks with the 
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
+from operator import or_
 
 import numpy as np
+import numpy.typing as npt
 
 from baton.errors import PeerError
 from baton.v1 import worker_link_pb2 as wire
@@ -34,6 +37,10 @@ TIDY_KEYS = 1024
 ASK_AGAIN_S = 5.0
 """After so long without the snapshot that was asked for."""
 _FEW = 8
+_ZEROS = repeat(0)
+
+Get = Callable[[int, int], int]
+Vectors = npt.NDArray[np.float64]
 
 
 class WorkerCaches:
@@ -80,6 +87,8 @@ class KvIndex:
         """By slot."""
         self._live = 0
         """Slots that count."""
+        self._rows_live: np.ndarray | None = None
+        """Theirs, once they were needed."""
         self._free: list[int] = []
         self._void: deque[int] = deque()
         """Slots whose bits are still to be cleared."""
@@ -149,48 +158,49 @@ class KvIndex:
         caches.asked_s = now_s
         return True
 
-    def match(self, keys: Iterable[int], num_rows: int) -> np.ndarray:
-        """[3, num_rows]: leading blocks that each worker holds in its pool, in pool or host tier, in any tier."""
-        depths = np.zeros((len(TIERS), num_rows), np.int64)
-        get = self._tiers[0].get
-        slower: list[Callable[[int, int], int]] = []
-        self._walk(keys, get, slower, depths[0])
-        for level in range(1, len(TIERS)):
-            if self._tiers[level]:
-                slower.append(self._tiers[level].get)
-                self._walk(keys, get, slower, depths[level])
-            else:
-                depths[level] = depths[level - 1]
+    def match(self, prompt: Iterable[Sequence[int]], num_rows: int) -> Vectors:
+        """[3, num_rows]: leading blocks that each worker holds in its pool, in pool or host tier, in any tier; or
+        [1, num_rows] where all that is held is in pools. `prompt` is its keys, in parts, and is read once a tier, as
+        far as somebody holds them."""
+        depths = np.zeros((len(TIERS) if any(self._tiers[1:]) else 1, num_rows))
+        gets: list[Get] = []
+        for tier, its in zip(self._tiers, depths, strict=False):
+            gets.append(tier.get)
+            self._walk(prompt, gets, its)
         return depths
 
-    def _walk(
-        self, keys: Iterable[int], get: Callable[[int, int], int], slower: list[Callable[[int, int], int]],
-        depths: np.ndarray,
-    ) -> None:  # fmt: skip
+    def _walk(self, prompt: Iterable[Sequence[int]], gets: Sequence[Get], depths: Vectors) -> None:
         mask, depth, same = self._live, 0, -1
-        for key in keys:
-            held = get(key, 0)
-            if held is not same:  # neighbours mostly share the object: nobody drops out between them
-                same = held
-                for other in slower:
-                    held = held | other(key, 0)
-                if slower:
-                    same = -1
-                left = mask & held
-                if left != mask:
-                    if depth:
-                        depths[self._rows_of(mask ^ left)] = depth
-                    mask = left
-                    if not mask:
-                        return
-            depth += 1
+        for part in prompt:
+            held = list(map(gets[0], part, _ZEROS))
+            for get in gets[1:]:
+                held = list(map(or_, held, map(get, part, _ZEROS)))
+            # Neighbours mostly share the object: nobody drops out between them.
+            count = len(held) if held.count(held[0]) == len(held) else 1
+            for bits in held[::count]:
+                if bits is not same:
+                    same = bits
+                    left = mask & bits
+                    if left != mask:
+                        if depth:
+                            # Those who stay are seen again: so at first, when most drop out, all may be written.
+                            depths[self._live_rows() if mask is self._live else self._rows_of(mask ^ left)] = depth
+                        mask = left
+                        if not mask:
+                            return
+                depth += count
         if depth:
             depths[self._rows_of(mask)] = depth
+
+    def _live_rows(self) -> np.ndarray:
+        if self._rows_live is None:
+            self._rows_live = np.asarray(self._rows_of(self._live), np.intp)
+        return self._rows_live
 
     def _rows_of(self, mask: int) -> np.ndarray | list[int]:
         if mask.bit_count() > _FEW:
             octets = np.frombuffer(mask.to_bytes((len(self._bits) + 7) // 8, "little"), np.uint8)
-            return self._rows[np.flatnonzero(np.unpackbits(octets, bitorder="little"))]
+            return self._rows[np.unpackbits(octets, bitorder="little").nonzero()]
         rows = []
         while mask:
             slot = mask.bit_length() - 1
@@ -243,10 +253,12 @@ class KvIndex:
             self._rows = np.append(self._rows, 0)
         self._rows[slot] = row
         self._live |= self._bits[slot]
+        self._rows_live = None
         return slot
 
     def _void_slot(self, slot: int) -> None:
         self._live &= ~self._bits[slot]
+        self._rows_live = None
         self._void.append(slot)
 
     def tidy(self) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from baton.errors import InvalidRequestError
+from baton.token_ids import pack
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.failures import FailureKind, RequestFailed
 from coordinator.metrics import Metrics
@@ -124,7 +125,7 @@ class Pins:
     def _tell(self, worker: Worker, pin: CachePin) -> None:
         message = wire.CoordinatorMessage()
         message.pin.id, message.pin.cache_salt = pin.id, pin.cache_salt
-        message.pin.token_ids.extend(pin.token_ids)
+        message.pin.token_ids = pack(pin.token_ids)
         message.pin.ttl_s = pin.ends_s - self._clock()
         worker.send(message)
 

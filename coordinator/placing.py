@@ -37,12 +37,12 @@ class Placer:
         return route
 
     def _work(self, choice: Choice) -> Work:
-        request, tokens = choice.request, choice.prompt + choice.stream.tokens
+        request = choice.request
         return Work(
-            num_tokens=len(tokens),
+            num_tokens=len(choice.prompt) + len(choice.stream.tokens),
             total_tokens=len(choice.prompt) + choice.stream.max_tokens,
-            cached=self._knowledge.match(Prompt(tokens, request.cache_salt, request.version)),
-            session=session_of(request.user, request.cache_salt, choice.prompt),
+            cached=self._knowledge.match(Prompt(choice.packed(), request.cache_salt, request.version)),
+            session=session_of(request.user, request.cache_salt, choice.packed_prompt),
             avoid=choice.avoid,
             trouble=self._breakers.trouble(),
             crowd=self._crowd() if self._suspects.suspected(request) else {},

@@ -9,9 +9,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from baton.block_names import block_name
+from baton.block_names import packed_block_name
+from baton.token_ids import TOKEN_BYTES
 
 STRIDE_TOKENS = 64
+STRIDE_BYTES = STRIDE_TOKENS * TOKEN_BYTES
 MAX_STRIDES = 32768
 """Remembered at one time: the beginnings of 2 M tokens, in about 10 MiB."""
 MAX_WORKERS = 4
@@ -31,12 +33,12 @@ class Held(NamedTuple):
     """Leading tokens that it should hold."""
 
 
-def strides(root: bytes, tokens: Sequence[int]) -> list[bytes]:
-    """Names of the full strides of `tokens` below `root`, a tenant's own."""
+def strides(root: bytes, packed: bytes) -> list[bytes]:
+    """Names of the full strides of `packed` (`baton.token_ids`) below `root`, a tenant's own."""
     names: list[bytes] = []
-    for start in range(0, len(tokens) - STRIDE_TOKENS + 1, STRIDE_TOKENS):
+    for start in range(0, len(packed) - STRIDE_BYTES + 1, STRIDE_BYTES):
         parent = names[-1] if names else root
-        names.append(block_name(parent, tokens[start : start + STRIDE_TOKENS]))
+        names.append(packed_block_name(parent, packed[start : start + STRIDE_BYTES]))
     return names
 
 

@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from baton.config import CoordinatorOptions
+from baton.errors import PeerError
+from baton.token_ids import unpack
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import Choice, Position, Request
 from coordinator.dispatch import Adoption, Dispatcher
@@ -251,7 +253,11 @@ class Resumption:
             raise TicketError("it is of another model")
         if assignment.id.request_id != f"{ticket.request_id}-{ticket.choice}" or not assignment.id.attempt:
             raise TicketError("it is of another attempt")
-        if not 1 <= num_prompt <= len(assignment.token_ids) or max(assignment.token_ids) >= vocab_size:
+        try:
+            tokens = unpack(assignment.token_ids)
+        except PeerError as error:
+            raise TicketError(str(error)) from None
+        if not 1 <= num_prompt <= len(tokens) or max(tokens) >= vocab_size:
             raise TicketError("its prompt is none of this model")
         if any(other.ticket.request_id == ticket.request_id and not same_request(other.ticket, ticket)
                for other in self._orphans.get(ticket.request_id, {}).values()):  # fmt: skip
@@ -320,7 +326,9 @@ class Resumption:
             sampling = wire.EngineSampling()
             sampling.CopyFrom(assignment.sampling)
             sampling.seed, sampling.max_tokens = prompt.seed, prompt.max_tokens
-            token_ids = list(assignment.token_ids[: assignment.num_prompt_tokens]) if index == own else prompt.token_ids
+            token_ids = (
+                unpack(assignment.token_ids)[: assignment.num_prompt_tokens] if index == own else prompt.token_ids
+            )
             self._intake.add_choices(request, index, token_ids, sampling)
         return request
 

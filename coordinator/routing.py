@@ -5,16 +5,15 @@ not one that fails everybody lately; not where suspects crowd; for decode, one w
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from coordinator.estimates import compute_s, fetch_saves_s, itl_s, load_s
+from coordinator.estimates import Vector, compute_s, itl_s, load_s, saves_s
 from coordinator.policies import POLICIES
 from coordinator.policies.base import Placement, PrefillChoice, Work
-from coordinator.worker_table import Candidates, Rows, Vector, WorkerTable
+from coordinator.worker_table import Candidates, Rows, WorkerTable
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(NamedTuple):
     decode: str
     prefill: str | None
     """None: the decode worker prefills by itself."""
@@ -52,8 +51,11 @@ class Router:
             prefillers = prefillers[table.context_tokens[prefillers] > work.num_tokens]
         if not len(decoders):
             return None
-        decoders = self._with_room(work, self._kept(work, decoders))
-        return self._route(work, self.policy.place(work, decoders, self._kept(work, prefillers)))
+        decoders, prefillers = self._kept(work, decoders), self._kept(work, prefillers)
+        placement = self.policy.place(work, decoders, prefillers)
+        if table.free_tokens[placement.decode] <= work.num_tokens:  # seldom: so the others are not asked before
+            placement = self.policy.place(work, self._with_room(work, decoders), prefillers)
+        return self._route(work, placement)
 
     def _kept(self, work: Work, rows: Rows) -> Rows:
         """Those that failed nobody, as far as there are any."""
@@ -76,24 +78,22 @@ class Router:
     def _route(self, work: Work, placement: Placement) -> Route:
         table, decode = self._table, placement.decode
         computes = decode if placement.prefill is None else placement.prefill
-        waiting, handover_s = float(table.waiting_prefill_tokens[computes]), float(table.handover_s[computes])
+        load, decodes = table.load(computes), table.load(decode)
         pool, host, disk = work.cached.at(computes)
-        token_s = _known(table.prefill_s, computes)
+        token_s = load.prefill_s or _mean(table.prefill_s)
         own_s = compute_s(work.num_tokens - disk, token_s)
         if work.cached.most > disk:
-            own_s -= fetch_saves_s(work.cached.most - disk, token_s, handover_s)
+            own_s -= (work.cached.most - disk) * saves_s(token_s, load.handover_s)
         if disk > pool:
             own_s += load_s(host - pool, disk - host, float(table.kv_bytes_per_token[computes]), token_s)
-        ttft_s = waiting * token_s + own_s
-        each_s = itl_s(_known(table.stream_s, decode), float(table.requests[decode]) + 1)
+        ttft_s = load.waiting_prefill_tokens * token_s + own_s
+        each_s = itl_s(decodes.stream_s or _mean(table.stream_s), decodes.requests + 1)
         prefill = None if placement.prefill is None else table.ids[placement.prefill]
         return Route(
             table.ids[decode], prefill, placement.choice, work, disk, float(ttft_s), float(each_s), float(own_s)
         )
 
 
-def _known(rates: Vector, row: int) -> float:
-    """What this worker has measured, or else the mean of those that have."""
-    if rates[row] or not rates.any():
-        return float(rates[row])
-    return float(rates[rates > 0].mean())
+def _mean(rates: Vector) -> float:
+    """Of those workers that have measured theirs; 0 where nobody has."""
+    return float(rates[rates > 0].mean()) if rates.any() else 0.0

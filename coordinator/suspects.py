@@ -19,7 +19,6 @@ stream that was elsewhere when it was isolated.
 
 import hashlib
 import time
-from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -137,5 +136,4 @@ def _computing(leg: Leg) -> bool:
 
 
 def _digest(choice: Choice) -> bytes:
-    prompt = array("Q", choice.prompt).tobytes()
-    return hashlib.blake2b(prompt + choice.request.cache_salt.encode(), digest_size=16).digest()
+    return hashlib.blake2b(choice.packed_prompt + choice.request.cache_salt.encode(), digest_size=16).digest()

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from coordinator.estimates import Vector, saves_s
+
 Rows = npt.NDArray[np.intp]
-Vector = npt.NDArray[np.float64]
 
 
 class Group(NamedTuple):
@@ -40,11 +41,11 @@ class Load(NamedTuple):
 
     accepts: float
     """1: it takes new work."""
+    free_tokens: float
+    """Room in blocks that are free, or cached and evictable, less what was assigned since the last heartbeat."""
     requests: float
     """Running or waiting."""
     waiting_prefill_tokens: float
-    free_tokens: float
-    """Room in blocks that are free, or cached and evictable, less what was assigned since the last heartbeat."""
     stream_s: float
     """What each stream adds to a step; see `coordinator.estimates`."""
     prefill_s: float
@@ -75,9 +76,9 @@ class WorkerTable:
     context_tokens: Vector
     kv_bytes_per_token: Vector
     accepts: Vector
+    free_tokens: Vector
     requests: Vector
     waiting_prefill_tokens: Vector
-    free_tokens: Vector
     stream_s: Vector
     prefill_s: Vector
     handover_s: Vector
@@ -86,6 +87,8 @@ class WorkerTable:
         self.ids: list[str] = []
         """By row; empty for a free one."""
         self.groups: list[Group | None] = []
+        self.saves_s = np.zeros(0)
+        """For each token of a prompt, where another worker's pool has it: by taking it instead of computing it."""
         self.seeds = np.zeros(0, np.uint64)
         """A random number of each worker, the same in all coordinators."""
         self._rows: dict[str, int] = {}
@@ -95,6 +98,7 @@ class WorkerTable:
         self._ready: list[str] | None = None
         self._stale: dict[int, Callable[[], Load]] = {}
         """Rows whose load has changed, and who knows it now."""
+        self._mixed: set[int] = set()
         self._free: list[int] = []
         self._capacity = 0
         self._fixed = np.zeros((len(Fixed._fields), 0))
@@ -107,14 +111,19 @@ class WorkerTable:
 
     def _grow(self, capacity: int) -> None:
         fixed, load = np.zeros((len(Fixed._fields), capacity)), np.zeros((len(Load._fields), capacity))
-        seeds = np.zeros(capacity, np.uint64)
+        saves_s, seeds = np.zeros(capacity), np.zeros(capacity, np.uint64)
         old = self._capacity
-        fixed[:, :old], load[:, :old], seeds[:old] = self._fixed, self._load, self.seeds
-        self._fixed, self._load, self.seeds = fixed, load, seeds
+        fixed[:, :old], load[:, :old], saves_s[:old], seeds[:old] = self._fixed, self._load, self.saves_s, self.seeds
+        self._fixed, self._load, self.saves_s, self.seeds = fixed, load, saves_s, seeds
         for names, columns in ((Fixed._fields, fixed), (Load._fields, load)):
             for name, column in zip(names, columns, strict=True):
                 setattr(self, name, column)
         self._capacity = capacity
+
+    @property
+    def has_mixed(self) -> bool:
+        """Some worker has both roles."""
+        return bool(self._mixed)
 
     def add(self, id: str, group: Group, fixed: Fixed) -> int:
         """The row of a worker that has just registered; its load is `put` later. One of its name gives up its id."""
@@ -128,6 +137,8 @@ class WorkerTable:
             self.groups.append(None)
         self.ids[row], self.groups[row], self._rows[id] = id, group, row
         self._fixed[:, row] = fixed
+        if fixed.prefills and fixed.decodes:
+            self._mixed.add(row)
         self._load[:, row] = IDLE
         self.seeds[row] = int.from_bytes(blake2b(id.encode(), digest_size=8).digest(), "little")
         self._forget()
@@ -137,6 +148,7 @@ class WorkerTable:
         if load.accepts != self.accepts[row]:
             self._forget()
         self._load[:, row] = load
+        self.saves_s[row] = saves_s(load.prefill_s, load.handover_s)
 
     def changed(self, row: int, load: Callable[[], Load]) -> None:
         """The row is to be `put` before it counts again."""
@@ -154,6 +166,7 @@ class WorkerTable:
         if self._rows.get(self.ids[row]) == row:
             del self._rows[self.ids[row]]
         self.ids[row], self.groups[row] = "", None
+        self._mixed.discard(row)
         self._load[:, row] = 0
         self._free.append(row)
         self._forget()
@@ -197,9 +210,12 @@ class WorkerTable:
             found = self._of_version[version] = {group for group in self.groups if group and group.version == version}
         return found
 
+    def load(self, row: int) -> Load:
+        return Load(*self._load[:, row].tolist())
+
     def loads(self, rows: Rows) -> npt.NDArray[np.float64]:
-        """[fields of Load, rows]"""
-        return self._load.take(rows, axis=1)
+        """[fields of Load from `requests` on, rows]"""
+        return self._load[2:].take(rows, axis=1)
 
     def spread(self, by_id: Mapping[str, Any]) -> Vector:
         """A column of what a few workers have, and 0 for the others."""

@@ -18,6 +18,7 @@ from functools import partial
 
 from google.protobuf.message import DecodeError
 
+from baton.token_ids import count
 from baton.v1 import worker_link_pb2 as wire
 from engine.requests import Ended, Handover, Reserved, TokenLogprobs
 from kvtransfer.intake import CANCELLED, Intake
@@ -50,10 +51,10 @@ class DecodeRole(RoleHandler):
     def on_reserved(self, attempt: Attempt, reserved: Reserved) -> None:
         take = partial(self._take, attempt, reserved) if reserved.from_peer else None
         fetch = take or self._shell.fetch_prefix(attempt, reserved)
-        self._shell.arrivals.start(attempt.key, reserved, len(attempt.assignment.token_ids), fetch)
+        self._shell.arrivals.start(attempt.key, reserved, count(attempt.assignment.token_ids), fetch)
 
     async def _take(self, attempt: Attempt, reserved: Reserved, first_block: int) -> Arrived:
-        num_tokens = len(attempt.assignment.token_ids)
+        num_tokens = count(attempt.assignment.token_ids)
         num_blocks = -(-num_tokens // self._page_size)
         deadline_s = attempt.assignment.deadline_s or DEFAULT_DEADLINE_S
         peer, times = _peer(attempt), attempt.times

@@ -19,6 +19,7 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 
+from baton.token_ids import count
 from baton.v1 import worker_link_pb2 as wire
 from engine.engine import Engine
 from engine.requests import Computed, Ended, EndReason, Handover, Placement, Reserved, TokenOutput
@@ -95,7 +96,7 @@ class PrefillRole(RoleHandler):
 
     def _submit(self, lease: Lease, placed: Placed | None) -> None:
         lease.submitted = True
-        key, num_tokens = lease.attempt.key, len(lease.attempt.assignment.token_ids)
+        key, num_tokens = lease.attempt.key, count(lease.attempt.assignment.token_ids)
         placement = _placement(placed, num_tokens, self._page_size) if placed is not None else None
         if lease.timer is not None:
             lease.timer.cancel()
@@ -109,7 +110,7 @@ class PrefillRole(RoleHandler):
 
     def on_reserved(self, attempt: Attempt, reserved: Reserved) -> None:
         fetch = self._shell.fetch_prefix(attempt, reserved)
-        self._shell.arrivals.start(attempt.key, reserved, len(attempt.assignment.token_ids), fetch)
+        self._shell.arrivals.start(attempt.key, reserved, count(attempt.assignment.token_ids), fetch)
 
     def on_computed(self, attempt: Attempt, computed: Computed) -> None:
         lease = self._leases[attempt.key]

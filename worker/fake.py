@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import xxhash
 
+from baton.token_ids import count, unpack
 from baton.v1 import worker_link_pb2 as wire
 from worker.link import LinkHandler
 from worker.reservation import Reservation
@@ -165,7 +166,7 @@ class FakeWorker(LinkHandler):
             blocks=wire.BlockCounts(total=self._total_blocks, free=self._total_blocks - held, held=held),
             running_requests=len(self._streams) - len(waiting),
             waiting_requests=len(waiting),
-            waiting_prefill_tokens=sum(len(each.assignment.token_ids) for each in waiting),
+            waiting_prefill_tokens=sum(count(each.assignment.token_ids) for each in waiting),
             draining=self._draining,
             reservation=self._reservation.token,
             reservation_cleared=self._reservation.cleared,
@@ -193,12 +194,13 @@ class FakeWorker(LinkHandler):
             link.send(wire.WorkerMessage(admission=refusal))
             return
         now = asyncio.get_running_loop().time()
-        computed_at = now + self._pace.prefill_s(len(assignment.token_ids))
+        computed_at = now + self._pace.prefill_s(count(assignment.token_ids))
         if not assignment.HasField("prefill"):  # computed here, behind the prompts before it
             computed_at += max(0.0, self._prefill_until - now)
             self._prefill_until = computed_at
-        prompt = assignment.token_ids[: assignment.num_prompt_tokens]
-        first = len(assignment.token_ids) - len(prompt)
+        tokens = unpack(assignment.token_ids)
+        prompt = tokens[: assignment.num_prompt_tokens]
+        first = len(tokens) - len(prompt)
         ends_at = now + (assignment.deadline_s or float("inf"))
         self._streams[key] = _Stream(link, assignment, _seed(prompt), first, computed_at, ends_at)
         self._has_work.set()

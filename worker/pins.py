@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 from baton.block_names import tenant_name
+from baton.token_ids import unpack
 from baton.v1 import worker_link_pb2 as wire
 from engine.engine import Engine
 from engine.requests import EngineRequest, SamplingParams
@@ -52,7 +53,8 @@ class Pins:
 
     async def _pin(self, pin: wire.Pin) -> None:
         root = self._root(pin.cache_salt)
-        prompt = EngineRequest(pin.id, tuple(pin.token_ids), len(pin.token_ids), SamplingParams(), root)
+        tokens = tuple(unpack(pin.token_ids))
+        prompt = EngineRequest(pin.id, tokens, len(tokens), SamplingParams(), root)
         names = await asyncio.to_thread(self._names, prompt)  # hashing a long prompt takes milliseconds
         if self._store.pin(self._prefix + pin.id, names, pin.ttl_s):
             self._steps.submit(lambda engine: engine.save_cached(names, tenant_name(pin.cache_salt)))

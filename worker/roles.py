@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from baton.block_names import root_name, tenant_name
+from baton.token_ids import unpack
 from baton.v1 import worker_link_pb2 as wire
 from engine.requests import (
     Computed,
@@ -136,7 +137,7 @@ def engine_request(
     sampling = assignment.sampling
     return EngineRequest(
         id=key,
-        token_ids=tuple(assignment.token_ids),
+        token_ids=tuple(unpack(assignment.token_ids)),
         num_prompt_tokens=assignment.num_prompt_tokens,
         sampling=SamplingParams(
             temperature=sampling.temperature,

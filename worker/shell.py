@@ -20,8 +20,9 @@ from collections.abc import Callable
 from functools import partial
 
 from baton.block_names import root_name
-from baton.errors import BatonError
+from baton.errors import BatonError, PeerError
 from baton.metrics import WORKER_COUNTERS
+from baton.token_ids import unpack
 from baton.v1 import worker_link_pb2 as wire
 from engine.engine import Engine
 from engine.requests import Elsewhere, Ended, EndReason, EngineRequest, Reserved, StepOutput, TokenOutput
@@ -128,9 +129,14 @@ class WorkerShell(LinkHandler):
         elif key in self._attempts:
             self._refuse(link, assignment.id, "this attempt is here already")
         else:
+            try:
+                tokens = unpack(assignment.token_ids)
+            except PeerError as error:
+                self._refuse(link, assignment.id, str(error))
+                return
             attempt = Attempt(link, assignment.id, key, assignment.handle, assignment, role)
             attempt.coordinator = link.coordinator
-            attempt.tokens = list(assignment.token_ids[assignment.num_prompt_tokens :])
+            attempt.tokens = tokens[assignment.num_prompt_tokens :]
             attempt.num_tokens = len(attempt.tokens)
             self._attempts[key] = attempt
             if assignment.deadline_s > 0:

@@ -30,7 +30,7 @@ class _LinkProtocol:
 class _LinkProtocolEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LinkProtocol.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     LINK_PROTOCOL_UNSPECIFIED: _LinkProtocol.ValueType  # 0
-    LINK_PROTOCOL_VERSION: _LinkProtocol.ValueType  # 1
+    LINK_PROTOCOL_VERSION: _LinkProtocol.ValueType  # 2
 
 class LinkProtocol(_LinkProtocol, metaclass=_LinkProtocolEnumTypeWrapper):
     """What both ends must speak. Fields and kinds of messages are added under one number, and whoever does not know them
@@ -39,7 +39,7 @@ class LinkProtocol(_LinkProtocol, metaclass=_LinkProtocolEnumTypeWrapper):
     """
 
 LINK_PROTOCOL_UNSPECIFIED: LinkProtocol.ValueType  # 0
-LINK_PROTOCOL_VERSION: LinkProtocol.ValueType  # 1
+LINK_PROTOCOL_VERSION: LinkProtocol.ValueType  # 2
 Global___LinkProtocol: _TypeAlias = LinkProtocol  # noqa: Y015
 
 class _Role:
@@ -691,6 +691,8 @@ class Assignment(_message.Message):
     handle: _builtins.int
     """names this attempt in StepTokens; unique on this link"""
     role: Global___Role.ValueType
+    token_ids: _builtins.bytes
+    """prompt, then the tokens already delivered; 32 bits each, little endian"""
     num_prompt_tokens: _builtins.int
     """how many of token_ids are the prompt"""
     cache_salt: _builtins.str
@@ -714,10 +716,6 @@ class Assignment(_message.Message):
     @_builtins.property
     def id(self) -> Global___AttemptId: ...
     @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """prompt, then the tokens already delivered by earlier attempts"""
-
-    @_builtins.property
     def sampling(self) -> Global___EngineSampling: ...
     @_builtins.property
     def prefill(self) -> Global___HandoverPeer:
@@ -737,7 +735,7 @@ class Assignment(_message.Message):
         id: Global___AttemptId | None = ...,
         handle: _builtins.int = ...,
         role: Global___Role.ValueType = ...,
-        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        token_ids: _builtins.bytes = ...,
         num_prompt_tokens: _builtins.int = ...,
         sampling: Global___EngineSampling | None = ...,
         cache_salt: _builtins.str = ...,
@@ -1100,16 +1098,16 @@ class Pin(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     TTL_S_FIELD_NUMBER: _builtins.int
     id: _builtins.str
+    token_ids: _builtins.bytes
+    """as in an assignment"""
     cache_salt: _builtins.str
     ttl_s: _builtins.float
     """seconds from receipt"""
-    @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
-        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        token_ids: _builtins.bytes = ...,
         cache_salt: _builtins.str = ...,
         ttl_s: _builtins.float = ...,
     ) -> None: ...

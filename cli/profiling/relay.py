@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from baton.config import EngineOptions, HandoverOptions
 from baton.errors import BatonError
+from baton.token_ids import pack
 from baton.v1 import worker_link_pb2 as wire
 from cli.assembly import Parts, Wired, assemble, wire_up
 from cli.profiling.watching import Notes, TransferSpan, now, watched, watched_transfers
@@ -101,7 +102,7 @@ class _Coordinator:
         id = wire.AttemptId(request_id=stream.name, attempt=1)
         self.streams[f"{id.request_id}/{id.attempt}"] = self._by_handle[handle] = stream
         assignment = wire.Assignment(
-            id=id, handle=handle, role=wire.ROLE_DECODE, token_ids=stream.prompt, deadline_s=TIMEOUT_S,
+            id=id, handle=handle, role=wire.ROLE_DECODE, token_ids=pack(stream.prompt), deadline_s=TIMEOUT_S,
             num_prompt_tokens=len(stream.prompt),
             sampling=wire.EngineSampling(top_p=1.0, repetition_penalty=1.0, max_tokens=stream.max_tokens),
         )  # fmt: skip

@@ -7,43 +7,51 @@ no matter of policy.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
 from enum import Enum
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.worker_table import Rows, Vector, WorkerTable
+from coordinator.estimates import Vector
+from coordinator.worker_table import Rows, WorkerTable
 
 
 class Cached:
     """Leading tokens of a prompt in each worker's pool, in pool or host tier, in any tier; never the last token of the
     prompt, which is computed in any case."""
 
-    __slots__ = ("has_tiers", "most", "tokens")
+    __slots__ = ("most", "tokens")
 
-    def __init__(self, tokens: npt.NDArray[np.int64]) -> None:
+    def __init__(self, tokens: npt.NDArray[np.float64]) -> None:
         self.tokens = tokens
-        """[3, rows]; without columns nothing is known."""
-        self.most = int(tokens[0].max(initial=0))
+        """[3, rows], or [1, rows] where no worker's slower tiers hold anything; without columns nothing is known."""
+        self.most = int(tokens[0].max()) if tokens.shape[1] else 0
         """In some pool, where others can fetch them."""
-        self.has_tiers = bool((tokens[2] > tokens[0]).any())
+
+    @property
+    def has_tiers(self) -> bool:
+        return len(self.tokens) > 1
 
     def at(self, row: int) -> list[int]:
-        its: list[int] = self.tokens[:, row].tolist() if self.tokens.shape[1] else [0, 0, 0]
-        return its
+        """Three of them."""
+        if not self.tokens.shape[1]:
+            return [0, 0, 0]
+        its = [int(each) for each in self.tokens[:, row].tolist()]
+        return its if self.has_tiers else its * 3
 
-    def anywhere(self, rows: Rows) -> npt.NDArray[np.int64]:
+    def anywhere(self, rows: Rows) -> Vector:
         """[len(rows)]: in any tier."""
-        return self.tokens[2].take(rows) if self.tokens.shape[1] else np.zeros(len(rows), np.int64)
+        return self.tokens[-1].take(rows) if self.tokens.shape[1] else np.zeros(len(rows))
 
 
-NOTHING_CACHED = Cached(np.zeros((3, 0), np.int64))
+NOTHING_CACHED = Cached(np.zeros((1, 0)))
+
+_NOBODY: Mapping[str, int] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     num_tokens: int
     """To be in the KV cache before the next token: the prompt and what earlier attempts delivered."""
     total_tokens: int
@@ -53,9 +61,9 @@ class Work:
     """64 bits, the same for requests that belong together."""
     avoid: Set[str] = frozenset()
     """Workers that failed this request; taken only if there is no other."""
-    trouble: Mapping[str, int] = field(default_factory=dict)
+    trouble: Mapping[str, int] = _NOBODY
     """How bad the workers are that fail everybody lately; those left out are good."""
-    crowd: Mapping[str, int] = field(default_factory=dict)
+    crowd: Mapping[str, int] = _NOBODY
     """What this work should keep away from: how much of it each worker has."""
 
     def uncached_at(self, row: int) -> int:

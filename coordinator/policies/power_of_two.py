@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from coordinator.estimates import Vector
 from coordinator.policies.base import Work
 from coordinator.policies.least_loaded import LeastLoaded
-from coordinator.worker_table import Rows, Vector, WorkerTable
+from coordinator.worker_table import Rows, WorkerTable
 
 
 class PowerOfTwo(LeastLoaded):

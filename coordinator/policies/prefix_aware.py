@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
+from coordinator.estimates import Vector
 from coordinator.policies.base import Work
 from coordinator.policies.least_loaded import LeastLoaded
-from coordinator.worker_table import Rows, Vector
+from coordinator.worker_table import Rows
 
 UNEVEN_STREAMS, UNEVEN_PROMPTS, UNEVEN_RATIO = 32, 4, 1.5
 """Uneven: the most loaded decode, or prefill, worker has so many requests more than the least loaded one, and so many
@@ -33,6 +32,6 @@ def _is_uneven(loads: Vector, difference: float) -> bool:
 
 
 def _missing(work: Work, rows: Rows) -> Vector:
-    held: Vector = work.cached.anywhere(rows).astype(np.float64)
+    held = work.cached.anywhere(rows)
     held[held < MIN_SHARE * work.num_tokens] = 0
     return -held

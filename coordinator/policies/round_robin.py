@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from coordinator.estimates import Vector
 from coordinator.policies.base import RoutingPolicy, Work
-from coordinator.worker_table import Rows, Vector
+from coordinator.worker_table import Rows
 
 
 class RoundRobin(RoutingPolicy):

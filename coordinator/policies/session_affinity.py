@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from coordinator.estimates import Vector
 from coordinator.policies.base import RoutingPolicy, Work
-from coordinator.worker_table import Rows, Vector
+from coordinator.worker_table import Rows
 
 BOUND = 1.25
 """Of the mean load; what a worker has above this and one request goes to others."""

@@ -12,6 +12,7 @@ from hashlib import blake2b
 
 from baton.block_names import block_name, root_name
 from baton.framed import dial
+from baton.token_ids import TOKEN_BYTES, count, unpack
 from baton.v1 import worker_link_pb2 as wire
 
 FIRST_TOKEN, NUM_TOKENS = 300, 3000
@@ -72,7 +73,8 @@ class FakeWorker:
         self.token_at = token_at
         self.registration = wire.Registration(
             **{
-                "protocol_version": 1, "worker_id": worker_id, "incarnation": next(_incarnations), "roles": roles,
+                "protocol_version": wire.LINK_PROTOCOL_VERSION,
+                "worker_id": worker_id, "incarnation": next(_incarnations), "roles": roles,
                 "pid": 4242, "host": "127.0.0.1", "handover_address": f"tcp://127.0.0.1:1/{worker_id}", "model": "demo",
                 "model_fingerprint": "f", "model_version": "v", "page_size_tokens": 16, "total_blocks": 4096,
                 "max_model_tokens": 2048, "block_bytes": 1024, "lanes": ["shm", "tcp"],
@@ -209,7 +211,8 @@ class FakeWorker:
                     await self.send(admission=wire.Admission(id=message.adopt.id, accepted=False, reason="not here"))
                 else:
                     orphan.handle = message.adopt.handle
-                    del orphan.token_ids[orphan.num_prompt_tokens :]  # everything is sent again
+                    # Everything is sent again.
+                    orphan.token_ids = orphan.token_ids[: TOKEN_BYTES * orphan.num_prompt_tokens]
                     self._runs[key] = asyncio.create_task(self._serve(orphan))
             elif kind == "claim":
                 self.claims.append(message.claim.request_id)
@@ -252,8 +255,8 @@ class FakeWorker:
             await self.send(admission=wire.Admission(id=id, accepted=True, cached_tokens=cached_tokens))
         if self.complains and assignment.HasField("prefill"):
             await self.send(progress=wire.Progress(id=id, prefill_failed=True))
-        prompt = list(assignment.token_ids)[: assignment.num_prompt_tokens]
-        sampling, first = assignment.sampling, len(assignment.token_ids) - len(prompt)
+        prompt = unpack(assignment.token_ids)[: assignment.num_prompt_tokens]
+        sampling, first = assignment.sampling, count(assignment.token_ids) - len(prompt)
         sent, reason = first, wire.END_REASON_LENGTH
         for index in range(first, sampling.max_tokens):
             if index == self.pause_at and not well:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from outbox import Outbox
 
 from baton.config import CoordinatorOptions
+from baton.token_ids import count, unpack
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import Choice, Request
 from coordinator.detokenizer import IncrementalDetokenizer, TextStream
@@ -60,7 +61,7 @@ class Model:
         while self.worker.link:
             message = self.worker.link.popleft()
             if message.HasField("assignment"):
-                sent = len(message.assignment.token_ids) - message.assignment.num_prompt_tokens
+                sent = count(message.assignment.token_ids) - message.assignment.num_prompt_tokens
                 self.runs.append(Run(message.assignment, sent))
             elif message.HasField("reserve"):
                 self.reservation = self.reservation or message.reserve.token
@@ -99,7 +100,8 @@ class World:
         self.num_joined += 1
         worker = self.registry.register(
             wire.Registration(
-                protocol_version=1, worker_id=f"w{self.num_joined % 4}", incarnation=self.num_joined, roles=roles,
+                protocol_version=wire.LINK_PROTOCOL_VERSION,
+                worker_id=f"w{self.num_joined % 4}", incarnation=self.num_joined, roles=roles,
                 page_size_tokens=16, total_blocks=64, max_model_tokens=512, model="demo", handover_address="x",
                 model_version=version, model_fingerprint=version,
             ),
@@ -125,7 +127,7 @@ class World:
 
     def token(self, model: Model, run: Run, index: int, lie: int = 0) -> None:
         assignment = run.assignment
-        prompt = list(assignment.token_ids)[: assignment.num_prompt_tokens]
+        prompt = unpack(assignment.token_ids)[: assignment.num_prompt_tokens]
         token_id = token_of(model.worker.version, prompt, index) + lie
         step = wire.StepTokens(handles=[assignment.handle], indices=[index], token_ids=[token_id])
         self.say(model, tokens=step)

@@ -6,6 +6,8 @@ from typing import Any
 from coordinator_harness import PREFILL, System, running, until
 from fake_worker import token_at
 
+from baton.token_ids import unpack
+
 
 async def drain(system: System, **asked: Any) -> tuple[int, dict[str, Any]]:
     async with system.http.post("/drain", json=asked) as response:
@@ -55,7 +57,7 @@ def test_streams_that_take_too_long_are_moved_whoever_had_the_worker_drain(run) 
             await one.beat()
             for call in calls:
                 assert await call == right(system)
-            assert [list(each.token_ids)[-2:] for each in two.assignments] == [_head(system)] * 3
+            assert [unpack(each.token_ids)[-2:] for each in two.assignments] == [_head(system)] * 3
             assert len(one.aborts) == 3
             assert system.metric("baton_drains_total", event="moved") == 3
 

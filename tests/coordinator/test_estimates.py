@@ -24,9 +24,9 @@ def test_computing_costs_what_no_cache_has_and_loading_never_costs_more() -> Non
     assert estimates.load_s(1000, 0, 4_000_000, 0.01) == pytest.approx(1.0)  # 4 GB at 4 GB/s
     assert estimates.load_s(0, 1000, 4_000_000, 0.01) == pytest.approx(4.0)  # at 1 GB/s
     assert estimates.load_s(0, 1000, 4_000_000, 0.001) == pytest.approx(1.0), "it is computed rather than loaded"
-    assert estimates.fetch_saves_s(600, 0.01, 0.004) == pytest.approx(600 * 0.006)
-    assert estimates.fetch_saves_s(600, 0.01, 0.02) == 0.0, "computing is sooner"
-    assert estimates.fetch_saves_s(600, 0.01, 0.0) == 0.0, "nobody knows how fast they come"
+    assert estimates.saves_s(0.01, 0.004) == pytest.approx(0.006)
+    assert estimates.saves_s(0.01, 0.02) == 0.0, "computing is sooner"
+    assert estimates.saves_s(0.01, 0.0) == 0.0, "nobody knows how fast they come"
 
 
 def test_only_what_computing_does_not_cover_of_a_hand_over_is_waited_for() -> None:

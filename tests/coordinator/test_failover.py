@@ -9,6 +9,7 @@ import pytest
 from coordinator_harness import PREFILL, System, running, until
 from fake_worker import FakeWorker, Refused, token_at
 
+from baton.token_ids import unpack
 from coordinator.workers import work_together
 
 LONG = "count the words of this " * 40
@@ -59,7 +60,7 @@ def test_a_dead_decode_workers_stream_goes_on_elsewhere_without_a_lost_or_double
             assert (first.id.attempt, second.id.attempt) == (1, 2)
             assert first.id.request_id == second.id.request_id
             prompt = system.encode("hello")
-            assert list(second.token_ids) == prompt + [token_at(prompt, index) for index in range(7)]
+            assert unpack(second.token_ids) == prompt + [token_at(prompt, index) for index in range(7)]
             assert second.num_prompt_tokens == len(prompt)
             assert second.sampling == first.sampling
             assert system.metric("baton_attempts_failed_total", cause="worker_lost") == 1

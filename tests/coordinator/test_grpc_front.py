@@ -10,6 +10,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from baton.token_ids import count, unpack
 from baton.v1 import inference_pb2 as api
 
 LONG = "count the words of this " * 40
@@ -74,7 +75,7 @@ def test_without_max_tokens_the_rest_of_the_context_is_used(run) -> None:
             request = api.GenerateRequest(text="hello")
             assert [r async for r in system.inference.Generate(request)]
             assignment = worker.assignments[0]
-            assert assignment.sampling.max_tokens == 2048 - len(assignment.token_ids)
+            assert assignment.sampling.max_tokens == 2048 - count(assignment.token_ids)
 
     run(main())
 
@@ -190,7 +191,7 @@ def test_a_prefix_is_pinned_looked_at_and_unpinned(run) -> None:
             pin = await system.inference.CreatePin(api.CreatePinRequest(text=LONG, cache_salt="mine", ttl_s=60))
             assert (pin.tokens, pin.blocks) == (len(tokens), len(tokens) // 16)
             await worker.wait_for(lambda: bool(worker.pins))
-            assert (list(worker.pins[pin.id].token_ids), worker.pins[pin.id].cache_salt) == (tokens, "mine")
+            assert (unpack(worker.pins[pin.id].token_ids), worker.pins[pin.id].cache_salt) == (tokens, "mine")
             assert await system.inference.GetPin(api.PinId(id=pin.id)) == pin
             await system.inference.DeletePin(api.PinId(id=pin.id))
             await worker.wait_for(lambda: not worker.pins)

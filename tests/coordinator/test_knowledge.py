@@ -9,6 +9,7 @@ import pytest
 from outbox import Outbox
 
 from baton.block_names import block_name, root_name
+from baton.token_ids import pack
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.block_keys import KEY_BYTES
 from coordinator.knowledge import SILENT_S, Guessed, Prompt, Told
@@ -32,7 +33,8 @@ class Cluster:
         usual: dict[str, Any] = {"incarnation": 1, "model_version": "v", "model_fingerprint": "f"}
         return self.registry.register(
             wire.Registration(
-                protocol_version=1, worker_id=id, roles=[wire.ROLE_DECODE], page_size_tokens=page_size, model="demo",
+                protocol_version=wire.LINK_PROTOCOL_VERSION,
+                worker_id=id, roles=[wire.ROLE_DECODE], page_size_tokens=page_size, model="demo",
                 total_blocks=640, max_model_tokens=4096, **(usual | registration),
             ),
             Outbox(),
@@ -49,7 +51,7 @@ class Cluster:
         self.told.on_events(worker, wire.KvEvents(sequence=sequence, snapshot=sequence == 1, changes=[change]))
 
     def pool(self, *workers: Worker, salt: str = "", num_tokens: int = 1000) -> list[int]:
-        cached = self.told.match(Prompt(TOKENS[:num_tokens], salt, "v"))
+        cached = self.told.match(Prompt(pack(TOKENS[:num_tokens]), salt, "v"))
         return [cached.at(worker.row)[0] for worker in workers]
 
 
@@ -118,7 +120,7 @@ def test_nothing_of_a_dead_worker_is_believed_and_its_last_words_leave_nothing_b
 def test_guesses_survive_that_a_worker_dials_again_and_not_its_death() -> None:
     def test() -> None:
         cluster = Cluster()
-        prompt = Prompt(TOKENS, "", "v")
+        prompt = Prompt(pack(TOKENS), "", "v")
         worker = cluster.join("w")
         cluster.guessed.computed(worker, prompt)
         assert cluster.guessed.match(prompt).at(worker.row) == [960] * 3

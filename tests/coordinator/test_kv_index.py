@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from baton.block_names import block_name, root_name
 from baton.errors import PeerError
+from baton.token_ids import pack
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.block_keys import KEY_BYTES, RUN, BlockKeys, KeyMemo
 from coordinator.kv_index import ASK_AGAIN_S, TIDY_KEYS, TIERS, KvIndex, WorkerCaches
@@ -26,6 +27,10 @@ def message(
 ) -> wire.KvEvents:
     change = wire.KvChange(tier=tier, stored=packed(stored), removed=packed(removed))  # type: ignore[arg-type]
     return wire.KvEvents(sequence=sequence, snapshot=snapshot, changes=[change])
+
+
+def flat(keys: BlockKeys) -> list[int]:
+    return [key for part in keys for key in part]
 
 
 class Clock:
@@ -94,7 +99,9 @@ class Play:
 
     def check(self) -> None:
         prompt = self.draw(st.lists(st.integers(0, NUM_KEYS - 1), max_size=10, unique=True))
-        assert self.index.match(prompt, NUM_ROWS).tolist() == self.naive.match(prompt)
+        cut = self.draw(st.integers(0, len(prompt)))
+        parts = [part for part in (prompt[:cut], prompt[cut:]) if part]
+        assert np.broadcast_to(self.index.match(parts, NUM_ROWS), (3, NUM_ROWS)).tolist() == self.naive.match(prompt)
 
 
 @settings(max_examples=200, deadline=None)
@@ -118,31 +125,40 @@ def test_keys_of_a_prompt_are_computed_only_as_far_as_somebody_can_match() -> No
     names = [block_name(root, tokens[:16])]
     names.append(block_name(names[0], tokens[16:32]))
     expected = [int.from_bytes(name[:KEY_BYTES], "little") for name in names]
-    keys = BlockKeys(root, 16, tokens)
+    keys = BlockKeys(root, 16, pack(tokens))
     index = KvIndex(100)
     caches = index.open(0)
     index.apply(caches, message(1, expected[:1], snapshot=True))
     assert index.match(keys, 1)[0, 0] == 1
     assert keys.num_computed == 2, "the second told that nobody is left"
-    assert len(list(keys)) == 4, "the last block is not full"
-    assert list(keys)[:2] == expected
-    other_tenant = BlockKeys(root_name("model", cache_salt="tenant"), 16, tokens)
-    assert not set(other_tenant) & set(keys)
+    assert len(flat(keys)) == 4, "the last block is not full"
+    assert flat(keys)[:2] == expected
+    other_tenant = BlockKeys(root_name("model", cache_salt="tenant"), 16, pack(tokens))
+    assert not set(flat(other_tenant)) & set(flat(keys))
 
 
 def test_what_prompts_have_in_common_is_hashed_once_and_has_the_same_keys() -> None:
     root, tokens, memo = root_name("model"), list(range(1000)), KeyMemo()
-    expected = list(BlockKeys(root, 4, tokens))
+    expected = flat(BlockKeys(root, 4, pack(tokens)))
     assert len(expected) == 250
     for prompt in (tokens, tokens[:700], [*tokens[:500], 7, *tokens[501:]]):
-        keys = BlockKeys(root, 4, prompt, memo)
-        assert list(keys) == list(BlockKeys(root, 4, prompt)) == list(keys)
-    assert list(BlockKeys(root, 4, tokens[:998], memo)) == expected[:249]
-    again = BlockKeys(root, 4, tokens, memo)
-    assert next(iter(again)) == expected[0]
+        keys = BlockKeys(root, 4, pack(prompt), memo)
+        assert flat(keys) == flat(BlockKeys(root, 4, pack(prompt))) == flat(keys)
+    assert flat(BlockKeys(root, 4, pack(tokens[:998]), memo)) == expected[:249]
+    again = BlockKeys(root, 4, pack(tokens), memo)
+    assert next(iter(again)) == expected[:RUN]
     assert again.num_computed == RUN, "a whole run comes out of the memory"
-    other = BlockKeys(root_name("model", cache_salt="tenant"), 4, tokens, memo)
-    assert next(iter(other)) != expected[0]
+    cut = [*tokens[:68], 7, 8, *tokens[70:]]
+    begun, fresh = BlockKeys(root, 4, pack(cut), memo), flat(BlockKeys(root, 4, pack(cut)))
+    for _, part in zip(range(3), begun, strict=False):
+        assert len(part) in (1, RUN)
+    assert begun.num_computed == RUN + 2
+    again = BlockKeys(root, 4, pack(cut), memo)
+    parts = iter(again)
+    assert [next(parts), next(parts)] == [fresh[:RUN], fresh[RUN : RUN + 2]], "as far as somebody has read"
+    assert flat(again) == fresh
+    other = BlockKeys(root_name("model", cache_salt="tenant"), 4, pack(tokens), memo)
+    assert next(iter(other)) != expected[:1]
     assert other.num_computed == 1
 
 
@@ -154,13 +170,13 @@ def test_a_gap_is_asked_for_once_and_what_was_known_stays_until_the_snapshot() -
     assert index.apply(caches, message(3, [4])), "2 was missing"
     assert not index.apply(caches, message(5, [5])), "4 too, but it has been asked already"
     assert not index.beat(caches, 5)
-    assert index.match([1, 2, 3, 4, 5], 1)[0, 0] == 5
+    assert index.match([[1, 2, 3, 4, 5]], 1)[0, 0] == 5
     clock.now_s += ASK_AGAIN_S + 0.1
     assert index.beat(caches, 5), "a snapshot that does not come is asked for again"
     assert not index.beat(caches, 5)
     assert not index.apply(caches, message(6, [1], snapshot=True))
     assert not index.apply(caches, message(7, [2]))
-    assert index.match([1, 2, 3], 1)[0, 0] == 2
+    assert index.match([[1, 2, 3]], 1)[0, 0] == 2
     assert (index.gaps, index.snapshots) == (2, 2)
 
 
@@ -191,9 +207,9 @@ def test_memory_is_bounded_and_what_is_refused_is_counted() -> None:
     caches = index.open(0)
     index.apply(caches, message(1, range(14), snapshot=True))
     assert (index.num_entries, index.refused) == (10, 4)
-    assert index.match(range(14), 1)[0, 0] == 10
+    assert index.match([range(14)], 1)[0, 0] == 10
     index.apply(caches, message(2, [20], removed=[0]))
-    assert index.match([20], 1)[0, 0] == 1, "what is removed makes room"
+    assert index.match([[20]], 1)[0, 0] == 1, "what is removed makes room"
     index.apply(caches, message(3, range(10), snapshot=True))
     assert (index.num_entries, index.refused) == (10, 4), "what is void makes room at once where it is needed"
 
@@ -206,7 +222,7 @@ def test_a_lost_worker_is_forgotten_at_once_and_its_memory_bit_by_bit() -> None:
     index.apply(other, message(1, [0, 1], snapshot=True))
     index.close(lost)
     again = index.open(0)
-    assert index.match(keys, 2)[0].tolist() == [0, 2]
+    assert index.match([keys], 2)[0].tolist() == [0, 2]
     turns = 0
     while index.num_entries > 2:
         before = index.num_entries
@@ -221,7 +237,7 @@ def test_many_holders_are_told_apart_by_depth() -> None:
     index = KvIndex(10_000)
     for row in range(100):
         index.apply(index.open(row), message(1, range(row), snapshot=True))
-    np.testing.assert_array_equal(index.match(range(100), 100)[0], np.arange(100))
+    np.testing.assert_array_equal(index.match([range(100)], 100)[0], np.arange(100))
 
 
 def test_names_that_are_none_are_refused_and_a_tier_of_newer_workers_is_left_alone() -> None:

@@ -8,6 +8,8 @@ import pytest
 from coordinator_harness import DECODE, PREFILL, System, running, until
 from fake_worker import token_at
 
+from baton.token_ids import count, unpack
+
 SAYING = "Once upon a time there was a small house."
 LONG = "count the words of this " * 40
 
@@ -55,8 +57,8 @@ def test_a_chat_ends_at_the_end_of_turn_which_is_not_shown(run) -> None:
             assert [chunk.choices[0].finish_reason for chunk in chunks][-2:] == [None, "stop"]
             assignment = system.workers[0].assignments[0]
             rendered = system.coordinator.intake.tokenizer.render_chat(messages, {})
-            assert list(assignment.token_ids) == system.encode(rendered)
-            assert assignment.sampling.max_tokens == 2048 - len(assignment.token_ids)
+            assert unpack(assignment.token_ids) == system.encode(rendered)
+            assert assignment.sampling.max_tokens == 2048 - count(assignment.token_ids)
 
     run(main())
 
@@ -74,7 +76,7 @@ def test_an_answer_can_be_sent_back_as_part_of_the_conversation(run) -> None:
             messages.append({"role": "user", "content": "More!"})
             await system.openai.chat.completions.create(model="demo", messages=messages)
             last = worker.assignments[-1]
-            text = system.coordinator.intake.text(last.token_ids)
+            text = system.coordinator.intake.text(unpack(last.token_ids))
             assert text == (
                 "<|system|>Be\nbrief<|end|><|user|>A story?<|end|>"
                 f"<|assistant|>{SAYING}<|end|><|user|>More!<|end|><|assistant|>"

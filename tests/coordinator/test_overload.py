@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -94,7 +93,7 @@ class Predicts:
 
     def __call__(self, choice: Choice, candidates: Candidates) -> Route | None:
         route = self.route(choice, candidates)
-        return None if route is None else dataclasses.replace(route, ttft_s=self.ttft_s)
+        return None if route is None else route._replace(ttft_s=self.ttft_s)
 
 
 @contextlib.asynccontextmanager

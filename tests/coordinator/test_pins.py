@@ -9,6 +9,7 @@ import pytest
 from coordinator_harness import PREFILL, System, running, until
 from fake_worker import FakeWorker
 
+from baton.token_ids import unpack
 from coordinator.pins import MAX_PINS
 
 PREFIX = "You are a patient teacher of small children. " * 8
@@ -48,7 +49,7 @@ def test_a_pin_is_told_to_every_worker_with_tiers_and_to_those_that_come_later(r
             for worker in (first, late):
                 await worker.wait_for(lambda worker=worker: bool(worker.pins))
                 (told,) = worker.pins.values()
-                assert (list(told.token_ids), told.cache_salt) == (tokens, "mine")
+                assert (unpack(told.token_ids), told.cache_salt) == (tokens, "mine")
                 assert 50 < told.ttl_s <= 60
             assert await ask(system, "GET", pin["id"]) == pin
             assert await ask(system, "GET") == {"object": "list", "data": [pin]}
@@ -72,10 +73,10 @@ def test_a_pinned_chat_is_the_beginning_of_every_chat_that_goes_on_from_it(run) 
             system_message = {"role": "system", "content": PREFIX}
             await post(system, messages=[system_message])
             await worker.wait_for(lambda: bool(worker.pins))
-            pinned = list(next(iter(worker.pins.values())).token_ids)
+            pinned = unpack(next(iter(worker.pins.values())).token_ids)
             messages = [system_message, {"role": "user", "content": "Why is the sky blue?"}]
             await system.openai.chat.completions.create(model="demo", messages=messages, max_tokens=1)
-            asked = list(worker.assignments[0].token_ids)
+            asked = unpack(worker.assignments[0].token_ids)
             assert asked[: len(pinned)] == pinned
             assert len(asked) > len(pinned)
 

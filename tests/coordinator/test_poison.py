@@ -11,6 +11,7 @@ import pytest
 from coordinator_harness import PREFILL, System, running, until
 from fake_worker import FakeWorker, token_at
 
+from baton.token_ids import count, unpack
 from baton.v1 import inference_pb2 as api
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.breakers import FIRST_BACKOFF_S
@@ -20,16 +21,16 @@ Dies = Callable[[wire.Assignment, int], bool]
 
 
 def at_once(assignment: wire.Assignment, index: int) -> bool:
-    return POISON in assignment.token_ids
+    return POISON in unpack(assignment.token_ids)
 
 
 def at_a_place(assignment: wire.Assignment, index: int) -> bool:
-    return POISON in assignment.token_ids and index == 7
+    return POISON in unpack(assignment.token_ids) and index == 7
 
 
 def ever_further(assignment: wire.Assignment, index: int) -> bool:
-    started = len(assignment.token_ids) - assignment.num_prompt_tokens
-    return POISON in assignment.token_ids and index == started + 30
+    started = count(assignment.token_ids) - assignment.num_prompt_tokens
+    return POISON in unpack(assignment.token_ids) and index == started + 30
 
 
 async def ask(system: System, prompt: list[int], max_tokens: int) -> tuple[int, dict[str, Any], str]:

@@ -9,6 +9,7 @@ from coordinator_harness import System, running, until
 from fake_worker import FakeWorker, Reservation
 from test_poison import POISON, Dies, ask, at_a_place, at_once, ever_further, right
 
+from baton.token_ids import pack
 from baton.v1 import worker_link_pb2 as wire
 from coordinator import quarantine
 
@@ -84,7 +85,7 @@ def test_an_isolated_innocent_on_whose_worker_the_other_lets_poison_loose_is_not
                 held = next(worker for worker in workers if worker.links[1].num_running and not worker.dead)
                 assignment = wire.Assignment(
                     id=wire.AttemptId(request_id=f"poison-{held.links[0].id}", attempt=1), handle=99,
-                    token_ids=[POISON], num_prompt_tokens=1, sampling=wire.EngineSampling(max_tokens=5),
+                    token_ids=pack([POISON]), num_prompt_tokens=1, sampling=wire.EngineSampling(max_tokens=5),
                 )  # fmt: skip
                 a.coordinator.registry.workers[held.links[0].id].send(wire.CoordinatorMessage(assignment=assignment))
                 await held.links[0].wait_for(lambda held=held: bool(held.links[0].assignments))

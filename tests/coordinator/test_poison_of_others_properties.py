@@ -11,6 +11,7 @@ from outbox import Outbox
 from test_dispatcher_properties import Model, Run, World
 from test_poison_properties import MAX_TOKENS, POISON
 
+from baton.token_ids import count, unpack
 from baton.v1 import worker_link_pb2 as wire
 from coordinator import quarantine
 from coordinator.delivery import Choice, Request
@@ -54,7 +55,8 @@ class Host:
 
     def __init__(self, number: int, doors: Sequence[Door]) -> None:
         registration = wire.Registration(
-            protocol_version=1, worker_id=f"w{number}", incarnation=number, roles=[wire.ROLE_DECODE],
+            protocol_version=wire.LINK_PROTOCOL_VERSION,
+            worker_id=f"w{number}", incarnation=number, roles=[wire.ROLE_DECODE],
             page_size_tokens=16, total_blocks=64, max_model_tokens=512, model="demo", handover_address="x",
         )  # fmt: skip
         self.doors = doors
@@ -72,7 +74,7 @@ class Host:
                 refusal = wire.Admission(id=message.assignment.id, accepted=False, reserved=True)
                 door.say(model, admission=refusal)
             elif message.HasField("assignment"):
-                sent = len(message.assignment.token_ids) - message.assignment.num_prompt_tokens
+                sent = count(message.assignment.token_ids) - message.assignment.num_prompt_tokens
                 model.runs.append(Run(message.assignment, sent))
             elif message.HasField("abort"):
                 for run in model.runs:
@@ -115,9 +117,9 @@ class Fleet:
         self.hosts.append(Host(self.num_hosts, self.doors))
 
     def fatal(self, run: Run) -> bool:
-        if POISON not in run.assignment.token_ids:
+        if POISON not in unpack(run.assignment.token_ids):
             return False
-        started = len(run.assignment.token_ids) - run.assignment.num_prompt_tokens
+        started = count(run.assignment.token_ids) - run.assignment.num_prompt_tokens
         return run.next_index >= (self.place if self.stretch is None else started + self.stretch)
 
     def die(self, host: Host) -> None:

@@ -8,6 +8,7 @@ from fake_worker import token_at
 from outbox import Outbox
 from test_dispatcher_properties import Model, Run, World
 
+from baton.token_ids import count, unpack
 from baton.v1 import worker_link_pb2 as wire
 from coordinator import quarantine
 from coordinator.delivery import Choice, Request
@@ -32,7 +33,8 @@ class Fleet(World):
     def join(self, *roles: int) -> None:
         self.num_joined += 1
         registration = wire.Registration(
-            protocol_version=1, worker_id=f"w{self.num_joined}", incarnation=self.num_joined, roles=roles,
+            protocol_version=wire.LINK_PROTOCOL_VERSION,
+            worker_id=f"w{self.num_joined}", incarnation=self.num_joined, roles=roles,
             page_size_tokens=16, total_blocks=64, max_model_tokens=512, model="demo", handover_address="x",
         )  # fmt: skip
         self.models.append(Model(self.registry.register(registration, Outbox())))
@@ -52,9 +54,9 @@ class Fleet(World):
         self.models.remove(model)
 
     def kills_now(self, run: Run) -> bool:
-        if POISON not in run.assignment.token_ids:
+        if POISON not in unpack(run.assignment.token_ids):
             return False
-        started = len(run.assignment.token_ids) - run.assignment.num_prompt_tokens
+        started = count(run.assignment.token_ids) - run.assignment.num_prompt_tokens
         return run.next_index >= (self.place if self.same_place else started + self.stretch)
 
     def advance(self, model: Model, run: Run) -> None:

@@ -7,6 +7,7 @@ from outbox import Outbox
 
 from baton.block_names import root_name
 from baton.config import CoordinatorOptions
+from baton.token_ids import pack, unpack
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import Choice, Request
 from coordinator.detokenizer import IncrementalDetokenizer, TextStream
@@ -21,16 +22,16 @@ TOKENS = list(range(1000))
 
 
 def names(num_strides: int, tokens: list[int] = TOKENS) -> list[bytes]:
-    return strides(ROOT, tokens[: num_strides * STRIDE_TOKENS])
+    return strides(ROOT, pack(tokens[: num_strides * STRIDE_TOKENS]))
 
 
 def test_equal_beginnings_have_equal_names_and_the_end_of_a_stride_has_none() -> None:
-    assert len(strides(ROOT, TOKENS)) == len(TOKENS) // STRIDE_TOKENS
-    assert strides(ROOT, TOKENS)[:3] == names(3)
+    assert len(strides(ROOT, pack(TOKENS))) == len(TOKENS) // STRIDE_TOKENS
+    assert strides(ROOT, pack(TOKENS))[:3] == names(3)
     other = [*TOKENS[:200], 5, *TOKENS[201:]]
     assert names(3) == names(3, other)
     assert not set(names(15)[3:]) & set(names(15, other)[3:])
-    assert not set(names(15)) & set(strides(root_name("model", cache_salt="tenant"), TOKENS))
+    assert not set(names(15)) & set(strides(root_name("model", cache_salt="tenant"), pack(TOKENS)))
 
 
 def test_the_longest_beginning_comes_first_and_of_equals_the_latest() -> None:
@@ -72,7 +73,8 @@ class World:
     def join(self, name: str, *roles: int, incarnation: int = 1) -> Worker:
         return self.registry.register(
             wire.Registration(
-                protocol_version=1, worker_id=name, incarnation=incarnation, roles=roles, page_size_tokens=16,
+                protocol_version=wire.LINK_PROTOCOL_VERSION,
+                worker_id=name, incarnation=incarnation, roles=roles, page_size_tokens=16,
                 total_blocks=640, max_model_tokens=4096, model="demo", handover_address=f"tcp://{name}",
             ),
             Outbox(),
@@ -102,7 +104,7 @@ class World:
         return assignment
 
     def answer(self, worker: Worker, assignment: wire.Assignment, num_tokens: int) -> list[int]:
-        prompt = assignment.token_ids[: assignment.num_prompt_tokens]
+        prompt = unpack(assignment.token_ids)[: assignment.num_prompt_tokens]
         tokens = [token_at(prompt, index) for index in range(num_tokens)]
         for index, token in enumerate(tokens):
             step = wire.StepTokens(handles=[assignment.handle], indices=[index], token_ids=[token])

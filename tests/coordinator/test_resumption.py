@@ -14,6 +14,7 @@ from fake_worker import FakeWorker, token_at
 
 import baton.client as client_module
 from baton.client import AsyncClient, ClientError
+from baton.token_ids import pack, unpack
 from baton.v1 import inference_pb2 as api
 from baton.v1 import worker_link_pb2 as wire
 
@@ -153,7 +154,7 @@ def test_a_choice_that_nobody_has_any_more_is_generated_again(run) -> None:
             right.usages[0]["prompt_tokens_details"]["cached_tokens"] = 3
             assert got == right
             (again,) = second.assignments
-            assert list(again.token_ids) == list(lost.token_ids)
+            assert again.token_ids == lost.token_ids
             assert again.sampling == lost.sampling
             assert again.id.request_id == lost.id.request_id
             assert again.id.attempt > 1
@@ -302,8 +303,8 @@ def test_logprobs_that_went_with_the_coordinator_are_computed_again(run) -> None
             later = wire.Assignment()
             later.CopyFrom(first.assignments[0])
             later.id.attempt = 2
-            prompt = list(later.token_ids)
-            later.token_ids.extend(token_at(prompt, index) for index in range(3))
+            prompt = unpack(later.token_ids)
+            later.token_ids += pack([token_at(prompt, index) for index in range(3)])
             for at, adopts in ((1, 0), (2, 0), (3, 1)):  # after it, the client has what the worker lacks
                 await second.report(later, num_tokens=5, without_logprobs=3)
                 resumed = await go_on(new, events[at - 1].id)
@@ -349,7 +350,7 @@ def test_a_damaged_report_is_refused_and_harms_nobody(run, caplog: pytest.LogCap
             other.id.request_id = "b" * 20 + "-0"
             outside = wire.Assignment()
             outside.CopyFrom(good)
-            outside.token_ids.append(10**6)
+            outside.token_ids += pack([10**6])
             for bad in (*spoilt, other, outside):
                 await second.report(bad)
             await second.wait_for(lambda: len(second.aborts) == 6)

@@ -20,7 +20,7 @@ HELD = {"prefill-0": 6000, "prefill-1": 0, "decode-0": 2000, "decode-1": 0}
 
 def seconds_to_compute(id: str) -> float:
     peers = max(HELD.values()) - HELD[id]
-    saved = estimates.fetch_saves_s(peers, TOKEN_S, TOKEN_BYTES * BYTE_S)
+    saved = peers * estimates.saves_s(TOKEN_S, TOKEN_BYTES * BYTE_S)
     return float(estimates.compute_s(TOKENS - HELD[id], TOKEN_S) - saved)
 
 

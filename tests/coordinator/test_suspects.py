@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from baton.token_ids import pack
 from coordinator.suspects import PROGRESS_TOKENS, PROMPT_MEMORY_S, Suspects
 from coordinator.workers import Leg
 
@@ -17,7 +18,7 @@ class Stream:
         self.tokens: list[int] = []
         self.first_index = 0
         self.prompt = [prompt]
-        self.choices = [SimpleNamespace(request=self, stream=self, stream_id="s", prompt=self.prompt)]
+        self.choices = [SimpleNamespace(request=self, stream=self, stream_id="s", packed_prompt=pack(self.prompt))]
 
     def begin(self) -> None:
         self.first_index = len(self.tokens)

@@ -11,6 +11,7 @@ from fake_worker import FakeWorker, Refused, token_at
 
 import baton
 from baton.model_folder import tokenizer_fingerprint
+from baton.token_ids import unpack
 from coordinator import watched_file
 from coordinator.rollout import Rollout
 from coordinator.shadows import first_difference
@@ -58,7 +59,7 @@ def tokens_of(system: System) -> list[int]:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"protocol_version": 2, "software_version": "9.9"}, r"baton 9\.9.*speaks 1; upgrade coordinators first"),
+        ({"protocol_version": 3, "software_version": "9.9"}, r"baton 9\.9.*speaks 2; upgrade coordinators first"),
         ({"protocol_version": 0}, "upgrade this worker"),
         ({"model_version": "v", "model_fingerprint": "g"}, "version v: model_fingerprint is g"),
         ({"model_version": "not a label"}, "model_version has 'not a label'"),
@@ -302,7 +303,7 @@ def test_poison_kills_workers_of_its_own_version_only(run, count: int) -> None:
             others = [await new_worker(system, f"new-{at}") for at in range(3)]
             own = [await system.worker(f"decode-{at}") for at in range(count)]
             for worker in (*own, *others):
-                worker.dies_of = lambda assignment, index: 299 in assignment.token_ids
+                worker.dies_of = lambda assignment, index: 299 in unpack(assignment.token_ids)
             roll_out(system, {"v": 1.0})
             answer = await ask(system, [299, 301])  # type: ignore[arg-type]
             assert answer["error"]["code"] == ("poison" if count == 6 else "unavailable")

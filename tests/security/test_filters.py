@@ -17,6 +17,7 @@ from coordinator_harness import DECODE, System, running, until
 
 from baton.errors import ConfigurationError
 from baton.filters import Filter, OutputFilter, Refused, Shown
+from baton.token_ids import unpack
 from baton.v1 import inference_pb2 as api
 from coordinator.delivery import Choice
 
@@ -138,7 +139,7 @@ def test_the_model_reads_no_address_in_whatever_form_it_comes(run) -> None:
             for request in requests:
                 request.sampling.max_tokens = 1
                 _ = [each async for each in system.inference.Generate(request)]
-            read = [system.decode(list(each.token_ids)) for each in system.workers[0].assignments]
+            read = [system.decode(unpack(each.token_ids)) for each in system.workers[0].assignments]
             assert len(read) == len(bodies) + 1 + len(requests)
             assert all("[email]" in each and "home.example" not in each for each in read), read
             assert system.metric("baton_filter_total", filter=EMAIL, event="changed_input") == len(bodies) + len(
@@ -166,7 +167,7 @@ def test_a_prompt_that_nothing_is_changed_in_keeps_its_tokens(run) -> None:
         async with filtering() as system:
             ids = [*system.encode("never mind")[:1], *system.encode("x y")]
             await system.openai.completions.create(model="demo", prompt=ids, max_tokens=1)
-            assert list(system.workers[0].assignments[0].token_ids) == ids
+            assert unpack(system.workers[0].assignments[0].token_ids) == ids
 
     run(scenario())
 

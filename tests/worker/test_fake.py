@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from baton.token_ids import pack
 from baton.v1 import worker_link_pb2 as wire
 from worker.fake import FakeWorker, Pace, token_at
 
@@ -47,7 +48,7 @@ def assignment(handle: int = 1, max_tokens: int = 4, tokens: list[int] | None = 
     return wire.Assignment(
         **{
             "id": wire.AttemptId(request_id=f"r-{handle}", attempt=1), "handle": handle, "role": DECODE,
-            "token_ids": [*PROMPT, *(tokens or [])], "num_prompt_tokens": len(PROMPT), "sampling": sampling,
+            "token_ids": pack([*PROMPT, *(tokens or [])]), "num_prompt_tokens": len(PROMPT), "sampling": sampling,
         } | more
     )  # fmt: skip
 

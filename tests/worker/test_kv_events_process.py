@@ -14,6 +14,7 @@ import pytest
 
 from baton.block_names import root_name
 from baton.framed import Framed
+from baton.token_ids import pack
 from baton.v1 import worker_link_pb2 as wire
 from engine.prefix_cache import NameChain
 
@@ -106,8 +107,8 @@ class Coordinator:
         prompt = [rng.randrange(300, 2000) for _ in range(PROMPT_TOKENS)]
         id = wire.AttemptId(request_id=f"r{number}", attempt=1)
         assignment = wire.Assignment(
-            id=id, handle=number, role=wire.ROLE_DECODE, token_ids=prompt, num_prompt_tokens=len(prompt), deadline_s=60,
-            sampling=wire.EngineSampling(top_p=1.0, repetition_penalty=1.0, max_tokens=NEW_TOKENS),
+            id=id, handle=number, role=wire.ROLE_DECODE, token_ids=pack(prompt), num_prompt_tokens=len(prompt),
+            deadline_s=60, sampling=wire.EngineSampling(top_p=1.0, repetition_penalty=1.0, max_tokens=NEW_TOKENS),
         )  # fmt: skip
         self.send(assignment=assignment)
         await self.until(lambda: id.request_id in self.ended)

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import pytest
 
+from baton.token_ids import pack, unpack
 from baton.v1 import worker_link_pb2 as wire
 from engine.requests import TokenLogprobs
 from worker import orphans as module
@@ -17,8 +18,8 @@ OLD, NEW = 11, 22
 def attempt(name: str, role: "wire.Role.ValueType" = wire.ROLE_DECODE, given: int = 0) -> Attempt:
     id = wire.AttemptId(request_id=name, attempt=1)
     assignment = wire.Assignment(
-        id=id, role=role, handle=7, token_ids=[1, 2, *range(100, 100 + given)], num_prompt_tokens=2, ticket=b"ticket",
-        prefill=wire.HandoverPeer(worker_id="p"),
+        id=id, role=role, handle=7, token_ids=pack([1, 2, *range(100, 100 + given)]), num_prompt_tokens=2,
+        ticket=b"ticket", prefill=wire.HandoverPeer(worker_id="p"),
     )  # fmt: skip
     made = Attempt(cast(Link, None), id, f"{name}/1", 7, assignment, cast(RoleHandler, None), coordinator=OLD)
     made.tokens = list(range(100, 100 + given))
@@ -56,7 +57,7 @@ def test_an_orphan_is_reported_to_another_coordinator_and_handed_over_with_all_i
         (message,) = world.sent
         told = message.orphan
         assert (told.num_tokens, told.cached_tokens, told.assignment.ticket) == (5, 1, b"ticket")
-        assert list(told.assignment.token_ids) == [1, 2, 100, 101]
+        assert unpack(told.assignment.token_ids) == [1, 2, 100, 101]
         assert not told.assignment.HasField("prefill")
         assert told.without_logprobs == 2
         assert 4 < told.kept_s <= 5
