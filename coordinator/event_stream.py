@@ -97,19 +97,28 @@ class EventStream:
         """The last events, once they are all that is left to write."""
         self._turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def run(self, deltas: Sequence[Delta] | None) -> bytes:
-        """Write `deltas`, or a sign of life for None, and what follows, until all is written but the last events.
+    def begin(self, deltas: Sequence[Delta] | None) -> bytes:
+        """What goes with the head of the answer: `deltas`, or a sign of life where they show nothing or are None.
 
-        These are returned. The head of the answer has been written, and nobody else writes meanwhile. Raises
-        RequestFailed, or ConnectionError when the client is gone.
+        Empty where `run` has nothing to do but to say how it ends.
+        """
+        if deltas is None and self._better_elsewhere(self._request):
+            self._over = True
+            return b""
+        data = self._events(deltas or ())
+        return b"" if self._over else data or ALIVE
+
+    async def run(self) -> bytes:
+        """Write what follows, until all is written but the last events.
+
+        These are returned. What `begin` gave has been written, and nobody else writes meanwhile. Raises RequestFailed,
+        or ConnectionError when the client is gone.
         """
         self._request.on_news = self._on_news
         try:
-            if deltas is None:
-                self.say_alive()
-            else:
-                self._send(deltas)
-            self._on_news()  # whatever came before anybody was to be called
+            if not self._over:
+                self._all.wrote(self)
+                self._on_news()  # whatever came before anybody was to be called
             while not self._over:
                 await self._turn
                 self._turn = asyncio.get_running_loop().create_future()
@@ -137,19 +146,21 @@ class EventStream:
         if self._over or self._held_up:
             return
         try:
-            self._send(self._request.take(self._reader))
+            if data := self._events(self._request.take(self._reader)):
+                self._write(data)
             if self._request.failure is not None and self._request.drained:
                 raise self._request.failure
         except Exception as failure:  # noqa: BLE001 - `run` raises it: nobody else waits for this callback
             self._finish(failure)
 
-    def _send(self, deltas: Sequence[Delta]) -> None:
+    def _events(self, deltas: Sequence[Delta]) -> bytes:
+        """To be written now: nothing where they are the last, which go with the end of the answer."""
         data = b"".join([self._writer.chunk(delta) for delta in deltas])
-        if self._request.drained and self._request.failure is None:
-            self._rest = data + self._writer.last()
-            self._finish(None)
-        elif data:
-            self._write(data)
+        if not self._request.drained or self._request.failure is not None:
+            return data
+        self._rest = data + self._writer.last()
+        self._finish(None)
+        return b""
 
     def _write(self, data: bytes) -> None:
         transport = self._transport

@@ -76,11 +76,23 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class _Call:
     """What a handler tells the middleware around it."""
 
-    id: str
+    chosen_id: str = ""
     request: Request | None = None
+
+    @property
+    def id(self) -> str:
+        """Of the request; one is made for what has none of its own, such as a question for the models."""
+        self.chosen_id = self.chosen_id or new_request_id("req")
+        return self.chosen_id
 
 
 _call: ContextVar[_Call] = ContextVar("call")
+
+
+class _HeadWithEvents(web.StreamResponse):
+    """Its head goes with the first events, in one write: it is written once they are there anyway."""
+
+    _send_headers_immediately = False
 
 
 class HttpApi:
@@ -147,12 +159,12 @@ class HttpApi:
         resume_s = _resume_s(http)
         if chosen := http.headers.get("X-Request-Id"):
             self._resumption.check_free(check_request_id(chosen))
-        call.id = chosen or new_request_id("chatcmpl" if spec.chat else "cmpl")
+        call.chosen_id = id = chosen or new_request_id("chatcmpl" if spec.chat else "cmpl")
         # A client that has some of the answer asks for all of it again where nobody knows the request any more.
-        positions = positions_of(http.headers.get("Last-Event-ID", "") if stream else "", call.id)
+        positions = positions_of(http.headers.get("Last-Event-ID", "") if stream else "", id)
         if positions is None:
             return web.Response(body=SSE_DONE, content_type="text/event-stream")
-        call.request = await self._intake.submit(spec, call.id, resume_s, asked_again=bool(positions))
+        call.request = await self._intake.submit(spec, id, resume_s, asked_again=bool(positions))
         if positions:
             self._intake.metrics.resumed.labels("asked_again").inc()
         return await self._answer(http, call.request, stream, positions)
@@ -182,14 +194,17 @@ class HttpApi:
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Request-Id": request.id}
         if trace := traceparent_of(request):
             headers["traceparent"] = trace
-        response = web.StreamResponse(headers=headers)
-        await response.prepare(http)
+        response = _HeadWithEvents(headers=headers)
         events = EventStream(
             http, request, reader, writer, self._streams, self._resumption.better_elsewhere, partial(self._reads, http)
         )
+        first = events.begin(deltas)
+        await response.prepare(http)
         try:
             try:
-                rest = await events.run(deltas)
+                if first:
+                    await self._reads(http, response.write(first))
+                rest = await events.run()
             except RequestFailed as failure:
                 if failure.kind is FailureKind.HANDED_ON:
                     raise
@@ -202,14 +217,22 @@ class HttpApi:
 
     async def _reads(self, http: web.Request, writing: Awaitable[None]) -> None:
         """Raises ConnectionError when the client does not read what is written to it: it is hung up on."""
-        try:
-            async with asyncio.timeout(_READ_TIMEOUT_S):
-                await writing
-        except TimeoutError:
+        hung_up = False
+
+        def hang_up() -> None:
+            nonlocal hung_up
+            hung_up = True
             self._intake.metrics.slow_readers.inc()
             if http.transport is not None:
-                http.transport.abort()
-            raise ConnectionResetError("the client does not read") from None
+                http.transport.abort()  # which ends `writing`
+
+        timer = asyncio.get_running_loop().call_later(_READ_TIMEOUT_S, hang_up)
+        try:
+            await writing
+        finally:
+            timer.cancel()
+        if hung_up:
+            raise ConnectionResetError("the client does not read")
 
     # Clients that come back
 
@@ -220,13 +243,13 @@ class HttpApi:
         if positions is None:
             return web.Response(body=SSE_DONE, content_type="text/event-stream")
         call.request = await self._resumption.resume(id, positions)
-        call.id = id
+        call.chosen_id = id
         return await self._answer(http, call.request, True, positions)
 
     async def _resume_whole(self, http: web.Request) -> web.StreamResponse:
         call, id = _call.get(), http.match_info["id"]
         call.request = await self._resumption.resume(id)
-        call.id = id
+        call.chosen_id = id
         return await self._answer(http, call.request, False)
 
     async def _abort(self, http: web.Request) -> web.Response:
@@ -331,7 +354,7 @@ class HttpApi:
         @web.middleware
         async def outermost(http: web.Request, handler: Handler) -> web.StreamResponse:
             started_s = time.monotonic()
-            call = _Call(new_request_id("req"))
+            call = _Call()
             _call.set(call)
             arriving.set(http.headers.get("traceparent", ""))
             code = 499  # nginx's word for a client that hung up
@@ -425,6 +448,8 @@ def _json(body: bytes, code: int = 200) -> web.Response:
 async def _json_bytes(http: web.Request) -> bytes:
     if http.content_type != "application/json":
         raise web.HTTPUnsupportedMediaType(reason="Content-Type must be application/json")
+    if http.content.is_eof():  # all of it came with the head
+        return await http.read()
     try:
         async with asyncio.timeout(_BODY_TIMEOUT_S):
             return await http.read()

@@ -69,6 +69,7 @@ class Metrics:
         self.ttft_ratio = Buckets(RATIOS)
         self.finished = counter("baton_finished_choices", registry)
         self.prompt_lengths, self.completion_lengths = Buckets(LENGTHS), Buckets(LENGTHS)
+        self.tokenizer_fallbacks = counter("baton_tokenizer_fallbacks", registry)
         self.slow_readers = counter("baton_slow_readers", registry)
         self.filters = counter("baton_filter", registry)
         self.shadows = counter("baton_shadows", registry)

@@ -80,8 +80,10 @@ class Coordinator:
         self._tls, self._public_tls = inside(tls, COORDINATOR_NAME), outside(public_tls)
         self._announced_host = _announced_host(options, discovery)
         name = served_name(model)
-        self._tokenizer = ModelTokenizer(model_folder)
         self.metrics = Metrics()
+        self._tokenizer = ModelTokenizer(
+            model_folder, lambda reason: self.metrics.tokenizer_fallbacks.labels(reason).inc()
+        )
         self._discovery = open_discovery(discovery, on_lost=self.metrics.discovery_losses.inc)
         self.metrics.discovery_up.set_function(lambda: float(not self._discovery.trouble))
         self.registry = WorkerRegistry(name, tokenizer_fingerprint(model_folder))
@@ -210,7 +212,8 @@ class Coordinator:
         return "" if self.intake.ready else NOT_READY
 
     def _status(self) -> dict[str, Any]:
-        return cluster_status(self.intake.model_name, self.registry, self.dispatcher, self._rollout_trouble())
+        status = cluster_status(self.intake.model_name, self.registry, self.dispatcher, self._rollout_trouble())
+        return status | {"encoder": self._tokenizer.encoded_by}
 
     def _rollout_trouble(self) -> str:
         return self._rollout.trouble if self._rollout is not None else ""

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from tokenizers.decoders import ByteLevel
 from baton.errors import InvalidRequestError, ModelError
 from coordinator.chat_template import ChatTemplate
 from coordinator.detokenizer import IncrementalDetokenizer
+from coordinator.encoder import Encoder
 from coordinator.failures import FailureKind, RequestFailed
 from coordinator.model_files import ModelFacts, read_facts, read_json
 
@@ -23,16 +24,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MAX_ENCODING = 256
 """Long texts that may wait for a thread, each as large as a body may be."""
-_INLINE_CHARACTERS = 4096  # longer texts are encoded in a thread: a millisecond here is one for every stream
+_INLINE_CHARACTERS = {"tokenizers": 4096, "fastokens": 16384}
+"""By library: longer texts are encoded in a thread, as a millisecond here is one for every stream."""
 
 
 class ModelTokenizer:
-    """Raises ModelError, naming file and field, if the folder's tokenizer cannot be used."""
+    """Raises ModelError, naming file and field, if the folder's tokenizer cannot be used. `on_fallback`: as `Encoder`
+    has it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, on_fallback: Callable[[str], None] = lambda reason: None) -> None:
         config_path = folder / "tokenizer_config.json"
         config = read_json(config_path)
         self._tokenizer = _load(folder / "tokenizer.json")
+        self._encoder = Encoder(self._tokenizer, on_fallback)
         special = _special_tokens(config_path, config)
         self._template = _chat_template(folder, config, special)
         self._vocabulary_bytes = _byte_alphabet() if isinstance(self._tokenizer.decoder, ByteLevel) else None
@@ -54,22 +58,22 @@ class ModelTokenizer:
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Raises RequestFailed when too many long texts wait already."""
-        if len(text) <= _INLINE_CHARACTERS:
-            return self._encode(text, add_special_tokens)
+        if len(text) <= _INLINE_CHARACTERS[self._encoder.library]:
+            return self._encoder.encode(text, add_special_tokens)
         if self._num_encoding >= MAX_ENCODING:
             message = "too many long prompts wait to be turned into tokens; try again later"
             raise RequestFailed(FailureKind.OVERLOADED, message)
         loop = asyncio.get_running_loop()
         self._num_encoding += 1
         try:
-            return await loop.run_in_executor(self._threads, self._encode, text, add_special_tokens)
+            return await loop.run_in_executor(self._threads, self._encoder.encode, text, add_special_tokens)
         finally:
             self._num_encoding -= 1
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        # The batch form releases the interpreter lock, the single one does not; and this one finds no offsets, which
-        # takes a quarter of the time.
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    @property
+    def encoded_by(self) -> str:
+        """The library that turns text into tokens."""
+        return self._encoder.library
 
     def decode(self, token_ids: Sequence[int], keep_special_tokens: bool = False) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=not keep_special_tokens)

@@ -90,7 +90,9 @@ def begin(
     reader = request.reader or request.attach()
     streams = streams or EventStreams(60.0)
     stream = EventStream(http, request, reader, writer, streams, lambda request: elsewhere, written)  # type: ignore[arg-type]
-    return asyncio.create_task(stream.run(deltas))
+    if (first := stream.begin(deltas)) and deltas != ():
+        http.written.append(b"%x\r\n%b\r\n" % (len(first), first))
+    return asyncio.create_task(stream.run())
 
 
 async def written(writing: Awaitable[None]) -> None:

@@ -2,7 +2,7 @@
 
 from functools import cache
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 TEXT = ["the quick brown fox jumps over the lazy dog. Once upon a time, there was a stop sign, and more."] * 3
 SPECIAL = ["<s>", "</s>", "<|end|>"]
@@ -23,6 +23,43 @@ def byte_level() -> Tokenizer:
     tokenizer.train_from_iterator(TEXT, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return tokenizer
+
+
+def _byte_level_by(pattern: str, *before: normalizers.Normalizer) -> Tokenizer:
+    """Words are what `pattern` says, as in all that came after GPT-2."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    if before:
+        tokenizer.normalizer = normalizers.Sequence(list(before))
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=SPECIAL,
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False), AddedToken("brown fox", normalized=True)])
+    return tokenizer
+
+
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@cache
+def numbers_of_three() -> Tokenizer:
+    """Like Llama 3."""
+    return _byte_level_by(_WORDS % "{1,3}")
+
+
+@cache
+def composed_digits() -> Tokenizer:
+    """Like Qwen: composed characters, one digit a word."""
+    return _byte_level_by(_WORDS % "", normalizers.NFC())
 
 
 @cache
