@@ -16,6 +16,9 @@ def log_to_stderr(name: str) -> None:
     """One line an event: time, level, process, part, message. Never text of a prompt."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(log_format(name))
+    # No line says from where in the code it is, and each that is not asked for saves every request some time.
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.basicConfig(handlers=[handler], level=os.environ.get("BATON_LOG_LEVEL", "INFO").upper())
 
 

@@ -96,6 +96,7 @@ class Choice:
         "_claimed",
         "_digest",
         "_dirty",
+        "_gives_logprobs",
         "_logprobs",
         "_muted",
         "_pieces",
@@ -134,6 +135,7 @@ class Choice:
         self.prompt = prompt
         self.packed_prompt = pack(prompt)
         self.sampling = sampling
+        self._gives_logprobs = sampling.HasField("logprobs")
         self.stream = TokenStream(sampling.max_tokens, sampling.min_tokens, sampling.stop_token_ids)
         self.stream_id = f"{request.id}-{self.number}"
         self.text = text
@@ -168,7 +170,7 @@ class Choice:
 
     def add(self, token_id: int, logprob: wire.StepLogprob | None, is_stop_token: bool) -> bool:
         """Append a delivered token. True if a stop string is complete now."""
-        if self.sampling.HasField("logprobs"):
+        if self._gives_logprobs:
             self._logprobs.append(_token_logprob(token_id, logprob, self.text.length))
         self._pieces.append(self.text.push(token_id) if not is_stop_token or self.show_stop_token else "")
         if len(self._pieces) > self._taken:  # else a client is here that had more before its coordinator died

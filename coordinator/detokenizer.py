@@ -87,14 +87,12 @@ class StopFinder:
         self._held = ""
 
     def push(self, text: str) -> Found:
-        if not self._stops:
-            return Found(text, False)
         text = self._held + text
         matches = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if matches:
             self._held = ""
             return Found(text[: min(matches)[1]], True)
-        keep = min(_possible_start(text, stop) for stop in self._stops)
+        keep = min((_possible_start(text, stop) for stop in self._stops), default=len(text))
         self._held = text[keep:]
         return Found(text[:keep], False)
 
@@ -116,11 +114,12 @@ def _possible_start(text: str, stop: str) -> int:
 class TextStream:
     """Text of one choice: detokenised, cut at the first stop string that begins after `min_tokens` tokens."""
 
-    __slots__ = ("_detokenizer", "_finder", "_min_tokens", "_num_tokens", "length", "stopped")
+    __slots__ = ("_detokenizer", "_finder", "_has_stops", "_min_tokens", "_num_tokens", "length", "stopped")
 
     def __init__(self, detokenizer: IncrementalDetokenizer, stops: Sequence[str] = (), min_tokens: int = 0) -> None:
         self._detokenizer = detokenizer
         self._finder = StopFinder(stops)
+        self._has_stops = bool(stops)
         self._min_tokens = min_tokens
         self._num_tokens = 0
         self.length = 0
@@ -139,7 +138,7 @@ class TextStream:
     def _search(self, text: str, num_tokens: int) -> str:
         self._num_tokens = num_tokens
         self.length += len(text)
-        if num_tokens <= self._min_tokens:
+        if num_tokens <= self._min_tokens or not self._has_stops:
             return text
         found = self._finder.push(text)
         self.stopped = found.stopped

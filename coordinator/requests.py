@@ -227,7 +227,8 @@ class Intake:
             token_ids, param = list(prompt), "prompt"
         if not token_ids:
             raise InvalidRequestError(f"{param} is empty", param)
-        self._check_token_ids(token_ids, param)
+        if self.tokenizer.may_exceed_model or not isinstance(prompt, str | ChatPrompt):
+            self._check_token_ids(token_ids, param)
         return token_ids
 
     async def pin(self, spec: PinSpec) -> CachePin:

@@ -50,6 +50,9 @@ class ModelTokenizer:
             self._tokenizer.get_vocab_size(with_added_tokens=True),
             self._tokenizer.token_to_id(eos) if eos is not None else None,
         )
+        tokens = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.may_exceed_model = max(tokens.values(), default=0) >= self.facts.vocab_size
+        """It knows tokens that the model has not."""
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenizer")
         self._num_encoding = 0
 

@@ -109,6 +109,7 @@ class Worker:
         """Decodes while no decode worker accepts work."""
         self.heartbeat = wire.WorkerHeartbeat()
         self.heartbeat.blocks.total = self.heartbeat.blocks.free = registration.total_blocks
+        self._told = _told(registration, self.heartbeat)
         self.row = -1
         """In the registry's table."""
         self.joined_s = self.last_seen_s = time.monotonic()
@@ -208,6 +209,7 @@ class Worker:
             self.draining_since_s = time.monotonic()
             events.info("worker %s is draining", self.id)
         self.heartbeat = heartbeat
+        self._told = _told(self.registration, heartbeat)
         self._blocks_assigned = 0
         idle = not self.legs and not heartbeat.running_requests + heartbeat.waiting_requests
         self._idle_beats = self._idle_beats + 1 if idle else 0
@@ -221,22 +223,32 @@ class Worker:
 
     def load(self) -> Load:
         """Of the last heartbeat and, at least, of what others gave it by then and this coordinator by now."""
-        beat, registration = self.heartbeat, self.registration
-        bytes_per_token = registration.block_bytes / registration.page_size_tokens
-        return Load(
+        told = self._told
+        return told._replace(
             accepts=self.accepts,
-            requests=max(len(self.legs) + self._others_requests, beat.running_requests + beat.waiting_requests),
-            waiting_prefill_tokens=max(self._own_tokens + self._others_tokens, beat.waiting_prefill_tokens),
-            free_tokens=(beat.blocks.free + beat.blocks.cached - self._blocks_assigned) * registration.page_size_tokens,
-            stream_s=stream_s(_seconds(beat.step_s), beat.running_requests),
-            prefill_s=_seconds(1 / (beat.prefill_tokens_per_s or math.inf)),
-            handover_s=_seconds(bytes_per_token / (beat.handover_bytes_per_s or math.inf)),
+            free_tokens=told.free_tokens - self._blocks_assigned * self.registration.page_size_tokens,
+            requests=max(len(self.legs) + self._others_requests, told.requests),
+            waiting_prefill_tokens=max(self._own_tokens + self._others_tokens, told.waiting_prefill_tokens),
         )
 
     def drains(self) -> None:
         """It said so before its next heartbeat does."""
         self.heartbeat.draining = True
         self._on_load(self)
+
+
+def _told(registration: wire.Registration, beat: wire.WorkerHeartbeat) -> Load:
+    """What the heartbeat alone says."""
+    bytes_per_token = registration.block_bytes / registration.page_size_tokens
+    return Load(
+        accepts=True,
+        free_tokens=(beat.blocks.free + beat.blocks.cached) * registration.page_size_tokens,
+        requests=beat.running_requests + beat.waiting_requests,
+        waiting_prefill_tokens=beat.waiting_prefill_tokens,
+        stream_s=stream_s(_seconds(beat.step_s), beat.running_requests),
+        prefill_s=_seconds(1 / (beat.prefill_tokens_per_s or math.inf)),
+        handover_s=_seconds(bytes_per_token / (beat.handover_bytes_per_s or math.inf)),
+    )
 
 
 def _seconds(measured: float) -> float:
