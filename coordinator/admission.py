@@ -162,6 +162,10 @@ class Admission:
         self._forecasts[request] = forecast
         this.num_waiting += 1
 
+    def hear(self, now_s: float) -> None:
+        """A worker says something: so far everything that started is known."""
+        self._backlog.hear(now_s)
+
     def first_token(self, choice: Choice, now_s: float) -> None:
         """Idempotent; a choice that was not admitted here does not matter."""
         self._backlog.started(choice, now_s)
@@ -198,7 +202,7 @@ class Admission:
 
     def pressure(self, name: str) -> float:
         """The wait of a request that came now, as a share of its class's target."""
-        this, rate = self._classes[name], self._backlog.rate(self._clock())
+        this, rate = self._classes[name], self._backlog.rate
         return this.by_backlog.ratio * self._backlog.work / rate / this.ttft_s if rate else 0.0
 
     @property
@@ -213,7 +217,7 @@ class Admission:
     # Predictions
 
     def _forecast(self, this: _Class, request: Request, route: Route | None, now: float) -> _Forecast:
-        work, rate = sum(map(_work, request.choices)), self._backlog.rate(now)
+        work, rate = sum(map(_work, request.choices)), self._backlog.rate
         behind_s, alone_s = (self._backlog.work / rate, work / rate) if rate else (0.0, 0.0)
         by_policy, by_backlog = _Guess(0.0, 0.0), _Guess(behind_s + alone_s, behind_s)
         self._sample_itl(now)
@@ -286,7 +290,7 @@ class Admission:
         raise RequestFailed(FailureKind.OVERLOADED, message, retry_after_s)
 
     def _retry_after_s(self, work: float, excess_s: float, now: float) -> float:
-        rate = self._backlog.rate(now)
+        rate = self._backlog.rate
         elapsed_s, self._refused_at_s = now - self._refused_at_s, now
         self._refused_work = min(max(0.0, self._refused_work - rate * elapsed_s) + work, rate * MAX_RETRY_S)
         line_s = self._refused_work / rate if rate else 0.0

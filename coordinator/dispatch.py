@@ -485,6 +485,7 @@ class Dispatcher:
 
     def on_message(self, worker: Worker, message: wire.WorkerMessage) -> None:
         """Any message of a registered worker but its registration."""
+        self.admission.hear(time.monotonic())
         kind = message.WhichOneof("message")
         if kind == "tokens":
             self._on_tokens(worker, message.tokens)

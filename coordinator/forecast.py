@@ -39,8 +39,10 @@ class _Sample(NamedTuple):
 class Backlog:
     """Streams that wait for their first token, and the rate at which such streams are served while several wait.
 
-    While one or none waits a fleet is not at its limit, so that time says nothing about it. A number of starts counts,
-    not those of some seconds: free slots fill a thousand times as fast as slots become free.
+    While one or none waits a fleet is not at its limit, so that time says nothing about it; nor does time in which
+    nobody listened to it: an event loop that takes up a thousand requests at once finds all their first tokens
+    afterwards. A number of starts counts, not those of some seconds: free slots fill a thousand times as fast as slots
+    become free.
     """
 
     def __init__(self) -> None:
@@ -49,12 +51,20 @@ class Backlog:
         self._starts = deque([_Start(0.0, 0.0)], maxlen=max(STARTS) + 1)
         """The last ones; before any, when counting began."""
         self._busy_s = self._at_s = 0.0
+        """How long several had waited when the fleet was heard the last time, and when that was."""
 
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def hear(self, now_s: float) -> None:
+        """Some worker says something."""
+        if len(self._waiting) > 1:
+            self._busy_s += max(0.0, now_s - self._at_s)
+        self._at_s = now_s
+
     def add(self, key: Hashable, work: float, now_s: float) -> None:
-        self._advance(now_s)
+        if len(self._waiting) <= 1:
+            self._at_s = now_s
         self._waiting[key] = work
         self.work += work
 
@@ -62,7 +72,7 @@ class Backlog:
         """The first token is here. Idempotent."""
         if key not in self._waiting:
             return
-        self._advance(now_s)
+        self.hear(now_s)
         if len(self._waiting) > 1:
             self._starts.append(_Start(self._busy_s, self._starts[-1].served + self._waiting[key]))
         self.remove(key, now_s)
@@ -70,13 +80,14 @@ class Backlog:
     def remove(self, key: Hashable, now_s: float) -> None:
         """It ended. Idempotent."""
         if key in self._waiting:
-            self._advance(now_s)
+            if len(self._waiting) == 2:
+                self.hear(now_s)
             work = self._waiting.pop(key)
             self.work = self.work - work if self._waiting else 0.0
 
-    def rate(self, now_s: float) -> float:
+    @property
+    def rate(self) -> float:
         """Work a second; 0 while nothing is known."""
-        self._advance(now_s)
         return min(self._rate(min(number, len(self._starts) - 1)) for number in STARTS)
 
     def _rate(self, number: int) -> float:
@@ -84,11 +95,6 @@ class Backlog:
         since = self._starts[-1 - number]
         elapsed_s = self._busy_s - since.busy_s
         return (self._starts[-1].served - since.served) / elapsed_s if elapsed_s else 0.0
-
-    def _advance(self, now_s: float) -> None:
-        elapsed_s, self._at_s = max(0.0, now_s - self._at_s), now_s
-        if len(self._waiting) > 1:
-            self._busy_s += elapsed_s
 
 
 class Calibration:

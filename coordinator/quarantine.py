@@ -1,11 +1,11 @@
 """Runs isolated requests one to a worker, so that a worker's death says who caused it. Bookkeeping, no I/O.
 
-A lane is a worker that takes nothing else. To become one it is reserved (`worker.reservation`), which keeps other
+A cell is a worker that takes nothing else. To become one it is reserved (`worker.reservation`), which keeps other
 coordinators away as well: a worker that has nothing to do, and if there is none the least busy one. It gets nothing
 new, and what still runs there after PATIENCE_S is moved to others; each coordinator moves its own. At most one busy
 worker is reserved at a time, and none where half of the workers are closed already. The isolated request runs there
-once the worker says that nothing else is there. A lane opens when its request has ended, has left, or is acquitted.
-Where closed workers leave none for the others, these wait; then a lane opens after MAX_CLOSED_S in any case, also for
+once the worker says that nothing else is there. A cell opens when its request has ended, has left, or is acquitted.
+Where closed workers leave none for the others, these wait; then a cell opens after MAX_CLOSED_S in any case, also for
 others of other coordinators. A request for which a reserved worker was not emptied for so long runs in company.
 """
 
@@ -24,7 +24,7 @@ MAX_CLOSED_S = 10.0
 
 
 @dataclass(slots=True)
-class Lane:
+class Cell:
     worker: Worker
     since_s: float
     token: int
@@ -54,7 +54,7 @@ class Turn:
 class Quarantine:
     def __init__(self, suspects: Suspects) -> None:
         self._suspects = suspects
-        self._lanes: dict[str, Lane] = {}
+        self._cells: dict[str, Cell] = {}
         self._elsewhere: dict[str, float] = {}
         """Workers that other coordinators have reserved, and since when."""
         self._waiting: list[Choice] = []
@@ -62,51 +62,51 @@ class Quarantine:
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting or self._stranded or self._lanes or self._elsewhere)
+        return bool(self._waiting or self._stranded or self._cells or self._elsewhere)
 
     @property
     def closed(self) -> Collection[str]:
         """Ids of workers that take no ordinary request."""
-        return self._lanes.keys() | self._elsewhere.keys()
+        return self._cells.keys() | self._elsewhere.keys()
 
     def park(self, choice: Choice) -> None:
         """An isolated one that waits for a worker of its own."""
         self._waiting.append(choice)
 
     def strand(self, choice: Choice) -> None:
-        """Another one that waits for a lane to open."""
+        """Another one that waits for a cell to open."""
         self._stranded.append(choice)
 
     def forget(self, request: Request) -> None:
-        """The request has ended; its lane is free in the next turn."""
+        """The request has ended; its cell is free in the next turn."""
         self._waiting = [choice for choice in self._waiting if choice.request is not request]
         self._stranded = [choice for choice in self._stranded if choice.request is not request]
 
     def alone(self, worker: Worker) -> bool:
         """Nothing but one isolated request is, or may be, on this worker, also of other coordinators."""
-        lane = self._lanes.get(worker.id)
-        if lane is None or lane.worker is not worker or lane.request is None:
+        cell = self._cells.get(worker.id)
+        if cell is None or cell.worker is not worker or cell.request is None:
             return False
-        if any(leg.choice.request is not lane.request for leg in (*worker.legs.values(), *worker.aftermath())):
+        if any(leg.choice.request is not cell.request for leg in (*worker.legs.values(), *worker.aftermath())):
             return False
-        return bool(worker.legs) and lane.cleared
+        return bool(worker.legs) and cell.cleared
 
     def status(self) -> dict[str, Any]:
         """JSON-ready."""
-        lanes = {id: None if lane.request is None else lane.request.id for id, lane in self._lanes.items()}
-        return {"suspects": len(self._suspects), "waiting": len(self._waiting), "lanes": lanes}
+        cells = {id: None if cell.request is None else cell.request.id for id, cell in self._cells.items()}
+        return {"suspects": len(self._suspects), "waiting": len(self._waiting), "cells": cells}
 
     def turn(self, now_s: float, workers: Mapping[str, Worker], trouble: Mapping[str, int]) -> Turn:
         """Once something may have changed: a heartbeat, a loss, an end, a request that was parked."""
         turn = Turn()
-        self._open_lanes(now_s, workers)
+        self._open_cells(now_s, workers)
         self._look_elsewhere(now_s, workers, turn)
         able = [worker for worker in workers.values() if worker.accepts and (worker.decodes or worker.stands_in)]
         for choice in list(self._waiting):
-            lane = self._lane_for(choice, now_s, trouble)
-            if lane is not None:
+            cell = self._cell_for(choice, now_s, trouble)
+            if cell is not None:
                 self._waiting.remove(choice)
-                turn.start.append((choice, lane.worker))
+                turn.start.append((choice, cell.worker))
         self._reserve(able, now_s, trouble, turn)
         there = {worker.version for worker in able}
         open = {worker.version for worker in able if worker.id not in self.closed}
@@ -121,60 +121,60 @@ class Quarantine:
                 _unreserve(worker, worker.heartbeat.reservation)  # its holder hears that it is wanted
         return turn
 
-    def _open_lanes(self, now_s: float, workers: Mapping[str, Worker]) -> None:
-        for id, lane in list(self._lanes.items()):
-            beat = lane.worker.heartbeat
-            overdue = (self._stranded or beat.reservation_wanted) and now_s - lane.since_s > MAX_CLOSED_S
-            if workers.get(id) is not lane.worker:
+    def _open_cells(self, now_s: float, workers: Mapping[str, Worker]) -> None:
+        for id, cell in list(self._cells.items()):
+            beat = cell.worker.heartbeat
+            overdue = (self._stranded or beat.reservation_wanted) and now_s - cell.since_s > MAX_CLOSED_S
+            if workers.get(id) is not cell.worker:
                 done = True
-            elif lane.request is None:
-                denied = beat.reservation not in (0, lane.token)
-                wanted = any(_fits(choice, lane.worker) for choice in self._waiting)
-                done = denied or not wanted or not lane.worker.accepts
+            elif cell.request is None:
+                denied = beat.reservation not in (0, cell.token)
+                wanted = any(_fits(choice, cell.worker) for choice in self._waiting)
+                done = denied or not wanted or not cell.worker.accepts
             else:
-                own = [leg for leg in lane.worker.legs.values() if leg.choice.request is lane.request]
+                own = [leg for leg in cell.worker.legs.values() if leg.choice.request is cell.request]
                 done = not own or bool(overdue)
-                done = done or (any(progressed(leg) for leg in own) and self._suspects.acquit(lane.request))
+                done = done or (any(progressed(leg) for leg in own) and self._suspects.acquit(cell.request))
             if done:
-                del self._lanes[id]
-                _unreserve(lane.worker, lane.token)  # also if it was not to be had: such a token is ignored
-                if beat.reservation == lane.token:
+                del self._cells[id]
+                _unreserve(cell.worker, cell.token)  # also if it was not to be had: such a token is ignored
+                if beat.reservation == cell.token:
                     beat.reservation = 0
 
     def _look_elsewhere(self, now_s: float, workers: Mapping[str, Worker], turn: Turn) -> None:
         """Leave those workers alone that another coordinator has to itself."""
-        tokens = {id: lane.token for id, lane in self._lanes.items()}
+        tokens = {id: cell.token for id, cell in self._cells.items()}
         held = [id for id, one in workers.items() if one.heartbeat.reservation not in (0, tokens.get(id, 0))]
-        self._elsewhere = {id: self._elsewhere.get(id, now_s) for id in held if id not in self._lanes}
+        self._elsewhere = {id: self._elsewhere.get(id, now_s) for id in held if id not in self._cells}
         for id, since_s in self._elsewhere.items():
             if now_s - since_s > PATIENCE_S:
                 turn.move += workers[id].legs.values()
 
-    def _lane_for(self, choice: Choice, now_s: float, trouble: Mapping[str, int]) -> Lane | None:
-        """The lane of the choice's request, or a reserved one on which nothing else is."""
-        for lane in self._lanes.values():
-            if lane.request is choice.request:
-                return lane
-        ready = [lane for lane in self._lanes.values() if _fits(choice, lane.worker) and self._ready(lane, now_s)]
+    def _cell_for(self, choice: Choice, now_s: float, trouble: Mapping[str, int]) -> Cell | None:
+        """The cell of the choice's request, or a reserved one on which nothing else is."""
+        for cell in self._cells.values():
+            if cell.request is choice.request:
+                return cell
+        ready = [cell for cell in self._cells.values() if _fits(choice, cell.worker) and self._ready(cell, now_s)]
         if not ready:
             return None
-        best = min(ready, key=lambda lane: _rank(choice, lane.worker, trouble))
+        best = min(ready, key=lambda cell: _rank(choice, cell.worker, trouble))
         best.request, best.since_s = choice.request, now_s
         return best
 
-    def _ready(self, lane: Lane, now_s: float) -> bool:
+    def _ready(self, cell: Cell, now_s: float) -> bool:
         """It has nothing to do; or was reserved long ago, and what is there now can only be another coordinator's."""
-        if lane.request is not None:
+        if cell.request is not None:
             return False
-        return (lane.worker.empty and lane.cleared) or (not lane.worker.legs and now_s - lane.since_s > MAX_CLOSED_S)
+        return (cell.worker.empty and cell.cleared) or (not cell.worker.legs and now_s - cell.since_s > MAX_CLOSED_S)
 
     def _reserve(self, able: Sequence[Worker], now_s: float, trouble: Mapping[str, int], turn: Turn) -> None:
         """Have workers emptied for those that still wait."""
-        reserved = [lane for lane in self._lanes.values() if lane.request is None]
-        idle_lanes = [lane for lane in reserved if lane.worker.empty]
+        reserved = [cell for cell in self._cells.values() if cell.request is None]
+        idle_cells = [cell for cell in reserved if cell.worker.empty]
         for choice in {choice.request: choice for choice in self._waiting}.values():
-            if lane := next((each for each in idle_lanes if _fits(choice, each.worker)), None):
-                idle_lanes.remove(lane)  # about to be its own
+            if cell := next((each for each in idle_cells if _fits(choice, each.worker)), None):
+                idle_cells.remove(cell)  # about to be its own
                 continue
             fit = [worker for worker in able if _fits(choice, worker) and worker.id not in self.closed]
             idle = [worker for worker in fit if worker.empty]
@@ -185,12 +185,12 @@ class Quarantine:
                 if not fit or reserved or (self.closed and len(self.closed) * 2 >= len(able)):
                     continue
                 worker = min(fit, key=lambda one: (one.id in choice.avoid, len(one.legs)))
-            lane = self._lanes[worker.id] = Lane(worker, now_s, secrets.randbits(63) + 1)
-            reserved.append(lane)
-            worker.send(wire.CoordinatorMessage(reserve=wire.Reserve(token=lane.token)))
-        for lane in reserved:
-            if now_s - lane.since_s > PATIENCE_S:
-                turn.move += lane.worker.legs.values()
+            cell = self._cells[worker.id] = Cell(worker, now_s, secrets.randbits(63) + 1)
+            reserved.append(cell)
+            worker.send(wire.CoordinatorMessage(reserve=wire.Reserve(token=cell.token)))
+        for cell in reserved:
+            if now_s - cell.since_s > PATIENCE_S:
+                turn.move += cell.worker.legs.values()
 
 
 def _version(choice: Choice) -> str:

@@ -30,7 +30,7 @@ class _LinkProtocol:
 class _LinkProtocolEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LinkProtocol.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     LINK_PROTOCOL_UNSPECIFIED: _LinkProtocol.ValueType  # 0
-    LINK_PROTOCOL_VERSION: _LinkProtocol.ValueType  # 2
+    LINK_PROTOCOL_VERSION: _LinkProtocol.ValueType  # 1
 
 class LinkProtocol(_LinkProtocol, metaclass=_LinkProtocolEnumTypeWrapper):
     """What both ends must speak. Fields and kinds of messages are added under one number, and whoever does not know them
@@ -39,7 +39,7 @@ class LinkProtocol(_LinkProtocol, metaclass=_LinkProtocolEnumTypeWrapper):
     """
 
 LINK_PROTOCOL_UNSPECIFIED: LinkProtocol.ValueType  # 0
-LINK_PROTOCOL_VERSION: LinkProtocol.ValueType  # 2
+LINK_PROTOCOL_VERSION: LinkProtocol.ValueType  # 1
 Global___LinkProtocol: _TypeAlias = LinkProtocol  # noqa: Y015
 
 class _Role:

@@ -35,7 +35,7 @@ def _state(feed: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, pressure in feed["pressure"].items():
         if pressure >= PRESSED:
             yield "warn", f"Class {name} would wait for {pressure:.0%} of its target: refused, or soon to be."
-    if suspects := feed["quarantine"]["waiting"] + len(feed["quarantine"]["lanes"]):
+    if suspects := feed["quarantine"]["waiting"] + len(feed["quarantine"]["cells"]):
         yield "warn", f"{_some(suspects, 'request')} may kill workers: each runs alone, or waits for that."
 
 

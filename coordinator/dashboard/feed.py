@@ -240,8 +240,8 @@ def _figures(latencies: Mapping[str, Buckets], counters: Mapping[str, Mapping[st
 
 
 def _without_ids(quarantine: dict[str, Any]) -> dict[str, Any]:
-    lanes = {worker: id and id[-ID_CHARACTERS:] for worker, id in quarantine["lanes"].items()}
-    return quarantine | {"lanes": lanes}
+    cells = {worker: id and id[-ID_CHARACTERS:] for worker, id in quarantine["cells"].items()}
+    return quarantine | {"cells": cells}
 
 
 def _needed(counters: Mapping[str, float]) -> dict[str, float]:

@@ -80,6 +80,7 @@ class Fleet:
     def run(self, until_s: float) -> None:
         while self._events and self._events[0][0] <= until_s:
             self.now, _, do = heapq.heappop(self._events)
+            self.admission.hear(self.now)  # workers say something all the time
             do()
         self.now = until_s
 

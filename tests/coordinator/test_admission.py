@@ -56,6 +56,19 @@ def test_nobody_is_refused_while_the_fleet_keeps_up() -> None:
     assert not [each for each in overload(fleet, 0.5) if each.retry_after_s is not None]
 
 
+def test_a_burst_is_taken_while_the_coordinator_is_too_busy_with_it_to_hear_what_has_started() -> None:
+    fleet = Fleet(slots=2000, prefill_tokens_per_s=1e6)
+    fleet.offer(500.0, 5.0)
+    fleet.run(10.0)
+    burst = []
+    for _ in range(1000):  # as long as nothing runs, no worker is heard
+        fleet.now += 0.001
+        burst.append(fleet.ask())
+    assert not [each for each in burst if each.retry_after_s is not None]
+    fleet.run(20.0)
+    assert all(each.ttft_s is not None and each.ttft_s < STANDARD.ttft_s for each in burst)
+
+
 def test_an_idle_fleet_takes_whoever_comes_whatever_was_predicted() -> None:
     hopeless = Route("w", None, PrefillChoice.LOCAL_MIXED, Work(1, 1), ttft_s=1e6, itl_s=1e6)
     fleet = Fleet(policy=lambda fleet, tokens: hopeless)

@@ -135,7 +135,7 @@ def test_whatever_dies_no_innocent_ends_and_poison_kills_seven_at_most(seed: int
         step = max(0, place - len(poison.tokens)) if same_place else rng.choice([0, 5, 15, 16, 50])
         if alone and step >= PROGRESS_TOKENS and rng.random() < 0.7:
             poison.go_on(PROGRESS_TOKENS)
-            if suspects.acquit(poison):  # and the lane opens: company comes, and then it kills
+            if suspects.acquit(poison):  # and the cell opens: company comes, and then it kills
                 poison.go_on(step - PROGRESS_TOKENS)
                 alone, step = False, 0
             else:

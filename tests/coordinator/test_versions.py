@@ -59,7 +59,7 @@ def tokens_of(system: System) -> list[int]:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"protocol_version": 3, "software_version": "9.9"}, r"baton 9\.9.*speaks 2; upgrade coordinators first"),
+        ({"protocol_version": 2, "software_version": "9.9"}, r"baton 9\.9.*speaks 1; upgrade coordinators first"),
         ({"protocol_version": 0}, "upgrade this worker"),
         ({"model_version": "v", "model_fingerprint": "g"}, "version v: model_fingerprint is g"),
         ({"model_version": "not a label"}, "model_version has 'not a label'"),

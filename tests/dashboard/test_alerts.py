@@ -18,7 +18,7 @@ LOSS: dict[str, Any] = {
 ROW: dict[str, Any] = {"age_s": 90.0, "silent_s": 0.02}
 WELL: dict[str, Any] = {
     "at": 1000.0, "state": "ready", "rollout_trouble": "", "pressure": {"standard": 0.2}, "workers": [WORKER],
-    "losses": [], "quarantine": {"waiting": 0, "lanes": {}},
+    "losses": [], "quarantine": {"waiting": 0, "cells": {}},
     "on_their_way": {"stages": {"waiting": 0, "decode": 1}, "shown": [ROW]},
     "recent": {"window_s": 60.0, "requests": {"completed": 5}, "refused": {}, "work": {"preemptions": 1.0}},
 }  # fmt: skip
