@@ -197,7 +197,7 @@ def test_a_request_whose_deadline_passed_while_it_waited_is_aborted_and_not_comp
             with pytest.raises(grpc.aio.AioRpcError):
                 _ = [each async for each in system.inference.Generate(api.GenerateRequest(text="x"), timeout=0.4)]
             await worker.wait_for(lambda: len(worker.aborts) == 4)
-            assert worker.assignments[3].deadline_s <= 0.4
+            assert worker.assignments[3].deadline_s <= 0.41  # by its own clock, which is not that of the client
 
     run(main())
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from baton.config import EngineOptions, HandoverOptions, TierOptions
+from baton.token_ids import pack
 from baton.v1 import worker_link_pb2 as wire
 from cli.assembly import NO_TIERS, Parts, Wired, assemble, wire_up
 from engine.loading import LoadedModel, load_model
@@ -116,7 +117,7 @@ class Pair:
         id = wire.AttemptId(request_id=f"r{number}", attempt=1)
         self._streams[number] = self._ids[id.request_id] = stream
         assignment = wire.Assignment(
-            id=id, handle=number, role=wire.ROLE_DECODE, token_ids=token_ids,
+            id=id, handle=number, role=wire.ROLE_DECODE, token_ids=pack(token_ids),
             num_prompt_tokens=num_prompt_tokens or len(token_ids),
             sampling=sampling or wire.EngineSampling(top_p=1.0, repetition_penalty=1.0, logprobs=0),
             deadline_s=deadline_s, cache_salt=cache_salt,

@@ -12,6 +12,7 @@ import torch
 
 from baton.config import EngineOptions, TierOptions, validate
 from baton.errors import ConfigurationError
+from baton.token_ids import pack
 from baton.v1 import worker_link_pb2 as wire
 from engine.loading import LoadedModel
 from tests.engine.tiny_models import VOCAB_SIZE, reference_generate, write_tiny_model
@@ -238,8 +239,8 @@ def test_a_pinned_prefix_is_kept_when_a_flood_pushes_others_out_of_the_tier(
         tier = host(str(6 * blocks * block_bytes(model[0])))
         async with relay(model[0], decode=small_pool(model[0]), decode_tiers=tier) as pair:
             link, shell = pair.decode, pair.decode.shell.shell
-            shell.on_pin(link, wire.Pin(id="pin", token_ids=PROMPTS[0], ttl_s=60))
-            shell.on_pin(link, wire.Pin(id="gone", token_ids=PROMPTS[1], ttl_s=60))
+            shell.on_pin(link, wire.Pin(id="pin", token_ids=pack(PROMPTS[0]), ttl_s=60))
+            shell.on_pin(link, wire.Pin(id="gone", token_ids=pack(PROMPTS[1]), ttl_s=60))
             shell.on_unpin(link, "gone")  # before its names are known
             flood = [random_prompt(seed) for seed in range(100, 112)]
             for number, prompt in enumerate([*PROMPTS[:2], *flood], 1):

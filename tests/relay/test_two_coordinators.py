@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from baton.config import EngineOptions, TierOptions
+from baton.token_ids import pack
 from baton.v1 import worker_link_pb2 as wire
 from engine.loading import LoadedModel
 from tests.engine.tiny_models import VOCAB_SIZE, reference_generate, write_tiny_model
@@ -57,7 +58,8 @@ class Coordinator:
     def assignment(self, handle: int, prompt: list[int], max_tokens: int = NEW_TOKENS) -> wire.Assignment:
         self.tokens[handle] = []
         return wire.Assignment(
-            id=self.id(handle), handle=handle, role=wire.ROLE_DECODE, token_ids=prompt, num_prompt_tokens=len(prompt),
+            id=self.id(handle), handle=handle, role=wire.ROLE_DECODE, token_ids=pack(prompt),
+            num_prompt_tokens=len(prompt),
             sampling=wire.EngineSampling(top_p=1.0, repetition_penalty=1.0, max_tokens=max_tokens), deadline_s=60,
         )  # fmt: skip
 
@@ -120,7 +122,7 @@ def test_pins_belong_to_their_link_though_two_have_one_name(model: tuple[LoadedM
             await one.until(num_endings=1)
             await two.until(num_endings=1)
             for link, prompt in ((one, PROMPTS[0]), (two, PROMPTS[1])):
-                shell.on_pin(link, wire.Pin(id="pin", token_ids=prompt, ttl_s=60))
+                shell.on_pin(link, wire.Pin(id="pin", token_ids=pack(prompt), ttl_s=60))
 
             async def pinned(expected: int) -> None:
                 async with asyncio.timeout(20):

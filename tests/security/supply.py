@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-UNDECLARED: Final = {"protobuf": "BSD-3-Clause"}
+UNDECLARED: Final = {"fastokens": "Apache-2.0", "protobuf": "BSD-3-Clause"}
 """Licences of packages whose own metadata name none."""
 VULNERABLE, NO_DATABASE = 1, 2
 
