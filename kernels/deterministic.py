@@ -193,7 +193,7 @@ def agreeing_widths(what: str, rows: Tensor, products: Sequence[Callable[[Tensor
         if width <= len(rows)
         and all(
             _equals(product(rows[some]), expected[..., some, :])
-            for some in order.split(width)[: max(1, min(len(rows), num_rows) // width)]
+            for some in torch.split(order, width)[: max(1, min(len(rows), num_rows) // width)]
             for product in products
         )
     )
