@@ -345,7 +345,7 @@ class Cluster:
 
     def _cached(self, asked: Asked) -> Cached:
         if self._memory is None:
-            depths = self.index.match([asked.keys], len(self.registry.table))
+            depths = self.index.match([asked.keys] if asked.keys else [], len(self.registry.table))
         else:
             depths = np.zeros((3, len(self.registry.table)))
             for held in self._memory.holders(asked.names):
