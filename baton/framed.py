@@ -4,8 +4,8 @@
     then        length of a message (4 bytes, little endian) | message, again and again
 
 What arrives is given to a callback in the turn of the event loop that read it, and what is said in one turn leaves in
-one write: no thread, task or queue lies between a socket and whoever speaks on it. A bidirectional call of gRPC takes
-ten times as long for a message in Python.
+one write (`baton.cork`): no thread, task or queue lies between a socket and whoever speaks on it. A bidirectional call
+of gRPC takes ten times as long for a message in Python.
 """
 
 import asyncio
@@ -13,10 +13,11 @@ import socket
 import ssl
 from collections import deque
 from collections.abc import Callable
-from typing import Final, Generic, TypeVar, cast
+from typing import Final, Generic, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
+from baton.cork import Cork
 from baton.tls import COORDINATOR_NAME, Tls, reason_of
 
 GREETING: Final = b"baton-link/1\n"
@@ -44,12 +45,14 @@ class Framed(asyncio.Protocol, Generic[Incoming]):
         on_open: Callable[["Framed[Incoming]"], None] = lambda opened: None,
         on_lost: Callable[[], None] = lambda: None,
         max_first_bytes: int = MAX_MESSAGE_BYTES,
+        cork: Cork | None = None,
     ) -> None:
         """`on_lost`: called once, when nothing of the connection is left. `max_first_bytes`: of the first message, from
-        who may be a stranger."""
+        who may be a stranger. `cork`: of what else this process writes to."""
         self._incoming = incoming
         self._on_open, self._on_lost = on_open, on_lost
         self._max_bytes = max_first_bytes
+        self._cork = cork or Cork()
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
         self._greeted = False
@@ -61,7 +64,7 @@ class Framed(asyncio.Protocol, Generic[Incoming]):
     # What asyncio calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but its class
+        self._transport = self._cork.transport(transport)
         self._transport.write(GREETING)
         self._on_open(self)
 

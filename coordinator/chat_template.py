@@ -70,6 +70,8 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"{origin}: the chat template has an error in line {error.lineno}: {error}") from error
+        # Every rendering copies them; of the chain of maps that they come in that takes longer than all the rest.
+        self._template.globals = dict(self._template.globals)
         self._special_tokens = dict(special_tokens)
 
     def render(

@@ -46,7 +46,7 @@ class Position(NamedTuple):
     ended: bool = False
     """Its finish reason, too."""
     digest: str = ""
-    """xxh32 of the tokens, as 32-bit numbers of little end: says which they are, when they are computed once more."""
+    """xxh32 of the tokens (`baton.token_ids`): says which they are, when they are computed once more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,14 +205,14 @@ class Choice:
         if self._muted:
             return None
         new, self._taken = tokens[first:], max(first, len(tokens))
-        self._digest.update(_digested(new))
+        self._digest.update(pack(new))
         text, logprobs = "".join(self._pieces[first:]), self._logprobs[first:]
         digest = self._digest.hexdigest()
         return Delta(self.number, self.prompt_index, first, new, text, logprobs, self.finish_reason, digest)
 
     def _check(self, claimed: Position) -> None:
         tokens = self.stream.tokens[: claimed.num_tokens]
-        self._digest.update(_digested(tokens))
+        self._digest.update(pack(tokens))
         ended = self.finish_reason is not None and len(self.stream.tokens) == claimed.num_tokens
         check_claim(claimed, len(tokens), self._digest.hexdigest(), ended)
 
@@ -230,10 +230,6 @@ def check_claim(claimed: Position, num_tokens: int, digest: str, ended: bool) ->
         raise RequestFailed(
             FailureKind.DIFFERS, "this request was computed again, and came out otherwise; send it again"
         )
-
-
-def _digested(token_ids: Sequence[int]) -> bytes:
-    return b"".join([id.to_bytes(4, "little") for id in token_ids])
 
 
 def _token_logprob(token_id: int, entry: wire.StepLogprob | None, text_offset: int) -> TokenLogprob:
@@ -369,6 +365,8 @@ class Request:
 
     async def news(self, reader: int, timeout_s: float | None) -> list[Delta] | None:
         """As `deltas`; None when there was nothing for so long."""
+        if timeout_s is None:
+            return await self.deltas(reader)
         try:
             async with asyncio.timeout(timeout_s):
                 return await self.deltas(reader)

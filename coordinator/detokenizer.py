@@ -15,12 +15,23 @@ _CONTEXT_TOKENS = 4
 _MAX_HELD_TOKENS = 64  # beyond this the bytes are no character to come, and the window would grow without bound
 
 
+class TextsAlone(dict[int, str]):
+    """The texts of tokens that have them whatever stands before, and whole; empty for all others. `find` is asked once
+    for each."""
+
+    def __init__(self, find: Callable[[int], str] = lambda token_id: "") -> None:
+        self._find = find
+
+    def __missing__(self, token_id: int) -> str:
+        text = self[token_id] = self._find(token_id)
+        return text
+
+
 class IncrementalDetokenizer:
     """The text that each token adds. Concatenated, deltas and `flush` are the decoding of all tokens.
 
     `decode` turns ids into text. `context` is what stands before the first token (the prompt): its text is not
     repeated, but decides, for instance, whether the first word begins with a space. `skip` are ids without text.
-    `alone` knows the text of a token that is the same whatever stands before it, and whole; empty for all others.
     """
 
     __slots__ = ("_alone", "_decode", "_num_shown", "_shown", "_skip", "_window")
@@ -30,10 +41,10 @@ class IncrementalDetokenizer:
         decode: Callable[[list[int]], str],
         context: Sequence[int] = (),
         skip: Collection[int] = (),
-        alone: Callable[[int], str] = lambda token_id: "",
+        alone: TextsAlone | None = None,
     ) -> None:
         self._decode = decode
-        self._alone = alone
+        self._alone = TextsAlone() if alone is None else alone
         self._skip = skip
         self._window = list(context[-_CONTEXT_TOKENS:])
         self._shown = decode(self._window) if self._window else ""
@@ -42,12 +53,12 @@ class IncrementalDetokenizer:
         self._num_shown = len(self._window)
 
     def push(self, token_id: int) -> str:
+        window = self._window
+        if (alone := self._alone[token_id]) and len(window) == self._num_shown and token_id not in self._skip:
+            self._window, self._num_shown, self._shown = [token_id], 1, alone
+            return alone
         if token_id in self._skip:
             return ""
-        window = self._window
-        if len(window) == self._num_shown and (alone := self._alone(token_id)):
-            window[:], self._num_shown, self._shown = [token_id], 1, alone
-            return alone
         window.append(token_id)
         text = self._decode(window)
         nothing_whole = len(text) <= len(self._shown) or text.endswith(_INCOMPLETE)
@@ -128,17 +139,20 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The text that may be shown now; sets `stopped` when a stop string is complete."""
-        return self._search(self._detokenizer.push(token_id), self._num_tokens + 1)
+        self._num_tokens += 1
+        text = self._detokenizer.push(token_id)
+        self.length += len(text)
+        return self._search(text) if self._has_stops else text
 
     def finish(self) -> str:
         """What is still held back, when no token follows."""
-        text = self._search(self._detokenizer.flush(), self._num_tokens)
+        text = self._detokenizer.flush()
+        self.length += len(text)
+        text = self._search(text) if self._has_stops else text
         return text if self.stopped else text + self._finder.flush()
 
-    def _search(self, text: str, num_tokens: int) -> str:
-        self._num_tokens = num_tokens
-        self.length += len(text)
-        if num_tokens <= self._min_tokens or not self._has_stops:
+    def _search(self, text: str) -> str:
+        if self._num_tokens <= self._min_tokens:
             return text
         found = self._finder.push(text)
         self.stopped = found.stopped

@@ -19,18 +19,30 @@ from coordinator.openai_answers import AnswerWriter
 
 ALIVE = b":\n"
 """A comment, which clients skip. Not a blank line more: some take that for an event without data."""
+NEARLY = 0.9
+"""Of the time after which a stream says that it lives."""
 
 
 class EventStreams:
     """What all streams of a coordinator share: a turn of the event loop for those that a step brought something, and a
-    timer for those that have been silent for `alive_s`, which then say that they live."""
+    timer for those that have been silent for `alive_s`, or nearly, which then say that they live."""
 
     def __init__(self, alive_s: float) -> None:
         self.alive_s = alive_s
+        self._open: set[EventStream] = set()
         self._with_news: list[EventStream] = []
-        self._wrote_at: dict[EventStream, float] = {}
-        """By the clock of the loop; whoever has been silent the longest first."""
         self._timer: asyncio.TimerHandle | None = None
+
+    def enter(self, stream: "EventStream") -> None:
+        """It has written something just now."""
+        loop = asyncio.get_running_loop()
+        self._open.add(stream)
+        stream.wrote_at = now = loop.time()
+        if self._timer is None:
+            self._timer = loop.call_at(now + self.alive_s, self._tick)
+
+    def leave(self, stream: "EventStream") -> None:
+        self._open.discard(stream)
 
     def has_news(self, stream: "EventStream") -> None:
         """Have it take them once whoever brought them has finished."""
@@ -39,30 +51,20 @@ class EventStreams:
         self._with_news.append(stream)
 
     def _turn(self) -> None:
+        now = asyncio.get_running_loop().time()
         streams, self._with_news = self._with_news, []
         for stream in streams:
-            stream.take()
-
-    def wrote(self, stream: "EventStream") -> None:
-        loop = asyncio.get_running_loop()
-        self._wrote_at.pop(stream, None)
-        self._wrote_at[stream] = now = loop.time()
-        if self._timer is None:
-            self._timer = loop.call_at(now + self.alive_s, self._tick)
-
-    def forget(self, stream: "EventStream") -> None:
-        self._wrote_at.pop(stream, None)
+            stream.take(now)
 
     def _tick(self) -> None:
         loop, self._timer = asyncio.get_running_loop(), None
-        silent_since = loop.time() - self.alive_s
-        while self._wrote_at:
-            stream, at = next(iter(self._wrote_at.items()))
-            if at > silent_since:
-                self._timer = loop.call_at(at + self.alive_s, self._tick)
-                return
-            self.wrote(stream)
-            stream.say_alive()
+        now = loop.time()
+        # Those whose time has nearly come speak as well: streams are looked at a few times an interval, not each alone.
+        for stream in [each for each in self._open if each.wrote_at + NEARLY * self.alive_s <= now]:
+            stream.say_alive(now)
+        if self._open:
+            next_at = min(stream.wrote_at for stream in self._open) + self.alive_s
+            self._timer = loop.call_at(next_at, self._tick)
 
 
 class EventStream:
@@ -85,6 +87,8 @@ class EventStream:
         self._reader = reader
         self._writer = writer
         self._all = all
+        self.wrote_at = 0.0
+        """By the clock of the loop."""
         self._better_elsewhere = better_elsewhere
         self._reads = reads
         # Until HTTP/1.1 an answer of unknown length ended with its connection.
@@ -117,7 +121,7 @@ class EventStream:
         self._request.on_news = self._on_news
         try:
             if not self._over:
-                self._all.wrote(self)
+                self._all.enter(self)
                 self._on_news()  # whatever came before anybody was to be called
             while not self._over:
                 await self._turn
@@ -125,10 +129,10 @@ class EventStream:
                 if self._held_up and not self._over:
                     await self._reads(self._http.writer.drain())
                     self._held_up = False
-                    self.take()
+                    self._on_news()
         finally:
             self._over = True
-            self._all.forget(self)
+            self._all.leave(self)
             if self._request.on_news == self._on_news:  # else it is that of a reader that came meanwhile
                 self._request.on_news = None
         if self._failure is not None:
@@ -140,14 +144,14 @@ class EventStream:
             self._due = True
             self._all.has_news(self)
 
-    def take(self) -> None:
+    def take(self, now: float) -> None:
         """Write what is new."""
         self._due = False
         if self._over or self._held_up:
             return
         try:
             if data := self._events(self._request.take(self._reader)):
-                self._write(data)
+                self._write(data, now)
             if self._request.failure is not None and self._request.drained:
                 raise self._request.failure
         except Exception as failure:  # noqa: BLE001 - `run` raises it: nobody else waits for this callback
@@ -162,24 +166,25 @@ class EventStream:
         self._finish(None)
         return b""
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes, now: float) -> None:
         transport = self._transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client hung up")
         transport.write(self._frame(data))
-        self._all.wrote(self)
+        self.wrote_at = now
         if self._connection.writing_paused:
             self._held_up = True
             self._wake()
 
-    def say_alive(self) -> None:
+    def say_alive(self, now: float) -> None:
+        self.wrote_at = now
         if self._over or self._held_up:
             return
         if self._better_elsewhere(self._request):
             self._finish(None)
             return
         try:
-            self._write(ALIVE)
+            self._write(ALIVE, now)
         except ConnectionError as failure:
             self._finish(failure)
 

@@ -29,6 +29,7 @@ from aiohttp.http_exceptions import LineTooLong
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from baton.cork import Cork
 from baton.processes import raise_descriptor_limit
 from coordinator.metric_families import counters, gauges
 from coordinator.openai_answers import ErrorBody, ErrorDetail, json_body
@@ -230,8 +231,9 @@ def _client(host: str) -> str:
 class HttpConnections:
     """What every connection of HTTP is doing, as far as it can be hung up on for it."""
 
-    def __init__(self, server: web.Server, refusals: Refusals, head_s: float, idle_s: float) -> None:
+    def __init__(self, server: web.Server, refusals: Refusals, head_s: float, idle_s: float, cork: Cork) -> None:
         """Of the requests that `server` has handled from now on."""
+        self.cork = cork
         self.refusals = refusals
         self._server = server
         self._head_s, self._idle_s = head_s, idle_s
@@ -326,7 +328,7 @@ class HttpConnection(web.RequestHandler):
         """With a request, from its head to the end of its answer."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
+        super().connection_made(self._all.cork.transport(transport))
         self._all.owes(self)
 
     def data_received(self, data: bytes) -> None:

@@ -15,6 +15,7 @@ import traceback
 from functools import partial
 
 from baton.config import CoordinatorOptions
+from baton.cork import Cork
 from baton.errors import PeerError
 from baton.framed import Framed
 from baton.pulse import Pulse
@@ -40,7 +41,7 @@ Link = Framed[wire.WorkerMessage]
 class LinkServer:
     def __init__(
         self, options: CoordinatorOptions, registry: WorkerRegistry, dispatcher: Dispatcher, refusals: Refusals,
-        tls: Tls | None = None,
+        cork: Cork, tls: Tls | None = None,
     ) -> None:  # fmt: skip
         self._options = options
         self._registry = registry
@@ -51,8 +52,8 @@ class LinkServer:
         """When a worker was last lost because nobody was heard."""
         self._refusals = refusals
         self._listener = Listener(
-            "link", lambda leave: Framed(wire.WorkerMessage, self._opened, leave, MAX_REGISTRATION_BYTES), refusals,
-            max_open=MAX_CONNECTIONS, handshake_s=options.heartbeat_timeout_s,
+            "link", lambda leave: Framed(wire.WorkerMessage, self._opened, leave, MAX_REGISTRATION_BYTES, cork),
+            refusals, max_open=MAX_CONNECTIONS, handshake_s=options.heartbeat_timeout_s,
             context=tls.listener("link") if tls is not None else None,
         )  # fmt: skip
         self._links: dict[Link, asyncio.Task[None]] = {}

@@ -90,7 +90,7 @@ class _Sampled(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
-            logit_bias=_logit_bias(self.logit_bias or {}),
+            logit_bias=_logit_bias(self.logit_bias) if self.logit_bias else {},
             min_tokens=self.min_tokens,
             max_tokens=max_tokens,
             ignore_eos=bool(self.ignore_eos),

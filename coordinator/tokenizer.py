@@ -14,7 +14,7 @@ from tokenizers.decoders import ByteLevel
 
 from baton.errors import InvalidRequestError, ModelError
 from coordinator.chat_template import ChatTemplate
-from coordinator.detokenizer import IncrementalDetokenizer
+from coordinator.detokenizer import IncrementalDetokenizer, TextsAlone
 from coordinator.encoder import Encoder
 from coordinator.failures import FailureKind, RequestFailed
 from coordinator.model_files import ModelFacts, read_facts, read_json
@@ -42,7 +42,7 @@ class ModelTokenizer:
         self._vocabulary_bytes = _byte_alphabet() if isinstance(self._tokenizer.decoder, ByteLevel) else None
         added = self._tokenizer.get_added_tokens_decoder()
         self._added_ids = frozenset(added)
-        self._alone: dict[int, str] = {}
+        self.texts_alone = TextsAlone(self._text_alone)
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         eos = special.get("eos_token")
         self.facts: ModelFacts = read_facts(
@@ -86,23 +86,20 @@ class ModelTokenizer:
         tokenizer = self._tokenizer
         if keep_special_tokens:
             decode = partial(tokenizer.decode, skip_special_tokens=False)
-            return IncrementalDetokenizer(decode, prompt, alone=self._text_alone)
-        return IncrementalDetokenizer(tokenizer.decode, prompt, self.special_ids, self._text_alone)
+            return IncrementalDetokenizer(decode, prompt, alone=self.texts_alone)
+        return IncrementalDetokenizer(tokenizer.decode, prompt, self.special_ids, self.texts_alone)
 
     def _text_alone(self, token_id: int) -> str:
         """The text of a token that has it whatever stands before; empty for others.
 
         Byte-level vocabularies join the bytes of all tokens, so that one of whole characters adds just these.
         """
-        text = self._alone.get(token_id)
-        if text is None:
-            text = ""
-            if token_id not in self._added_ids:
-                with contextlib.suppress(UnicodeDecodeError):
-                    text = (self._mapped_bytes(self._tokenizer.id_to_token(token_id) or "") or b"").decode()
-            # A token may be the very sign that stands for what is not whole; those who read tell them apart by context.
-            self._alone[token_id] = text = "" if text.endswith("\ufffd") else text
-        return text
+        text = ""
+        if token_id not in self._added_ids:
+            with contextlib.suppress(UnicodeDecodeError):
+                text = (self._mapped_bytes(self._tokenizer.id_to_token(token_id) or "") or b"").decode()
+        # A token may be the very sign that stands for what is not whole; those who read tell them apart by context.
+        return "" if text.endswith("\ufffd") else text
 
     def render_chat(
         self, messages: Sequence[Mapping[str, str]], extra: Mapping[str, Any], add_generation_prompt: bool = True

@@ -139,7 +139,7 @@ class WorkerTable:
         self._fixed[:, row] = fixed
         if fixed.prefills and fixed.decodes:
             self._mixed.add(row)
-        self._load[:, row] = IDLE
+        self._load[:, row], self.saves_s[row] = IDLE, 0.0
         self.seeds[row] = int.from_bytes(blake2b(id.encode(), digest_size=8).digest(), "little")
         self._forget()
         return row

@@ -156,16 +156,17 @@ def test_silence_is_filled_with_signs_of_life_and_only_silence(run: Run) -> None
         await turns()
         say(talking, "x")
         await turns()
+        (quiet_one,) = (stream for stream in streams._open if stream._request is silent)
         for signs in (2, 3, 4):  # the first one was due with the head of the answer
-            longest_silent = next(iter(streams._wrote_at))
-            streams._wrote_at[longest_silent] -= 61.0  # as if a minute had passed
+            quiet_one.wrote_at -= 55.0  # as if nearly a minute had passed
+            streams._tick()
+            assert quiet.text() == ALIVE * signs
             streams._tick()
             assert quiet.text() == ALIVE * signs
             say(talking, "x")
             await turns()
             assert streams._timer is not None
-            # Whoever has been silent the longest is the first in turn: the one that says nothing.
-            assert next(iter(streams._wrote_at)) is longest_silent
+            assert streams._timer.when() - asyncio.get_running_loop().time() == pytest.approx(60.0, abs=5.0)
         assert ALIVE not in loud.text()
         end(silent)
         end(talking)

@@ -1,0 +1,104 @@
+"""Writes that leave together: at the end of the event loop's turn, one for a connection, and one right after the other.
+
+uvloop writes at once. Each write wakes its reader, which on the same machine may take the processor, and with it the
+caches, from whoever goes on to the next stream or worker. What TCP_CORK does for one socket, this does for all of a
+process.
+"""
+
+import asyncio
+import time
+from typing import Any, Final, cast
+
+MAX_HELD_S: Final = 0.001
+"""A longer turn does not keep back what its beginning wrote."""
+MAX_HELD_BYTES: Final = 1 << 14
+"""Of a connection. Whoever waits until there is room for more than that must not be told that there is."""
+
+
+class Cork:
+    """In the event loop's thread."""
+
+    def __init__(self) -> None:
+        self._waiting: list[_Corked] = []
+        self._since_s = 0.0
+        self._due = False
+
+    def transport(self, transport: asyncio.BaseTransport) -> asyncio.Transport:
+        """The same connection, written to when the turn ends."""
+        return cast(asyncio.Transport, _Corked(self, cast(asyncio.Transport, transport)))
+
+    def add(self, corked: "_Corked") -> None:
+        """It has something to write."""
+        if not self._waiting:
+            self._since_s = time.monotonic()
+            if not self._due:
+                self._due = True
+                asyncio.get_running_loop().call_soon(self._turn_ends)
+        self._waiting.append(corked)
+
+    def look_at_clock(self) -> None:
+        if time.monotonic() - self._since_s > MAX_HELD_S:
+            self._release()
+
+    def _turn_ends(self) -> None:
+        self._due = False
+        self._release()
+
+    def _release(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for corked in waiting:
+            corked.release()
+
+
+class _Corked:
+    """A transport in all but its class: what it does not do itself, the one inside does."""
+
+    __slots__ = ("_cork", "_held", "_num_bytes", "_transport", "is_closing")
+
+    def __init__(self, cork: Cork, transport: asyncio.Transport) -> None:
+        self._cork = cork
+        self._transport = transport
+        self._held: list[bytes] = []
+        self._num_bytes = 0
+        self.is_closing = transport.is_closing
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._held:
+            if self._transport.get_write_buffer_size():  # it would not leave with the others
+                self._transport.write(data)
+                return
+            self._cork.add(self)
+        self._held.append(data)
+        self._num_bytes += len(data)
+        if self._num_bytes > MAX_HELD_BYTES:
+            self.release()
+        self._cork.look_at_clock()
+
+    def writelines(self, parts: list[bytes]) -> None:
+        self.write(b"".join(parts))
+
+    def get_write_buffer_size(self) -> int:
+        return self._num_bytes + self._transport.get_write_buffer_size()
+
+    def write_eof(self) -> None:
+        self.release()
+        self._transport.write_eof()
+
+    def close(self) -> None:
+        self.release()
+        self._transport.close()
+
+    def release(self) -> None:
+        """Write what is held back; nobody reads it where the connection is being closed."""
+        held, self._held, self._num_bytes = self._held, [], 0
+        if held and not self.is_closing():
+            try:
+                self._transport.write(b"".join(held) if len(held) > 1 else held[0])
+            except Exception as error:  # noqa: BLE001 - told to the loop: the others of this turn are written
+                asyncio.get_running_loop().call_exception_handler(
+                    {"message": "a connection could not be written to", "exception": error}
+                )
+                self._transport.abort()
