@@ -2,7 +2,7 @@
 
 uvloop writes at once. Each write wakes its reader, which on the same machine may take the processor, and with it the
 caches, from whoever goes on to the next stream or worker. What TCP_CORK does for one socket, this does for all of a
-process.
+process. The first write of a turn does leave at once: while there is little to do its reader had better begin.
 """
 
 import asyncio
@@ -27,13 +27,18 @@ class Cork:
         """The same connection, written to when the turn ends."""
         return cast(asyncio.Transport, _Corked(self, cast(asyncio.Transport, transport)))
 
+    def is_first(self) -> bool:
+        """Of this turn, a write that comes now."""
+        if self._due:
+            return False
+        self._due = True
+        asyncio.get_running_loop().call_soon(self._turn_ends)
+        return True
+
     def add(self, corked: "_Corked") -> None:
-        """It has something to write."""
+        """It has something to write when the turn ends."""
         if not self._waiting:
             self._since_s = time.monotonic()
-            if not self._due:
-                self._due = True
-                asyncio.get_running_loop().call_soon(self._turn_ends)
         self._waiting.append(corked)
 
     def look_at_clock(self) -> None:
@@ -67,7 +72,8 @@ class _Corked:
 
     def write(self, data: bytes) -> None:
         if not self._held:
-            if self._transport.get_write_buffer_size():  # it would not leave with the others
+            # What waits in the connection already would not leave with the others.
+            if self._cork.is_first() or self._transport.get_write_buffer_size():
                 self._transport.write(data)
                 return
             self._cork.add(self)
