@@ -67,7 +67,8 @@ class Load:
     """Clients that ask one thing after the other until the load is stopped."""
 
     url: str
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[tuple[float, Answer]] = field(default_factory=list)
+    """And when each was asked for."""
     errors: list[Exception] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -80,20 +81,21 @@ class Load:
         for prompt in itertools.cycle((number, number + 1)):
             if self._over.is_set():
                 return
+            asked_s = time.monotonic()
             try:
-                self.answers.append(stream(self.url, prompt))
+                self.answers.append((asked_s, stream(self.url, prompt)))
             except Exception as error:  # noqa: BLE001 - whatever it is, the test names it
                 self.errors.append(error)
                 return
 
     def more(self, count: int = 8) -> list[Answer]:
-        """Waits for so many more answers; those that were asked for after now are the last of them."""
-        before, deadline = len(self.answers), time.monotonic() + 2 * TIMEOUT_S
-        while len(self.answers) < before + CLIENTS + count:
+        """Waits for so many more answers that were asked for after now."""
+        now = time.monotonic()
+        while len(found := [answer for asked_s, answer in list(self.answers) if asked_s > now]) < count:
             assert not self.errors, self.errors
-            assert time.monotonic() < deadline, "the load stands still"
+            assert time.monotonic() < now + 2 * TIMEOUT_S, "the load stands still"
             time.sleep(0.02)
-        return self.answers[before + CLIENTS :]
+        return found
 
     def stop(self) -> list[Answer]:
         self._over.set()
@@ -101,7 +103,7 @@ class Load:
             thread.join(TIMEOUT_S)
             assert not thread.is_alive(), "a request never ended"
         assert not self.errors, self.errors
-        return self.answers
+        return [answer for _, answer in self.answers]
 
 
 def baton(*words: str) -> "subprocess.CompletedProcess[str]":
