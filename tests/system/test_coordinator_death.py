@@ -250,7 +250,12 @@ def test_logprobs_are_whole_although_the_first_token_came_from_the_prefill_worke
     """The decode worker has nothing yet when its coordinator dies; the prefill worker's own words reach nobody."""
     pools.wait_for(pools.complete, "all workers are there")
     body: dict[str, Any] = {"prompt": PROMPTS[2], "logprobs": 1, "cache_salt": "of this test"}
+    generated = pools.metric("baton_worker_generated_tokens_total", worker="decode-1")
     whole = merged(events_of(pools, body, "logprobs-whole-undisturbed", lambda count: None))
+    pools.wait_for(
+        lambda: pools.metric("baton_worker_generated_tokens_total", worker="decode-1") > generated,
+        "a report later than what the test before had adopted",
+    )
     adopted = pools.metric("baton_worker_orphans_adopted_total", worker="decode-1")
     prefill = next(worker["pid"] for worker in pools.status()["workers"] if worker["id"] == "prefill-0")
     found: list[dict[str, Any]] = []
