@@ -201,13 +201,14 @@ class AsyncClient:
 
         try:
             response: aiohttp.ClientResponse | None = await self._patiently(ask)
-        except _BrokenOff:
+            again = False
+        except _BrokenOff as error:
             self._next_url()
-            response = None
+            response, again = None, isinstance(error, _HungUp)
         try:
             while True:
                 if response is None:
-                    response = await self._resume(answer, ask)
+                    response = await self._resume(answer, ask, again)
                 while line := await self._line(response):
                     for delta in answer.deltas(line):
                         yield delta
@@ -215,7 +216,7 @@ class AsyncClient:
                         return
                 response.close()
                 self._next_url()
-                response = None
+                response, again = None, False
         finally:
             if response is not None:
                 response.close()
@@ -247,11 +248,12 @@ class AsyncClient:
         return b""
 
     async def _resume(
-        self, answer: "_Answer", ask: Callable[[], Coroutine[Any, Any, aiohttp.ClientResponse]]
+        self, answer: "_Answer", ask: Callable[[], Coroutine[Any, Any, aiohttp.ClientResponse]], lost: bool
     ) -> aiohttp.ClientResponse:
-        """The rest of an answer. Raises ClientError when it cannot be had within `_RESUME_FOR_S`."""
+        """The rest of an answer. `lost`: nobody is known to have it, so that it is asked for again. Raises ClientError
+        when it cannot be had within `_RESUME_FOR_S`."""
         loop = asyncio.get_running_loop()
-        broke_at, backoff_s, lost = loop.time(), 0.05, False
+        broke_at, backoff_s = loop.time(), 0.05
         while True:
             try:
                 if lost:
@@ -314,6 +316,8 @@ class AsyncClient:
             try:
                 error_body = (await response.json())["error"]
                 message, code = error_body["message"], str(error_body.get("code") or "")
+            except aiohttp.ClientPayloadError as error:
+                raise _BrokenOff(f"{self.url} hung up in the middle of an error") from error
             except (aiohttp.ClientError, ValueError, LookupError, TypeError):
                 message = f"{self.url} answered {response.status} {response.reason}; is it a Baton coordinator?"
         if response.status == _NO_KEY:
@@ -330,7 +334,7 @@ class AsyncClient:
             return _BrokenOff(f"{self.url} gave no answer for {patience_s:.1f} s")
         if isinstance(error, _HUNG_UP):
             hint = "" if self._has_answered else _HINTS[self.url.startswith("https://")]
-            return _BrokenOff(f"{self.url} hung up before its answer{hint}")
+            return _HungUp(f"{self.url} hung up before its answer{hint}")
         return ClientError(f"{self.url} cannot be asked: {error}")
 
 
@@ -361,6 +365,10 @@ class _NobodyThere(ClientError):
 
 class _BrokenOff(ClientError):
     """The coordinator may have the request, and went away, or silent, before it answered."""
+
+
+class _HungUp(_BrokenOff):
+    """It went away. Most often the connection had been kept, and was being closed when the request came by it."""
 
 
 class _Answer:

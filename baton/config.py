@@ -371,6 +371,10 @@ class CoordinatorOptions:
     max_resume_s: float = setting(
         60.0, "longest that a request is kept for a client that hung up and asked for it with X-Baton-Resume-S"
     )
+    drain_notice_s: float = setting(
+        0.0, "seconds after SIGTERM that new requests are still served, while /ready says no and every answer ends its "
+        "connection: what balancers in front take to notice",
+    )  # fmt: skip
     drain_timeout_s: float = setting(
         30.0, "seconds that running requests get to finish before others go on with them: after SIGTERM other "
         "coordinators, with those of a draining worker other workers",

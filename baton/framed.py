@@ -52,6 +52,7 @@ class Framed(asyncio.Protocol, Generic[Incoming]):
         self._incoming = incoming
         self._on_open, self._on_lost = on_open, on_lost
         self._max_bytes = max_first_bytes
+        self._has_finished = False
         self._cork = cork or Cork()
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
@@ -89,7 +90,7 @@ class Framed(asyncio.Protocol, Generic[Incoming]):
     def send(self, message: Message) -> bool:
         """Say something, as long as anybody can hear it. False, and not said: the peer does not read."""
         transport = self._transport
-        if transport is None or self.ended.done():
+        if transport is None or self.ended.done() or self._has_finished:
             return True
         if transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             return False
@@ -127,6 +128,7 @@ class Framed(asyncio.Protocol, Generic[Incoming]):
         """Nothing more will be said; the peer hangs up when it has read everything."""
         if self._transport is None or self._transport.is_closing():
             return
+        self._has_finished = True
         if self._transport.can_write_eof():
             self._transport.write_eof()
         else:

@@ -25,7 +25,7 @@ from baton.v1 import worker_link_pb2 as wire
 from coordinator.admission import Admission
 from coordinator.breakers import Breakers
 from coordinator.delivery import ABORTED, LENGTH, STOP, Choice, Request
-from coordinator.failures import FailureKind, RequestFailed, handed_on, moved, poison, unavailable
+from coordinator.failures import FailureKind, RequestFailed, handed_on, moved, poison, shutting_down, unavailable
 from coordinator.holders import holders, peer
 from coordinator.knowledge import Prompt, open_knowledge
 from coordinator.metrics import Metrics
@@ -78,6 +78,8 @@ class Dispatcher:
         """Of the current attempt at each choice."""
         self.requests: dict[str, Request] = {}
         self.num_streams = 0
+        self.leaving = False
+        """Told to go: clients are, as well, but requests are served until it drains."""
         self.draining = False
         self.model = ""
         """Name of the one served, for tickets."""
@@ -92,7 +94,7 @@ class Dispatcher:
     def check_capacity(self, num_streams: int) -> None:
         """Raise RequestFailed if so many more streams cannot be taken now."""
         if self.draining:
-            raise unavailable("this coordinator is shutting down; try another or later")
+            raise shutting_down()
         if not self.versions.serves:
             raise unavailable("no worker that can decode is connected; try again later")
         if self.num_streams + num_streams > self._options.max_requests:

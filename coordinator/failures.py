@@ -60,5 +60,10 @@ def cut_off() -> RequestFailed:
     return unavailable("this coordinator has lost all workers; go on at another, or later")
 
 
+def shutting_down() -> RequestFailed:
+    message = "this coordinator is shutting down; try another or later"
+    return RequestFailed(FailureKind.UNAVAILABLE, message, retry_after_s=1.0)  # which a balancer leads elsewhere
+
+
 def unavailable(message: str) -> RequestFailed:
     return RequestFailed(FailureKind.UNAVAILABLE, message)

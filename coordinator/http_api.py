@@ -361,8 +361,11 @@ class HttpApi:
             try:
                 response = await _answered(http, handler, call)
                 code = response.status
-                if self._intake.dispatcher.draining:
-                    response.force_close()  # what this client asks next, another coordinator answers
+                # What this client asks next, another coordinator answers. One that was promised its connection, before
+                # it was known, may ask once more, lest it does so while the connection closes.
+                dispatcher = self._intake.dispatcher
+                if dispatcher.draining or (dispatcher.leaving and not response.prepared):
+                    response.force_close()
                 if not response.prepared:
                     with contextlib.suppress(ConnectionError):  # aiohttp finds out by itself that nobody is there
                         await response.prepare(http)

@@ -272,6 +272,12 @@ class HttpConnections:
                 return True
         return False
 
+    def hang_up_idle(self) -> None:
+        """On whoever asks for nothing now: what they ask next, somebody else answers."""
+        for connection in list(self._idle):
+            if connection.transport is not None:
+                connection.transport.close()  # when the last answer has left
+
     def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()

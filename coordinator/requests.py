@@ -117,7 +117,7 @@ class Intake:
     @property
     def ready(self) -> bool:
         """New requests can be served."""
-        return self.dispatcher.versions.serves and not self.dispatcher.draining
+        return self.dispatcher.versions.serves and not self.dispatcher.leaving
 
     def check_model(self, name: str) -> None:
         """Empty means the only model served. Raises RequestFailed."""

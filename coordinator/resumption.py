@@ -29,7 +29,7 @@ from baton.token_ids import unpack
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import Choice, Position, Request
 from coordinator.dispatch import Adoption, Dispatcher
-from coordinator.failures import FailureKind, RequestFailed, cut_off, unavailable
+from coordinator.failures import FailureKind, RequestFailed, cut_off, shutting_down
 from coordinator.metrics import Metrics
 from coordinator.requests import Intake
 from coordinator.tenants.caller import calling
@@ -154,7 +154,7 @@ class Resumption:
                 self._metrics.resumed.labels("here").inc()
                 return request
             if self._dispatcher.draining:
-                raise unavailable("this coordinator is shutting down; resume at another, or later")
+                raise shutting_down()
             claimed = self._claim(id, claimed)
             late = loop.time() >= deadline
             if (found := self._orphans.get(id)) and (late or len(found) == num_choices(_any(found).ticket)):

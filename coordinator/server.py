@@ -199,7 +199,7 @@ class Coordinator:
         await runner.setup()
         self._closing.push_async_callback(runner.cleanup)
         assert runner.server is not None, "it was set up"
-        connections = HttpConnections(
+        self._connections = connections = HttpConnections(
             runner.server, self._refusals, options.head_timeout_s, options.idle_timeout_s, self._cork
         )
         listener = Listener(
@@ -256,11 +256,16 @@ class Coordinator:
             self._spawn(self._grpc.set_ready(self.intake.ready))
 
     async def drain(self) -> None:
-        """Refuse what is new, let what runs finish for up to drain_timeout_s. Idempotent."""
-        self.dispatcher.draining = True
+        """Tell everybody, then refuse what is new, and let what runs finish for up to drain_timeout_s."""
+        self.dispatcher.leaving = True
         self.shadows.close()
         self._readiness_changed()
         await self._retract()
+        await asyncio.sleep(self._options.drain_notice_s)
+        self.dispatcher.draining = True
+        # Whoever kept a connection would come by it, only to be refused. Not so with gRPC, whose server would cancel
+        # what comes while it tells; its clients are told by the health service.
+        self._connections.hang_up_idle()
         events.info("draining: %d requests are running", len(self.dispatcher.requests))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.dispatcher.idle.wait(), self._options.drain_timeout_s)
@@ -278,7 +283,7 @@ class Coordinator:
 
     async def stop(self) -> None:
         """End what still runs, close the ports. Idempotent."""
-        self.dispatcher.draining = True
+        self.dispatcher.leaving = self.dispatcher.draining = True
         self.shadows.close()
         for request in list(self.dispatcher.requests.values()):
             self.dispatcher.end(request, "failed", unavailable("this coordinator was shut down before the end"))

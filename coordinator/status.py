@@ -26,11 +26,7 @@ def summary(model: str, registry: WorkerRegistry, dispatcher: Dispatcher, rollou
     return {
         "version": baton.__version__,
         "model": model,
-        "state": "draining"
-        if dispatcher.draining
-        else "ready"
-        if dispatcher.versions.serves
-        else "waiting for workers",
+        "state": "draining" if dispatcher.leaving else "ready" if dispatcher.versions.serves else "waiting for workers",
         "max_model_tokens": registry.context_tokens,
         "requests": len(dispatcher.requests),
         "streams": dispatcher.num_streams,

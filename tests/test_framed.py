@@ -96,6 +96,7 @@ def test_both_sides_speak_until_one_has_finished(secure: bool, tmp_path: Path) -
         assert server.send(wire.CoordinatorMessage(drain=wire.Drain()))
         assert (await client.read()).HasField("drain")  # type: ignore[union-attr]
         client.finish()
+        assert client.send(message(0)), "nobody hears it"
         assert await server.ended is None
         assert rest == list(range(50, 200))
         server.close()

@@ -70,6 +70,36 @@ def test_of_several_addresses_one_that_can_serve_is_asked(run) -> None:
     run(main())
 
 
+def test_what_came_by_a_closing_connection_is_asked_again_at_once(run) -> None:
+    """Nobody has it, so nobody is asked for it."""
+
+    async def main() -> None:
+        async with running() as system:
+            worker = await system.worker()
+            worker.token_at = system.says("one two")
+            taken = 0
+
+            async def front(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                nonlocal taken
+                taken += 1
+                head = await reader.readuntil(b"\r\n\r\n")
+                if taken > 1:
+                    up_reader, up_writer = await asyncio.open_connection("127.0.0.1", system.ports.http)
+                    up_writer.write(head.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
+                    up_writer.write(await reader.read(1 << 16))
+                    writer.write(await up_reader.read())
+                    up_writer.close()
+                writer.close()
+
+            server = await asyncio.start_server(front, "127.0.0.1", 0)
+            async with server, AsyncClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
+                assert "".join([delta.text async for delta in client.complete("x", max_tokens=9)]) == "one two"
+            assert taken == 2
+            assert system.metric("baton_requests_resumed_total", how="unknown") == 0
+
+    run(main())
+
+
 def test_the_synchronous_client_does_the_same(run) -> None:
     async def main() -> None:
         async with running() as system:

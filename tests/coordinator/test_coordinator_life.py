@@ -64,7 +64,7 @@ def test_draining_finishes_what_runs_and_refuses_what_is_new(run) -> None:
                     assert response.status == (503 if path == "/ready" else 200)
             async with system.http.post("/v1/completions", json=body) as response:
                 assert response.status == 503
-                assert response.headers["Retry-After"] == "5"
+                assert response.headers["Retry-After"] == "1"
                 assert response.headers["Connection"] == "close"
             async with system.http.get("/v1/streams/of-another-coordinator") as response:
                 assert response.status == 503, "try elsewhere: a 404 would say that nobody has it"
@@ -73,6 +73,62 @@ def test_draining_finishes_what_runs_and_refuses_what_is_new(run) -> None:
             response = await held
             assert (await response.json())["usage"]["completion_tokens"] == 6
             await asyncio.wait_for(drain, 2)
+
+    run(main())
+
+
+def test_who_is_told_to_go_serves_on_for_its_notice_and_sends_everybody_elsewhere(run) -> None:
+    async def main() -> None:
+        async with running(drain_notice_s=1.0) as system:
+            await system.worker()
+            body = {"prompt": "x", "max_tokens": 2}
+            reader, writer = await asyncio.open_connection("127.0.0.1", system.ports.http)
+            writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert await reader.readuntil(b"}")
+            assert not reader.at_eof()
+            told = api.GenerateRequest(text="x", sampling=api.Sampling(max_tokens=2))
+            drain = asyncio.create_task(system.coordinator.drain())
+            await asyncio.sleep(0)
+            async with system.http.get("/ready") as response:
+                assert response.status == 503
+            async with system.http.post("/v1/completions", json=body) as response:
+                assert response.status == 200
+                assert response.headers["Connection"] == "close"
+            assert [answer async for answer in system.inference.Generate(told)]
+            assert not reader.at_eof(), "it may still ask"
+            assert await asyncio.wait_for(reader.read(), 5) == b"", "not to be refused by this connection"
+            assert system.coordinator.dispatcher.draining
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                [answer async for answer in system.inference.Generate(told)]
+            assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+            writer.close()
+            await asyncio.wait_for(drain, 2)
+
+    run(main())
+
+
+def test_a_stream_that_ends_during_the_notice_leaves_its_connection_for_one_more_request(run) -> None:
+    """Its head said that the connection stays: a client that asks at once would ask into a closing one."""
+
+    async def main() -> None:
+        async with running(drain_notice_s=30.0) as system:
+            worker = await system.worker()
+            worker.pause_at = 1
+            reader, writer = await asyncio.open_connection("127.0.0.1", system.ports.http)
+            body = json.dumps({"prompt": "x", "max_tokens": 2, "stream": True}).encode()
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            assert b"close" not in await reader.readuntil(b"\r\n\r\n")
+            drain = asyncio.create_task(system.coordinator.drain())
+            await asyncio.sleep(0)
+            worker.go.set()
+            await asyncio.wait_for(reader.readuntil(b"[DONE]\n\n\r\n0\r\n\r\n"), 5)
+            writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            last = await asyncio.wait_for(reader.read(), 5)
+            assert last.startswith(b"HTTP/1.1 200")
+            assert b"Connection: close" in last
+            writer.close()
+            drain.cancel()
 
     run(main())
 
