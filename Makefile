@@ -23,6 +23,7 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Baton needs Python 3.11 or newer; say make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	-$(BIN)/pip install --quiet --upgrade "pip>=25,<27"  # that of old Pythons is known to be vulnerable
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
@@ -73,8 +74,8 @@ $(VENV)/.scanners: | $(VENV)/.dev
 	$(VENV)/scan/bin/pip install --quiet --retries 1 "cyclonedx-bom>=7,<8" "pip-audit>=2.9,<3" && touch $@ || \
 		echo "cyclonedx-bom and pip-audit cannot be installed; their test is skipped."
 
-audit: scanners  ## known vulnerabilities of what is installed (needs the network; says so where there is none)
-	$(BIN)/python -m tests.security.supply audit $(VENV)/scan/bin/pip-audit
+audit: scanners  ## known vulnerabilities of what is installed (ADVISORIES=checkout of pypa/advisory-database: without network)
+	$(BIN)/python -m tests.security.supply audit $(VENV)/scan/bin/pip-audit $(ADVISORIES)
 
 sbom: scanners  ## what is installed, with versions and licences, as CycloneDX JSON (FILE=sbom.json)
 	$(BIN)/python -m tests.security.supply sbom $(VENV)/scan/bin/cyclonedx-py $(or $(FILE),sbom.json)

@@ -87,7 +87,7 @@ async def _live(arguments: argparse.Namespace) -> int:
             lives.append(_work(worker, links, _discovery(arguments, process), process, stop))
 
     def unready() -> str:
-        return "" if any(links.is_linked for links in all_links) else "no coordinator has these workers"
+        return "" if any(not links.unready() for links in all_links) else "no coordinator has these workers"
 
     async with monitored(process.host, process.monitor_port, str, unready):
         await asyncio.gather(*lives)

@@ -237,7 +237,7 @@ def unhealthy(shell: WorkerShell) -> str:
 
 
 def unready(shell: WorkerShell, links: CoordinatorLinks) -> str:
-    return "draining" if shell.draining else "" if links.is_linked else "no coordinator has this worker"
+    return "draining" if shell.draining else links.unready()
 
 
 async def _until_stopped(

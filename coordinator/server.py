@@ -260,9 +260,9 @@ class Coordinator:
         self.dispatcher.leaving = True
         self.shadows.close()
         self._readiness_changed()
-        await self._retract()
         await asyncio.sleep(self._options.drain_notice_s)
         self.dispatcher.draining = True
+        await self._retract()
         # Whoever kept a connection would come by it, only to be refused. Not so with gRPC, whose server would cancel
         # what comes while it tells; its clients are told by the health service.
         self._connections.hang_up_idle()

@@ -106,13 +106,14 @@ def test_a_worker_whose_engine_hangs_is_not_alive_and_one_that_is_idle_is() -> N
 
 
 def test_a_worker_is_ready_while_a_coordinator_has_it_and_it_does_not_drain() -> None:
-    shell, links = SimpleNamespace(draining=False), SimpleNamespace(is_linked=False)
+    reasons = ["no coordinator has this worker"]
+    shell, links = SimpleNamespace(draining=False), SimpleNamespace(unready=lambda: reasons[-1])
 
     def reason() -> str:
         return worker.unready(cast(WorkerShell, shell), cast(CoordinatorLinks, links))
 
     assert reason() == "no coordinator has this worker"
-    links.is_linked = True
+    reasons.append("")
     assert reason() == ""
     shell.draining = True
     assert reason() == "draining"

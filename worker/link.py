@@ -98,6 +98,7 @@ class CoordinatorLink:
         """Of this worker, on what it heard."""
         self.connected = asyncio.Event()
         self.wanted = True
+        self.found_s = time.monotonic()
         """Dialled again when it breaks. A link that works is kept whether it is wanted or not."""
         self.coordinator = 0
         """Incarnation of who answered last; 0: nobody yet."""

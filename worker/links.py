@@ -6,6 +6,7 @@ while etcd or the coordinator was stopped) is only not dialled again once its li
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from baton.v1 import worker_link_pb2 as wire
 from worker.link import CoordinatorLink, LinkHandler, Refused
 
 log = logging.getLogger(__name__)
+ANSWERS_WITHIN_S = 10.0
+"""What a coordinator that was found has to take this worker before it is not waited for any more."""
 REFUSED_RETRY_S = 10.0
 """Before a coordinator is asked again that refused this worker, which others have taken."""
 
@@ -37,10 +40,14 @@ class CoordinatorLinks:
         """Set by the first link ever."""
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    @property
-    def is_linked(self) -> bool:
-        """Some coordinator has this worker."""
-        return any(link.connected.is_set() for link in self._links.values())
+    def unready(self) -> str:
+        """Why others of its pool had better not go yet, as in a rolling upgrade; empty where nothing speaks against it.
+        Somebody has to have this worker, and so has everybody who was found lately: it may be all they have left."""
+        if not any(link.connected.is_set() for link in self._links.values()):
+            return "no coordinator has this worker"
+        since_s = time.monotonic() - ANSWERS_WITHIN_S
+        late = any(not link.connected.is_set() and link.found_s > since_s for link in self._links.values())
+        return "a coordinator that was found lately does not have this worker yet" if late else ""
 
     def send_all(self, message: wire.WorkerMessage) -> None:
         for link in self._links.values():

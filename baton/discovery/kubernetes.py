@@ -1,7 +1,8 @@
 """Discovery by the Kubernetes API: coordinators are the endpoints of a Service, and workers watch its EndpointSlices.
 
 Nobody announces anything: a pod that the Service selects is found as soon as it has an address, ready or not, as a
-coordinator gets ready by its workers. One that terminates is found no more. So only workers need access to the API:
+coordinator gets ready by its workers, until it has ended: whoever terminates still has requests, which new workers may
+have to take over from workers that go at the same time. So only workers need access to the API:
 `get`, `list` and `watch` of `endpointslices` in the Service's namespace, by the service account of their pod. Its token
 and authority are files that the kubelet replaces now and then; they are read for each call and each session.
 
@@ -61,13 +62,8 @@ class _Metadata(msgspec.Struct, rename="camel"):
     uid: str = ""
 
 
-class _Conditions(msgspec.Struct):
-    terminating: bool | None = None
-
-
 class _Endpoint(msgspec.Struct):
     addresses: list[str]
-    conditions: _Conditions = msgspec.field(default_factory=_Conditions)
 
 
 class _Port(msgspec.Struct):
@@ -84,9 +80,8 @@ class _Slice(msgspec.Struct):
         for port in self.ports or ():
             if port.name == PORT_NAME and port.port:
                 for endpoint in self.endpoints or ():
-                    if not endpoint.conditions.terminating:
-                        yield from (f"[{each}]:{port.port}" if ":" in each else f"{each}:{port.port}"
-                                    for each in endpoint.addresses)  # fmt: skip
+                    yield from (f"[{each}]:{port.port}" if ":" in each else f"{each}:{port.port}"
+                                for each in endpoint.addresses)  # fmt: skip
 
 
 class _List(msgspec.Struct):

@@ -85,14 +85,14 @@ def test_endpoints_that_come_and_go_are_found_and_not(pod: Pod) -> None:
     asyncio.run(run())
 
 
-def test_a_coordinator_that_waits_for_workers_is_found_and_one_that_terminates_is_not(pod: Pod) -> None:
+def test_a_coordinator_that_waits_for_workers_or_terminates_is_found(pod: Pod) -> None:
     async def run() -> None:
         async with fake_kubernetes(pod.context) as kubernetes:
             kubernetes.put(endpoint_slice("waits", "10.0.0.1", ready=False))
             kubernetes.put(endpoint_slice("ends", "10.0.0.2", terminating=True))
             seen = Seen()
             async with running(pod.discovery(kubernetes)[0].watch(seen)):
-                await seen.becomes(A)
+                await seen.becomes(A, B)
 
     asyncio.run(run())
 

@@ -9,8 +9,11 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, NamedTuple
+
+from tests.security.advisories import Advisories, NoAdvisoriesError
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 UNDECLARED: Final = {"fastokens": "Apache-2.0", "protobuf": "BSD-3-Clause"}
@@ -35,11 +38,17 @@ def sbom(tool: Path, output: Path, python: str = sys.executable) -> dict[str, An
     return bom
 
 
-def audit(tool: Path) -> Audit:
-    """By the advisory database of PyPI."""
-    words = [tool, "--path", sysconfig.get_path("purelib"), "--format", "json", "--progress-spinner", "off"]
-    ran = subprocess.run(words, capture_output=True, text=True, timeout=900)
-    return judged(ran.stdout, ran.stderr)
+def audit(tool: Path, packages: str, advisories: Advisories | None = None) -> Audit:
+    """Of what a folder of site packages has, by the advisory database of PyPI, or by advisories that are here."""
+    words = [tool, "--path", packages, "--format", "json", "--progress-spinner", "off"]
+    with ExitStack() as stack:
+        if advisories is not None:
+            words += ["--vulnerability-service", "osv", "--osv-url", stack.enter_context(advisories.served())]
+        ran = subprocess.run(words, capture_output=True, text=True, timeout=900)
+    result = judged(ran.stdout, ran.stderr)
+    if advisories is not None and result.status != NO_DATABASE:
+        return Audit(result.status, f"{result.says}\nby advisories that know of nothing after {advisories.newest()}")
+    return result
 
 
 def judged(stdout: str, stderr: str) -> Audit:
@@ -65,7 +74,7 @@ def judged(stdout: str, stderr: str) -> Audit:
 
 
 def main(words: Sequence[str]) -> int:
-    """sbom TOOL FILE, or audit TOOL."""
+    """sbom TOOL FILE, or audit TOOL [FOLDER of advisories]."""
     what, tool, *rest = words
     if not os.access(tool, os.X_OK):
         print(f"NOT DONE: {tool} is not there; it is installed where a package index can be reached")
@@ -74,7 +83,12 @@ def main(words: Sequence[str]) -> int:
         bom = sbom(Path(tool), Path(rest[0]))
         print(f"{rest[0]}: {len(bom['components'])} components")
         return 0
-    result = audit(Path(tool))
+    try:
+        advisories = Advisories(Path(rest[0])) if rest else None
+    except NoAdvisoriesError as error:
+        print(f"NOT AUDITED: {error}")
+        return NO_DATABASE
+    result = audit(Path(tool), sysconfig.get_path("purelib"), advisories)
     print(result.says)
     return result.status
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.security.supply import NO_DATABASE, ROOT, VULNERABLE, judged, sbom
+from tests.security.advisories import Advisories, NoAdvisoriesError
+from tests.security.supply import NO_DATABASE, ROOT, VULNERABLE, audit, judged, sbom
 
 
 def tool(name: str) -> Path:
@@ -58,3 +59,64 @@ def test_an_audit_says_what_it_found_and_what_it_could_not_look_at() -> None:
         nothing = judged(stdout, stderr)
         assert nothing.status == NO_DATABASE
         assert nothing.says.startswith("NOT AUDITED")
+
+
+ADVISORY = """
+id: {id}
+modified: "2026-0{number}-01T00:00:00Z"
+affected:
+- package: {{ecosystem: PyPI, name: some-package}}
+  ranges:
+  - {{type: GIT, events: [{{introduced: "0"}}]}}
+  - {{type: ECOSYSTEM, events: {events}}}
+  versions: [{listed}]
+"""
+
+
+def advisories(folder: Path) -> Advisories:
+    told = {
+        "PYSEC-1": '[{introduced: "1.2"}, {fixed: "1.10"}]',
+        "PYSEC-2": '[{fixed: "0.5"}, {introduced: "0"}, {introduced: "2.0rc1"}, {last_affected: "2.1"}]',
+        "PYSEC-3": "[]",
+    }
+    (folder / "vulns" / "some-package").mkdir(parents=True)
+    for number, (id, events) in enumerate(told.items(), 1):
+        listed = "weird, 3.0" if id == "PYSEC-3" else ""
+        text = ADVISORY.format(id=id, number=number, events=events, listed=listed)
+        (folder / "vulns" / "some-package" / f"{id}.yaml").write_text(text)
+    return Advisories(folder)
+
+
+@pytest.mark.parametrize(
+    ("version", "concerns"),
+    [
+        ("0.4", ["PYSEC-2"]), ("0.5", []), ("1.1.9", []), ("1.2", ["PYSEC-1"]), ("1.9.post1", ["PYSEC-1"]),
+        ("1.10", []), ("2.0rc1", ["PYSEC-2"]), ("2.1", ["PYSEC-2"]), ("2.1.1", []), ("3.0", ["PYSEC-3"]), ("3.0.1", []),
+    ],
+)  # fmt: skip
+def test_an_advisory_concerns_the_versions_that_it_says(tmp_path: Path, version: str, concerns: list[str]) -> None:
+    found = advisories(tmp_path)
+    assert [each["id"] for each in found.of("some-package", version)] == concerns
+    assert found.of("another-package", version) == found.of("../some-package", version) == []
+    assert found.newest() == "2026-03-01"
+
+
+def test_a_folder_without_advisories_is_not_taken_for_one_with_none_that_concern(tmp_path: Path) -> None:
+    with pytest.raises(NoAdvisoriesError, match="advisory-database"):
+        Advisories(tmp_path)
+
+
+@pytest.mark.slow
+def test_an_audit_without_a_network_finds_what_the_advisories_here_know(tmp_path: Path) -> None:
+    packages = tmp_path / "packages"
+    for name, version in (("some_package", "1.9"), ("another", "1.9")):
+        (packages / f"{name}-{version}.dist-info").mkdir(parents=True)
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        (packages / f"{name}-{version}.dist-info" / "METADATA").write_text(metadata)
+    found = audit(tool("pip-audit"), str(packages), advisories(tmp_path / "database"))
+    assert found.status == VULNERABLE
+    assert found.says.splitlines() == [
+        "2 packages audited, 1 vulnerabilities known",
+        "some-package 1.9: PYSEC-1, fixed in 1.10",
+        "by advisories that know of nothing after 2026-03-01",
+    ]

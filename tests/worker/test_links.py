@@ -68,22 +68,41 @@ def test_every_coordinator_is_registered_with_and_hears_what_all_are_told() -> N
     asyncio.run(run())
 
 
+def test_a_worker_is_ready_when_every_coordinator_has_it_that_was_found_lately(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator that has only just come may be left with nobody when the next worker of a rolling upgrade goes."""
+
+    async def run() -> None:
+        late = FakeCoordinator()
+        async with late.up():
+            pass  # it has an address, and does not answer
+        async with FakeCoordinator().up() as one, linked(Told(one.address, late.address)) as (links, _):
+            await one.hears("heartbeat")
+            assert links.unready() == "a coordinator that was found lately does not have this worker yet"
+            async with late.up():
+                await late.hears("heartbeat")
+                assert links.unready() == ""
+            monkeypatch.setattr(module, "ANSWERS_WITHIN_S", 0.0)
+            assert links.unready() == "", "one that has gone, or never comes, is not waited for"
+
+    asyncio.run(run())
+
+
 def test_a_link_that_works_is_kept_though_its_coordinator_is_announced_no_more() -> None:
     async def run() -> None:
         async with AsyncExitStack() as stack:
             one = await stack.enter_async_context(FakeCoordinator().up())
             told = Told(one.address)
             async with linked(told) as (links, recorder):
-                assert not links.is_linked
+                assert links.unready() == "no coordinator has this worker"
                 await one.hears("heartbeat")
                 told.say()
                 for _ in range(10):
                     await one.hears("heartbeat")
                 assert not recorder.lost.is_set()
-                assert links.is_linked
+                assert links.unready() == ""
                 await stack.aclose()
                 await recorder.lost.wait()
-                assert not links.is_linked
+                assert links.unready()
                 await asyncio.sleep(0.3)
                 async with one.up():
                     with pytest.raises(TimeoutError):
