@@ -7,7 +7,7 @@ PACKAGES := baton cli coordinator prefill decode worker engine kvtransfer kernel
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install dev optional-lanes chart-tools kustomize-base system-packages scanners audit sbom test lint types contracts proto proto-check unit docs-metrics format gpu-check bench faults soak clean
+.PHONY: help serve install dev optional-lanes chart-tools kustomize-base kubernetes-check system-packages scanners audit sbom test lint types contracts proto proto-check unit docs-metrics format gpu-check bench faults soak clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ $(VENV)/.chart-tools: $(VENV)/.dev
 
 kustomize-base: chart-tools  ## write the base of kustomize from the Helm chart
 	$(BIN)/python -m tests.deploy.manifests
+
+kubernetes-check: chart-tools  ## the chart on the cluster that kubectl speaks to (IMAGE=repository:tag DRAIN=node): every answer right
+	$(BIN)/python -m tests.kubernetes --image $(IMAGE) $(if $(DRAIN),--drain-node $(DRAIN)) $(if $(JSON),--json $(JSON))
 
 system-packages: $(VENV)/.system-packages $(VENV)/.chromium  ## etcd, Slurm, promtool and chromium from the system's packages, for tests
 

@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 API_KEY_VARIABLE = "BATON_API_KEY"
+URL_VARIABLE = "BATON_URL"
+"""Of commands: where they ask if they are not told."""
 SILENCE_S = 2.0
 """A coordinator that has nothing to say gives a sign of life every half second."""
 _TOKENISED_BYTES_S = 1 << 18

@@ -319,6 +319,10 @@ class CoordinatorOptions:
         -1, "HTTP port of this process alone (0: a free one) where others listen at --port and --grpc-port, too; "
         "-1: none does",
     )  # fmt: skip
+    operator_port: int = setting(
+        -1, "HTTP port on 127.0.0.1 without TLS, of the same API, for `baton status`, `baton drain` and the like where "
+        "--port takes TLS; 0 takes a free one, -1: none",
+    )  # fmt: skip
     grpc_port: int = setting(50051, "gRPC port; 0 takes a free one")
     monitor_port: int = setting(
         -1, "HTTP port on --host of /health, /ready, /metrics and /metrics/load, without TLS or keys, for whoever "
@@ -422,10 +426,10 @@ _POSITIVE = {
 }  # fmt: skip
 _NOT_NEGATIVE = {
     "max_model_tokens", "threads", "local_prefill_tokens", "parent_pid", "worker_return_s", "orphan_s", "max_resume_s",
-    "max_shadows", "step_ms", "prefill_tokens_per_s", "max_connections_per_address",
+    "max_shadows", "step_ms", "drain_notice_s", "prefill_tokens_per_s", "max_connections_per_address",
 }  # fmt: skip
 _PORTS = {"port", "grpc_port", "link_port"}
-_OPTIONAL_PORTS = {"own_port", "monitor_port"}
+_OPTIONAL_PORTS = {"own_port", "operator_port", "monitor_port"}
 
 
 def flag(name: str) -> str:

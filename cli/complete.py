@@ -1,8 +1,9 @@
 """`baton complete`: continue a text, printing tokens as they come."""
 
 import argparse
+import os
 
-from baton.client import API_KEY_VARIABLE, DEFAULT_URL, Client, read_api_key, trusting
+from baton.client import API_KEY_VARIABLE, DEFAULT_URL, URL_VARIABLE, Client, read_api_key, trusting
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +21,10 @@ def add_client_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     """What every command that asks a server shares."""
-    parser.add_argument("--url", default=DEFAULT_URL, help="where the coordinator is (default: %(default)s)")
+    parser.add_argument(
+        "--url", default=os.environ.get(URL_VARIABLE) or DEFAULT_URL,
+        help=f"where the coordinator is; {URL_VARIABLE} of the environment is the default (now: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--ca", default="", metavar="FILE",
         help="PEM certificates of the authority of an https:// server; default: the system's, or SSL_CERT_FILE's",

@@ -156,6 +156,8 @@ def doors(options: CoordinatorOptions, number: int, processes: int, scheme: str 
             "--monitor-port is one process's: with several coordinators or --processes, monitors ask each at its own "
             "HTTP port, or give --monitor-port 0"
         )
+    if options.operator_port > 0 and number * processes > 1:
+        raise ConfigurationError("--operator-port is one process's; it cannot be there with several")
     result: list[Door] = []
     for up in range(0, number * PORT_STRIDE, PORT_STRIDE):
         own = dataclasses.replace(

@@ -9,6 +9,7 @@ import contextlib
 import gc
 import logging
 import signal
+import ssl
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,8 @@ class Ports:
     own: int = -1
     """HTTP, where no other process listens; -1: nowhere does one."""
     monitor: int = -1
+    operator: int = -1
+    """HTTP of this machine alone, without TLS; -1: none."""
 
 
 class Coordinator:
@@ -152,7 +155,7 @@ class Coordinator:
             self._closing.push_async_callback(self._grpc.server.stop, _STOP_GRACE_S)
             await self._grpc.set_ready(False)
             self.registry.on_change = self._readiness_changed
-            http, own = await self._start_http()
+            http, own, operator = await self._start_http()
             pages = {"/metrics": self.metrics.page, "/metrics/load": self._vllm.load_page}
             monitors = monitored(options.host, options.monitor_port, str, self._unready, pages)
             monitor = await self._closing.enter_async_context(monitors)
@@ -163,7 +166,7 @@ class Coordinator:
         except BaseException:
             await self.stop()
             raise
-        return Ports(http, grpc_port, link, own, monitor)
+        return Ports(http, grpc_port, link, own, monitor, operator)
 
     async def _start_link(self) -> int:
         options = self._options
@@ -181,7 +184,7 @@ class Coordinator:
             self._spawn(self.tenants.watch())
         return port
 
-    async def _start_http(self) -> tuple[int, int]:
+    async def _start_http(self) -> tuple[int, int, int]:
         options = self._options
         api = HttpApi(
             self.intake,
@@ -202,17 +205,25 @@ class Coordinator:
         self._connections = connections = HttpConnections(
             runner.server, self._refusals, options.head_timeout_s, options.idle_timeout_s, self._cork
         )
-        listener = Listener(
-            "http", connections.connection, self._refusals, max_open=self._max_connections,
-            max_per_address=options.max_connections_per_address, handshake_s=options.head_timeout_s,
-            context=self._public_tls.listener("http") if self._public_tls else None, make_room=connections.make_room,
-        )  # fmt: skip
-        for each in (connections, listener):
-            self._closing.callback(each.close)
+        self._closing.callback(connections.close)
+
+        def listener(context: ssl.SSLContext | None) -> Listener:
+            opened = Listener(
+                "http", connections.connection, self._refusals, max_open=self._max_connections,
+                max_per_address=options.max_connections_per_address, handshake_s=options.head_timeout_s,
+                context=context, make_room=connections.make_room,
+            )  # fmt: skip
+            self._closing.callback(opened.close)
+            return opened
+
+        clients = listener(self._public_tls.listener("http") if self._public_tls else None)
         shares = options.own_port >= 0
-        port = _listen(listener, options.host, options.port, "--port", shares)
-        own = _listen(listener, options.host, options.own_port, "--own-port") if shares else -1
-        return port, own
+        port = _listen(clients, options.host, options.port, "--port", shares)
+        own = _listen(clients, options.host, options.own_port, "--own-port") if shares else -1
+        operator = options.operator_port
+        if operator >= 0:
+            operator = _listen(listener(None), "127.0.0.1", operator, "--operator-port")
+        return port, own, operator
 
     def _unready(self) -> str:
         return "" if self.intake.ready else NOT_READY

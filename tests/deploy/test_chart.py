@@ -271,6 +271,17 @@ def test_workers_find_the_service_of_the_coordinators_and_may_look(whole: list[O
         ]
 
 
+def test_operators_in_a_pod_are_answered_though_clients_need_tls(whole: list[Object]) -> None:
+    for pod in pods(whole):
+        options = options_of(pod)
+        if config.CoordinatorOptions in options:
+            env = {each["name"]: each.get("value") for each in pod.main["env"]}
+            has_tls = bool(options[config.PublicTlsOptions].public_tls_cert)
+            port = options[config.CoordinatorOptions].operator_port
+            assert env.get("BATON_URL") == (f"http://127.0.0.1:{port}" if has_tls else None)
+            assert (port > 0) is has_tls
+
+
 # Pods go and come
 
 

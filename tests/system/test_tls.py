@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import grpc
@@ -33,8 +34,16 @@ class Safe(Apart):
         self._files, self._lanes = files, lanes
         super().__init__(*kinds)
 
+    @cached_property
+    def operator_port(self) -> int:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            return int(free.getsockname()[1])
+
     def _start(self, *words: str) -> "subprocess.Popen[bytes]":
-        own = self._files.public_flags() if words[0] == "coordinator" else ["--lanes", self._lanes]
+        own = ["--lanes", self._lanes]
+        if words[0] == "coordinator":
+            own = [*self._files.public_flags(), "--operator-port", str(self.operator_port)]
         return super()._start(*words, *self._files.flags(), *own)
 
     @property
@@ -98,6 +107,16 @@ def test_tokens_are_those_without_tls_and_blocks_come_by_tcp(safe: Safe, undistu
     assert received > 0
     assert safe.metric("baton_lane_in_use", lane="tcp") > 0
     assert safe.refused("inside") == safe.refused("public") == 0
+
+
+def test_operators_on_the_machine_need_no_certificate(safe: Safe) -> None:
+    environment = os.environ | {"BATON_URL": f"http://127.0.0.1:{safe.operator_port}"}
+    command = [sys.executable, "-P", "-m", "cli.main", "status"]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    assert "decode-2" in shown.stdout
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", safe.operator_port), 5).close()
 
 
 def test_tokens_are_those_without_tls_over_shared_memory(files: Files, undisturbed: list[str]) -> None:
