@@ -157,7 +157,9 @@ def doors(options: CoordinatorOptions, number: int, processes: int, scheme: str 
             "HTTP port, or give --monitor-port 0"
         )
     if options.operator_port > 0 and number * processes > 1:
-        raise ConfigurationError("--operator-port is one process's; it cannot be there with several")
+        raise ConfigurationError(
+            "--operator-port is one process's: with several coordinators or --processes, leave it out, or give 0"
+        )
     result: list[Door] = []
     for up in range(0, number * PORT_STRIDE, PORT_STRIDE):
         own = dataclasses.replace(

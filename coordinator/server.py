@@ -223,6 +223,7 @@ class Coordinator:
         operator = options.operator_port
         if operator >= 0:
             operator = _listen(listener(None), "127.0.0.1", operator, "--operator-port")
+            events.info("operators on this machine ask http://127.0.0.1:%d (BATON_URL)", operator)
         return port, own, operator
 
     def _unready(self) -> str:

@@ -115,6 +115,7 @@ def test_operators_on_the_machine_need_no_certificate(safe: Safe) -> None:
     shown = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert shown.returncode == 0, shown.stderr
     assert "decode-2" in shown.stdout
+    assert f"ask http://127.0.0.1:{safe.operator_port} (BATON_URL)" in safe.whole_log()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", safe.operator_port), 5).close()
 
