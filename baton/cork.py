@@ -19,38 +19,28 @@ class Cork:
     """In the event loop's thread."""
 
     def __init__(self) -> None:
-        self._waiting: list[_Corked] = []
-        self._since_s = 0.0
-        self._due = False
+        self.waiting: list[_Corked] = []
+        """With something to write when the turn ends."""
+        self.since_s = 0.0
+        """When the first of them came."""
+        self.due = False
+        """This turn has had its first write."""
 
     def transport(self, transport: asyncio.BaseTransport) -> asyncio.Transport:
         """The same connection, written to when the turn ends."""
         return cast(asyncio.Transport, _Corked(self, cast(asyncio.Transport, transport)))
 
-    def is_first(self) -> bool:
-        """Of this turn, a write that comes now."""
-        if self._due:
-            return False
-        self._due = True
+    def begin(self) -> None:
+        """The first write of this turn comes now."""
+        self.due = True
         asyncio.get_running_loop().call_soon(self._turn_ends)
-        return True
-
-    def add(self, corked: "_Corked") -> None:
-        """It has something to write when the turn ends."""
-        if not self._waiting:
-            self._since_s = time.monotonic()
-        self._waiting.append(corked)
-
-    def look_at_clock(self) -> None:
-        if time.monotonic() - self._since_s > MAX_HELD_S:
-            self._release()
 
     def _turn_ends(self) -> None:
-        self._due = False
-        self._release()
+        self.due = False
+        self.release()
 
-    def _release(self) -> None:
-        waiting, self._waiting = self._waiting, []
+    def release(self) -> None:
+        waiting, self.waiting = self.waiting, []
         for corked in waiting:
             corked.release()
 
@@ -71,17 +61,24 @@ class _Corked:
         return getattr(self._transport, name)
 
     def write(self, data: bytes) -> None:
+        """Every token comes by here, so this knows its cork from within."""
+        cork, now = self._cork, time.monotonic()
         if not self._held:
+            if is_first := not cork.due:
+                cork.begin()
             # What waits in the connection already would not leave with the others.
-            if self._cork.is_first() or self._transport.get_write_buffer_size():
+            if is_first or self._transport.get_write_buffer_size():
                 self._transport.write(data)
                 return
-            self._cork.add(self)
+            if not cork.waiting:
+                cork.since_s = now
+            cork.waiting.append(self)
         self._held.append(data)
         self._num_bytes += len(data)
         if self._num_bytes > MAX_HELD_BYTES:
             self.release()
-        self._cork.look_at_clock()
+        if now - cork.since_s > MAX_HELD_S:
+            cork.release()
 
     def writelines(self, parts: list[bytes]) -> None:
         self.write(b"".join(parts))

@@ -29,10 +29,23 @@ class Load:
     cpu_s: float = 0.0
     """Of the gateway in that time."""
     num_requests: int = 0
+    """Answers that ended in that time."""
     num_events: int = 0
+    events_of_these: int = 0
+    """Of the answers that ended, those before that time included."""
     first_event_s: list[float] = field(default_factory=list)
     gaps_s: list[float] = field(default_factory=list)
     """Between two reads that brought something, within a stream."""
+
+    @property
+    def events_each(self) -> float:
+        """Of a whole answer."""
+        return self.events_of_these / self.num_requests
+
+    @property
+    def num_answers(self) -> float:
+        """That came in that time, the parts of those that are cut at its ends included."""
+        return self.num_events / self.events_each
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -50,6 +63,7 @@ class _Client(asyncio.Protocol):
         self._sent_at = self._last_at = 0.0
         self._tail = b""
         self._started = False
+        self._num_events = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but its class
@@ -58,7 +72,7 @@ class _Client(asyncio.Protocol):
     def _send(self) -> None:
         assert self._transport is not None
         request = next(self._requests)
-        self._started, self._tail = False, b""
+        self._started, self._tail, self._num_events = False, b"", 0
         self._sent_at = time.perf_counter()
         self._transport.write(request)
 
@@ -79,6 +93,7 @@ class _Client(asyncio.Protocol):
                 load.first_event_s.append(now - self._sent_at)
         elif events and self._run.counting:
             load.gaps_s.append(now - self._last_at)
+        self._num_events += events
         if events:
             self._last_at = now
             if b'data: {"error"' in text:
@@ -86,7 +101,7 @@ class _Client(asyncio.Protocol):
         if self._run.counting:
             load.num_events += events
         if text.endswith(_END_OF_CHUNKS):
-            self._run.ended(self)
+            self._run.ended(self, self._num_events)
             self._send()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -102,9 +117,10 @@ class _Run:
         self._warm: set[_Client] = set()
         self._trouble: RuntimeError | None = None
 
-    def ended(self, client: _Client) -> None:
+    def ended(self, client: _Client, num_events: int) -> None:
         if self.counting:
             self.load.num_requests += 1
+            self.load.events_of_these += num_events
         elif not self.warm.is_set():
             self._warm.add(client)
             if len(self._warm) == self.load.num_streams:

@@ -9,9 +9,10 @@ max_tokens. The front end is woken once for all tokens that a step brought.
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import msgspec
 import xxhash
 
 from baton.token_ids import pack
@@ -74,16 +75,15 @@ class Urgency:
     """Nor without the whole answer by then."""
 
 
-@dataclass(slots=True)
-class Delta:
+class Delta(msgspec.Struct):
     """What one choice gained since the last delta."""
 
     choice: int
     prompt_index: int
     first_index: int
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = []
     text: str = ""
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = []
     finish_reason: str | None = None
     digest: str = ""
     """See `Position`."""

@@ -30,7 +30,8 @@ class EventStreams:
     def __init__(self, alive_s: float) -> None:
         self.alive_s = alive_s
         self._open: set[EventStream] = set()
-        self._with_news: list[EventStream] = []
+        self.with_news: list[EventStream] = []
+        """To take it in the next turn of the event loop."""
         self._timer: asyncio.TimerHandle | None = None
 
     def enter(self, stream: "EventStream") -> None:
@@ -44,15 +45,10 @@ class EventStreams:
     def leave(self, stream: "EventStream") -> None:
         self._open.discard(stream)
 
-    def has_news(self, stream: "EventStream") -> None:
-        """Have it take them once whoever brought them has finished."""
-        if not self._with_news:
-            asyncio.get_running_loop().call_soon(self._turn)
-        self._with_news.append(stream)
-
-    def _turn(self) -> None:
+    def turn(self) -> None:
+        """What the event loop calls once whoever brought news has finished."""
         now = asyncio.get_running_loop().time()
-        streams, self._with_news = self._with_news, []
+        streams, self.with_news = self.with_news, []
         for stream in streams:
             stream.take(now)
 
@@ -140,9 +136,12 @@ class EventStream:
         return self._rest
 
     def _on_news(self) -> None:
-        if not self._due:
-            self._due = True
-            self._all.has_news(self)
+        if self._due:
+            return
+        self._due, with_news = True, self._all.with_news
+        if not with_news:
+            asyncio.get_running_loop().call_soon(self._all.turn)
+        with_news.append(self)
 
     def take(self, now: float) -> None:
         """Write what is new."""
@@ -159,7 +158,7 @@ class EventStream:
 
     def _events(self, deltas: Sequence[Delta]) -> bytes:
         """To be written now: nothing where they are the last, which go with the end of the answer."""
-        data = b"".join([self._writer.chunk(delta) for delta in deltas])
+        data = b"".join(map(self._writer.chunk, deltas))
         if not self._request.drained or self._request.failure is not None:
             return data
         self._rest = data + self._writer.last()

@@ -1,5 +1,7 @@
 """What `baton.metric_names` lists, as the Prometheus client has it. A name that is not there is a KeyError."""
 
+from functools import cache
+
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
@@ -8,7 +10,9 @@ from baton.metric_names import METRICS
 
 def counter(name: str, registry: CollectorRegistry) -> Counter:
     known = METRICS[name]
-    return Counter(name, known.meaning, known.labels, registry=registry)
+    made = Counter(name, known.meaning, known.labels, registry=registry)
+    made.labels = cache(made.labels)  # type: ignore[method-assign]  # its own search takes a lock, and text of each
+    return made
 
 
 def gauge(name: str, registry: CollectorRegistry) -> Gauge:

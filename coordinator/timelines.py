@@ -14,8 +14,9 @@ which may be after that of the request. `baton trace` and the spans of `coordina
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from msgspec import Struct
 
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import Request, UsageCounts
@@ -42,8 +43,7 @@ class Span(NamedTuple):
     facts: Mapping[str, str | int | float]
 
 
-@dataclass(slots=True)
-class Part:
+class Part(Struct):
     """A worker's part in one attempt at one choice."""
 
     worker: str
@@ -86,8 +86,7 @@ class Part:
             yield Span("decode", decode_s, end_s, {})
 
 
-@dataclass(slots=True)
-class Timeline:
+class Timeline(Struct):
     """Of one request, from arrival on."""
 
     id: str
@@ -99,13 +98,13 @@ class Timeline:
     prompt_tokens: int
     trace: "TraceContext | None" = None
     """None: nobody traces it."""
-    parts: list[Part] = field(default_factory=list)
+    parts: list[Part] = []
     first_token_s: float | None = None
     ended_s: float | None = None
     outcome: str = ""
     """Empty while it runs."""
     usage: UsageCounts | None = None
-    finish_reasons: list[str] = field(default_factory=list)
+    finish_reasons: list[str] = []
 
     def admission(self, now_s: float) -> Span:
         """Before any worker had it."""

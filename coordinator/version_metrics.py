@@ -65,7 +65,10 @@ class VersionMetrics(Collector):
         self._figures: dict[tuple[str, str], Figures] = {}
 
     def of(self, version: str, shadow: bool) -> Figures:
-        return self._figures.setdefault((version, "shadow" if shadow else "clients"), Figures())
+        key = version, "shadow" if shadow else "clients"
+        if (figures := self._figures.get(key)) is None:
+            figures = self._figures[key] = Figures()
+        return figures
 
     def of_clients(self, of: Callable[[Figures], Buckets]) -> Buckets:
         """Of all versions together."""
