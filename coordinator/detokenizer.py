@@ -47,10 +47,9 @@ class IncrementalDetokenizer:
         self._alone = TextsAlone() if alone is None else alone
         self._skip = skip
         self._window = list(context[-_CONTEXT_TOKENS:])
-        self._shown = decode(self._window) if self._window else ""
-        if self._shown.endswith(_INCOMPLETE):
-            self._window, self._shown = [], ""
         self._num_shown = len(self._window)
+        self._shown: str | None = None
+        """None: that of the context, which is decoded when a token needs it: one that has its text alone does not."""
 
     def push(self, token_id: int) -> str:
         window = self._window
@@ -59,12 +58,13 @@ class IncrementalDetokenizer:
             return alone
         if token_id in self._skip:
             return ""
+        shown = self._context() if self._shown is None else self._shown
         window.append(token_id)
         text = self._decode(window)
-        nothing_whole = len(text) <= len(self._shown) or text.endswith(_INCOMPLETE)
+        nothing_whole = len(text) <= len(shown) or text.endswith(_INCOMPLETE)
         if nothing_whole and len(window) - self._num_shown < _MAX_HELD_TOKENS:
             return ""
-        delta = text[len(self._shown) :]
+        delta = text[len(shown) :]
         del window[: self._num_shown]
         self._num_shown = len(window)
         self._shown = self._decode(window)
@@ -72,9 +72,20 @@ class IncrementalDetokenizer:
 
     def flush(self) -> str:
         """What was held back: the start of a character that never came."""
-        text = self._decode(self._window)[len(self._shown) :]
-        self._num_shown = len(self._window)
-        self._shown += text
+        if len(self._window) == self._num_shown:
+            return ""
+        text, shown = self._decode(self._window), self._shown or ""
+        self._num_shown, self._shown = len(self._window), text
+        return text[len(shown) :]
+
+    def _context(self) -> str:
+        """The text before the first token, or nothing where that is cut within a character."""
+        text = self._decode(self._window) if self._window else ""
+        if text.endswith(_INCOMPLETE):
+            text = ""
+            self._window.clear()
+            self._num_shown = 0
+        self._shown = text
         return text
 
 

@@ -33,7 +33,7 @@ from coordinator.placing import Placer
 from coordinator.quarantine import Quarantine
 from coordinator.retries import RetryBudget
 from coordinator.routing import Route, Router
-from coordinator.stream import ABANDON, COMPLETE, Outcome
+from coordinator.stream import ABANDON, COMPLETE, DELIVERED, IGNORED, Outcome
 from coordinator.suspects import Suspects
 from coordinator.tickets import issue
 from coordinator.timelines import Timelines, traceparent_of
@@ -530,10 +530,11 @@ class Dispatcher:
                 continue
             choice = leg.choice
             outcome = choice.stream.accept(leg.attempt, index, token_id)
-            if outcome is Outcome.IGNORED:
+            if outcome is IGNORED:
                 continue
             # The usual outcome is not looked up in a set: an enum's hash costs more than all of `accept`.
-            if outcome is not Outcome.DELIVERED and outcome in ABANDON:
+            ends = outcome is not DELIVERED
+            if ends and outcome in ABANDON:
                 if outcome is Outcome.DIVERGED and index == leg.first_index:
                     # The other token is of the attempt's other worker, if there is one. Either may be wrong.
                     self._blame_peers(leg)
@@ -546,8 +547,8 @@ class Dispatcher:
                 self.timelines.first_token(leg, now)
                 self.admission.first_token(choice, now)
             self._metrics.token(choice, now)
-            stopped = choice.add(token_id, logprobs.get(entry) if logprobs else None, outcome is Outcome.STOP)
-            if outcome is not Outcome.DELIVERED:
+            stopped = choice.add(token_id, logprobs.get(entry) if logprobs else None, ends and outcome is Outcome.STOP)
+            if ends:
                 self._complete(choice, STOP if stopped else _REASONS[outcome], leg, workers_know=True)
             elif stopped:
                 self._complete(choice, STOP, leg, workers_know=False)

@@ -126,13 +126,14 @@ _MARK = "\0"  # a character that nothing else in an event has
 
 
 class _Frame(NamedTuple):
-    """An event as it is encoded, around its text: all that changes from one token to the next is that, and the id."""
+    """An event as it is encoded: all that changes from one token to the next is its text, and what the client has."""
 
-    head: bytes
-    tail: bytes
+    before: bytes
+    between: bytes
+    after: bytes
 
-    def event(self, id: str, text: str) -> bytes:
-        return b"id: %b\ndata: %b%b%b\n\n" % (id.encode(), self.head, _encode(text), self.tail)
+    def event(self, had: str, text: str) -> bytes:
+        return b"".join((self.before, had.encode(), self.between, _encode(text), self.after))
 
 
 class AnswerWriter:
@@ -183,7 +184,7 @@ class AnswerWriter:
         plain = delta.text and not delta.finish_reason and not delta.logprobs and not (first and self._chat)
         if plain and not self._continuous_usage:
             frame = self._frames.get(delta.choice) or self._frame(delta.choice)
-            return frame.event(self._event_id(), delta.text)
+            return frame.event(".".join(self._had), delta.text)
         if not (delta.text or delta.finish_reason or delta.logprobs or (first and self._chat)):
             return b""
         usage = self._usage()
@@ -201,8 +202,8 @@ class AnswerWriter:
             body: Any = ChatChunkChoice(choice, ChatText(content=_MARK), None, None)
         else:
             kind, body = "text_completion", CompletionChoice(choice, _MARK, None, None)
-        head, tail = _encode(self._answer(kind, [body], usage)).split(_encode(_MARK))
-        frame = self._frames[choice] = _Frame(head, tail)
+        before, rest = sse(self._answer(kind, [body], usage), f"{self._request.id}:{_MARK}").split(_MARK.encode())
+        frame = self._frames[choice] = _Frame(before, *rest.split(_encode(_MARK)))
         return frame
 
     def _usage(self) -> Usage | UnsetType | None:

@@ -37,12 +37,14 @@ class Placer:
         return route
 
     def _work(self, choice: Choice) -> Work:
-        request = choice.request
+        request, session = choice.request, 0
+        if self._router.policy.reads_session:
+            session = session_of(request.user, request.cache_salt, choice.packed_prompt)
         return Work(
             num_tokens=len(choice.prompt) + len(choice.stream.tokens),
             total_tokens=len(choice.prompt) + choice.stream.max_tokens,
             cached=self._knowledge.match(Prompt(choice.packed(), request.cache_salt, request.version)),
-            session=session_of(request.user, request.cache_salt, choice.packed_prompt),
+            session=session,
             avoid=choice.avoid,
             trouble=self._breakers.trouble(),
             crowd=self._crowd() if self._suspects.suspected(request) else {},

@@ -94,6 +94,8 @@ class RoutingPolicy(ABC):
     """Costs are compared one after the other; the least wins, equals take turns."""
 
     name: ClassVar[str]
+    reads_session: ClassVar[bool] = False
+    """Else it is not computed."""
 
     def __init__(self, table: WorkerTable, local_prefill_tokens: int) -> None:
         self._table = table
@@ -129,5 +131,8 @@ class RoutingPolicy(ABC):
     def _pick(self, rows: Rows, costs: Sequence[Vector]) -> int:
         best = np.arange(len(rows))
         for cost in costs:
-            best = best[cost[best] == cost[best].min()]
+            if len(best) == 1:
+                break
+            its = cost[best]
+            best = best[its == its.min()]
         return int(rows[best[self._turn % len(best)]])

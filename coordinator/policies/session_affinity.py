@@ -21,6 +21,7 @@ _SHIFT = np.uint64(33)
 
 class SessionAffinity(RoutingPolicy):
     name = "session_affinity"
+    reads_session = True
 
     def decode_costs(self, work: Work, rows: Rows) -> Sequence[Vector]:
         return _overloaded(self._table.requests[rows], 1), self._rank(work, rows)
