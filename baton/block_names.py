@@ -7,6 +7,7 @@ a prompt that is served from another's block.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import blake2b
 
 from baton.token_ids import pack
@@ -14,6 +15,7 @@ from baton.token_ids import pack
 NAME_BYTES = 16
 
 
+@lru_cache(maxsize=1024)
 def root_name(model_fingerprint: str, adapter: str = "", cache_salt: str = "") -> bytes:
     """Parent of every first block: what computes the KV, and who may share it."""
     digest = blake2b(digest_size=NAME_BYTES, person=b"baton-root")

@@ -67,4 +67,4 @@ def itl_s(stream_s: Number, requests: Number) -> Number:
 def decode_s(stream_s: Number, requests: Number, answer_tokens: float) -> Number:
     """Seconds that clients of a decode worker wait in all when it gets one stream more: the new one for its tokens, the
     others for what it adds to their steps."""
-    return answer_tokens * stream_s * (requests + requests + (1 + HALF_BATCH))
+    return 2 * answer_tokens * stream_s * (requests + (1 + HALF_BATCH) / 2)

@@ -78,7 +78,8 @@ class Router:
     def _route(self, work: Work, placement: Placement) -> Route:
         table, decode = self._table, placement.decode
         computes = decode if placement.prefill is None else placement.prefill
-        load, decodes = table.load(computes), table.load(decode)
+        load = table.load(computes)
+        decodes = load if computes == decode else table.load(decode)
         pool, host, disk = work.cached.at(computes)
         token_s = load.prefill_s or _mean(table.prefill_s)
         own_s = compute_s(work.num_tokens - disk, token_s)

@@ -27,7 +27,7 @@ class Cached:
     def __init__(self, tokens: npt.NDArray[np.float64]) -> None:
         self.tokens = tokens
         """[3, rows], or [1, rows] where no worker's slower tiers hold anything; without columns nothing is known."""
-        self.most = int(tokens[0].max()) if tokens.shape[1] else 0
+        self.most = int(tokens[0, tokens[0].argmax()]) if tokens.shape[1] else 0
         """In some pool, where others can fetch them."""
 
     @property
