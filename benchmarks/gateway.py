@@ -52,6 +52,8 @@ STEP_MS = 12.0
 SHAPES = "16x32,64x32,256x32,1024x32,64x256"
 QUICK_SHAPES = "64x32"
 PROMPT_CHARACTERS = 1000
+WARM_UP = 64, 2.0
+"""Streams, seconds: until Baton has met every token of the vocabulary, whose text it finds once."""
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
 WORKERS = 200
@@ -310,7 +312,7 @@ def measure_round(start: Start, shapes: Sequence[str], seconds: float, best: Bes
         if percentile(load.first_event_s, 0.5) < best.ttft_s:
             best.first = load
         with running(start, STEP_MS) as side:
-            side.load(16, 1.0)
+            side.load(*WARM_UP)
             for shape in shapes:
                 num_streams, tokens_each = _parsed(shape)
                 load = side.load(num_streams, max(seconds, 2 * tokens_each * STEP_MS / 1e3), tokens_each)
