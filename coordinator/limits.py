@@ -129,8 +129,9 @@ class Listener:
             loop.remove_reader(listening)
             listening.close()
         self._sockets.clear()
-        for task in self._arriving:
-            task.cancel()
+        if self._context is not None:  # handshakes; without TLS who was accepted may have asked for something already
+            for task in self._arriving:
+                task.cancel()
 
     def _watch(self, listening: socket.socket) -> None:
         if listening in self._sockets:

@@ -58,6 +58,7 @@ class LinkServer:
         )  # fmt: skip
         self._links: dict[Link, asyncio.Task[None]] = {}
         self._num_unregistered = 0
+        self._stopped = False
         self._said_s = -math.inf
         """When somebody who is no worker was last told of in the log."""
 
@@ -67,12 +68,16 @@ class LinkServer:
 
     async def stop(self) -> None:
         """Hang up on every worker. Idempotent."""
+        self._stopped = True
         self._listener.close()
         for link in self._links:
             link.close()
         await asyncio.gather(*self._links.values(), return_exceptions=True)
 
     def _opened(self, link: Link) -> None:
+        if self._stopped:
+            link.abort()
+            return
         if self._num_unregistered >= MAX_UNREGISTERED:
             self._refusals.count("link", "full")
             link.abort()

@@ -73,7 +73,8 @@ class Stream:
     @property
     def was_refused(self) -> bool:
         """Before it began: by a coordinator that drains, or by nobody."""
-        return not self.num_events and ("503" in self.error or "refused" in self.error or "reset" in self.error)
+        ways = "503", "refused", "reset", "RemoteDisconnected"
+        return not self.num_events and any(way in self.error for way in ways)
 
     def end(self) -> str:
         self._thread.join(90)
