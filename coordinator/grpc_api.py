@@ -127,6 +127,7 @@ class InferenceServicer(rpc.InferenceServicer):
             running = await start
             trace = traceparent_of(running)
             reader = running.attach(positions)
+            said, last = None, False
             while (deltas := await running.news(reader, self._alive_interval_s)) != []:
                 if deltas is None and self._resumption.better_elsewhere(running):
                     raise cut_off()
@@ -137,6 +138,10 @@ class InferenceServicer(rpc.InferenceServicer):
                     last = running.drained and deltas is not None and delta is deltas[-1]
                     async with asyncio.timeout(_READ_TIMEOUT_S):
                         await context.write(_response(running, delta, last))
+                    said = delta
+            if said is not None and not last:  # a choice ended after it whose end the client knows
+                async with asyncio.timeout(_READ_TIMEOUT_S):
+                    await context.write(_response(running, _end_of(said), True))
             code = "OK"
         except TimeoutError:
             # The call lasts until its client goes, whatever is done here; the request does not.
@@ -354,6 +359,12 @@ def _pin(pin: CachePin) -> api.CachePin:
 def _check_digests(positions: Iterable[api.ChoicePosition]) -> None:
     if any(each.num_tokens and not each.digest for each in positions):
         raise InvalidRequestError("a position needs the digest of the last response of its choice", "positions")
+
+
+def _end_of(said: Delta) -> Delta:
+    """The same without its tokens: to say once more how its choice ended, beside the usage."""
+    num_tokens = said.first_index + len(said.token_ids)
+    return Delta(said.choice, said.prompt_index, num_tokens, finish_reason=said.finish_reason, digest=said.digest)
 
 
 def _response(request: Request, delta: Delta, last: bool) -> api.GenerateResponse:
