@@ -7,12 +7,15 @@ process. The first write of a turn does leave at once: while there is little to 
 
 import asyncio
 import time
+from collections.abc import Iterable
 from typing import Any, Final, cast
 
 MAX_HELD_S: Final = 0.001
 """A longer turn does not keep back what its beginning wrote."""
 MAX_HELD_BYTES: Final = 1 << 14
 """Of a connection. Whoever waits until there is room for more than that must not be told that there is."""
+
+Data = bytes | bytearray | memoryview
 
 
 class Cork:
@@ -28,7 +31,7 @@ class Cork:
 
     def transport(self, transport: asyncio.BaseTransport) -> asyncio.Transport:
         """The same connection, written to when the turn ends."""
-        return cast(asyncio.Transport, _Corked(self, cast(asyncio.Transport, transport)))
+        return _Corked(self, cast(asyncio.Transport, transport))  # uvloop's is one in all but its class
 
     def begin(self) -> None:
         """The first write of this turn comes now."""
@@ -45,22 +48,18 @@ class Cork:
             corked.release()
 
 
-class _Corked:
-    """A transport in all but its class: what it does not do itself, the one inside does."""
+class _Corked(asyncio.Transport):
+    """Every method is written out: with `__getattr__` the interpreter would look each attribute up anew."""
 
-    __slots__ = ("_cork", "_held", "_num_bytes", "_transport", "is_closing")
+    __slots__ = ("_cork", "_held", "_num_bytes", "_transport")
 
     def __init__(self, cork: Cork, transport: asyncio.Transport) -> None:
         self._cork = cork
         self._transport = transport
-        self._held: list[bytes] = []
+        self._held: list[Data] = []
         self._num_bytes = 0
-        self.is_closing = transport.is_closing
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: bytes) -> None:
+    def write(self, data: Data) -> None:
         """Every token comes by here, so this knows its cork from within."""
         cork, now = self._cork, time.monotonic()
         if not self._held:
@@ -80,8 +79,8 @@ class _Corked:
         if now - cork.since_s > MAX_HELD_S:
             cork.release()
 
-    def writelines(self, parts: list[bytes]) -> None:
-        self.write(b"".join(parts))
+    def writelines(self, list_of_data: Iterable[Data]) -> None:
+        self.write(b"".join(list_of_data))
 
     def get_write_buffer_size(self) -> int:
         return self._num_bytes + self._transport.get_write_buffer_size()
@@ -105,3 +104,38 @@ class _Corked:
                     {"message": "a connection could not be written to", "exception": error}
                 )
                 self._transport.abort()
+
+    # What the transport inside does alone
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def can_write_eof(self) -> bool:
+        return self._transport.can_write_eof()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self._transport.get_extra_info(name, default)
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        return self._transport.get_protocol()
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self._transport.set_protocol(protocol)
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def is_reading(self) -> bool:
+        return self._transport.is_reading()
+
+    def pause_reading(self) -> None:
+        self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._transport.resume_reading()
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        return self._transport.get_write_buffer_limits()
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self._transport.set_write_buffer_limits(high, low)

@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+import msgspec
+
 from baton.config import ServiceClass
 from baton.errors import InvalidRequestError
 from coordinator.delivery import Choice, Request, Urgency
@@ -83,8 +85,7 @@ class _Guess(NamedTuple):
     """Of that, what others cause."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Forecast:
+class _Forecast(msgspec.Struct, frozen=True):
     """Made when the request came."""
 
     of: _Class

@@ -9,7 +9,6 @@ max_tokens. The front end is woken once for all tokens that a step brought.
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -30,8 +29,7 @@ STOP, LENGTH, ABORTED, CONTENT_FILTER = "stop", "length", "abort", "content_filt
 _MISSING_LOGPROB = -9999.0  # as OpenAI writes a logprob too small to matter; JSON has no infinity
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(msgspec.Struct, frozen=True):
     token_id: int
     logprob: float
     alternatives: tuple[tuple[int, float], ...]
@@ -50,8 +48,7 @@ class Position(NamedTuple):
     """xxh32 of the tokens (`baton.token_ids`): says which they are, when they are computed once more."""
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerForm:
+class AnswerForm(msgspec.Struct, frozen=True):
     """What a client asked of its answer beyond the tokens."""
 
     chat: bool = False
@@ -63,8 +60,10 @@ class AnswerForm:
     """In every event what was used so far, not only in the last one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Urgency:
+_PLAIN = AnswerForm()
+
+
+class Urgency(msgspec.Struct, frozen=True):
     """How soon a client needs its answer: see `coordinator.admission`."""
 
     service_class: str = ""
@@ -244,8 +243,7 @@ def _finite(logprob: float) -> float:
     return logprob if logprob > _MISSING_LOGPROB else _MISSING_LOGPROB
 
 
-@dataclass(frozen=True, slots=True)
-class UsageCounts:
+class UsageCounts(msgspec.Struct, frozen=True):
     """Tokens the client sent and got."""
 
     prompt: int
@@ -256,7 +254,39 @@ class UsageCounts:
 class Request:
     """All choices of one client's call. The dispatcher ends it; the front end reads it."""
 
-    def __init__(self, id: str, cache_salt: str = "", form: AnswerForm = AnswerForm(), resume_s: float = 0.0) -> None:
+    __slots__ = (
+        "_dirty",
+        "_waiter",
+        "adopted",
+        "asked_again",
+        "cache_salt",
+        "caller",
+        "choices",
+        "created_unix_s",
+        "deadline",
+        "differs",
+        "ended",
+        "failure",
+        "figures",
+        "first_token_s",
+        "form",
+        "id",
+        "moved",
+        "on_news",
+        "prompt_tokens",
+        "reader",
+        "resume_s",
+        "shadow",
+        "started_s",
+        "timeline",
+        "unfiltered",
+        "unwanted",
+        "urgency",
+        "user",
+        "version",
+    )  # fmt: skip
+
+    def __init__(self, id: str, cache_salt: str = "", form: AnswerForm = _PLAIN, resume_s: float = 0.0) -> None:
         self.id = id
         self.cache_salt = cache_salt
         self.form = form
@@ -313,8 +343,8 @@ class Request:
         self.wake()
 
     def wake(self) -> None:
-        if self.on_news is not None:
-            self.on_news()
+        if (on_news := self.on_news) is not None:
+            on_news()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

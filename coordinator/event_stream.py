@@ -67,6 +67,26 @@ class EventStream:
     """`better_elsewhere`: whether a client that hears nothing should rather ask another coordinator. `reads`: waits
     until something is written, or raises ConnectionError for a client that does not read."""
 
+    __slots__ = (
+        "_all",
+        "_better_elsewhere",
+        "_connection",
+        "_due",
+        "_failure",
+        "_frame",
+        "_held_up",
+        "_http",
+        "_over",
+        "_reader",
+        "_reads",
+        "_request",
+        "_rest",
+        "_transport",
+        "_turn",
+        "_writer",
+        "wrote_at",
+    )  # fmt: skip
+
     def __init__(
         self,
         http: web.Request,
@@ -159,7 +179,8 @@ class EventStream:
     def _events(self, deltas: Sequence[Delta]) -> bytes:
         """To be written now: nothing where they are the last, which go with the end of the answer."""
         data = b"".join(map(self._writer.chunk, deltas))
-        if not self._request.drained or self._request.failure is not None:
+        request = self._request
+        if not request.ended or not request.drained or request.failure is not None:
             return data
         self._rest = data + self._writer.last()
         self._finish(None)
@@ -169,7 +190,8 @@ class EventStream:
         transport = self._transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client hung up")
-        transport.write(self._frame(data))
+        frame = self._frame
+        transport.write(frame(data))
         self.wrote_at = now
         if self._connection.writing_paused:
             self._held_up = True

@@ -2,8 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
@@ -125,7 +124,7 @@ def usage_of(counts: UsageCounts) -> Usage:
 _MARK = "\0"  # a character that nothing else in an event has
 
 
-class _Frame(NamedTuple):
+class _Frame(Struct):
     """An event as it is encoded: all that changes from one token to the next is its text, and what the client has."""
 
     before: bytes
@@ -143,6 +142,19 @@ class AnswerWriter:
     with `e` once it knows how it ended and a digest of these tokens, or `end` for everything. So it says the same
     whoever reads it, and whoever computes the request once more knows whether it goes on from the same tokens.
     """
+
+    __slots__ = (
+        "_chat",
+        "_continuous_usage",
+        "_frames",
+        "_had",
+        "_include_usage",
+        "_introduced",
+        "_model",
+        "_num_tokens",
+        "_request",
+        "_token_bytes",
+    )  # fmt: skip
 
     def __init__(
         self, request: Request, model: str, token_bytes: TokenBytes, positions: Sequence[Position] = ()
@@ -209,7 +221,7 @@ class AnswerWriter:
     def _usage(self) -> Usage | UnsetType | None:
         """Of an event that is not the last one."""
         if self._continuous_usage:
-            return usage_of(replace(self._request.usage(), completion=sum(self._num_tokens)))
+            return usage_of(msgspec.structs.replace(self._request.usage(), completion=sum(self._num_tokens)))
         return None if self._include_usage else UNSET
 
     def _event_id(self) -> str:

@@ -7,8 +7,9 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
+
+import msgspec
 
 from baton.config import CoordinatorOptions
 from baton.errors import InvalidRequestError
@@ -33,13 +34,12 @@ _IDS_DRAWN = 64
 _ROLES = ("system", "user", "assistant")
 
 
-@dataclass(frozen=True, slots=True)
-class ChatPrompt:
+class ChatPrompt(msgspec.Struct, frozen=True):
     """Rendered with the model's template."""
 
     messages: Sequence[Mapping[str, str]]
     """Each with `role` and `content`."""
-    template_variables: Mapping[str, Any] = field(default_factory=dict)
+    template_variables: Mapping[str, Any] = {}
 
     add_generation_prompt: bool = True
     """False: only what further messages may follow."""
@@ -53,14 +53,15 @@ class ChatPrompt:
         """The same with others in their places."""
         left = iter(texts)
         messages = [{**message, "content": next(left)} for message in self.messages]
-        return replace(self, messages=messages, template_variables=with_strings(dict(self.template_variables), left))
+        return msgspec.structs.replace(
+            self, messages=messages, template_variables=with_strings(dict(self.template_variables), left)
+        )
 
 
 Prompt = str | Sequence[int] | ChatPrompt
 
 
-@dataclass(frozen=True, slots=True)
-class GenerateSpec:
+class GenerateSpec(msgspec.Struct, frozen=True):
     """A client's call in neither protocol's words."""
 
     model: str
@@ -78,11 +79,10 @@ class GenerateSpec:
     continuous_usage: bool = False
     user: str = ""
     """Whose requests all go to one version of the model, where several share the traffic."""
-    urgency: Urgency = field(default_factory=Urgency)
+    urgency: Urgency = Urgency()
 
 
-@dataclass(frozen=True, slots=True)
-class PinSpec:
+class PinSpec(msgspec.Struct, frozen=True):
     """A prefix whose KV a client wants kept."""
 
     model: str

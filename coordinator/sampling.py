@@ -3,8 +3,9 @@
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
+
+import msgspec
 
 from baton.errors import InvalidRequestError
 from baton.v1 import worker_link_pb2 as wire
@@ -20,8 +21,7 @@ _SEED_BITS = 64
 _INT32_MAX = 2**31 - 1
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingRequest:
+class SamplingRequest(msgspec.Struct, frozen=True):
     """As the client wrote it. None: the client did not say, so the model's default or the stated one holds."""
 
     temperature: float | None = None
@@ -32,7 +32,7 @@ class SamplingRequest:
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = {}
     min_tokens: int | None = None
     max_tokens: int | None = None
     ignore_eos: bool = False

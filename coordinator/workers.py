@@ -224,12 +224,10 @@ class Worker:
     def load(self) -> Load:
         """Of the last heartbeat and, at least, of what others gave it by then and this coordinator by now."""
         told = self._told
-        return told._replace(
-            accepts=self.accepts,
-            free_tokens=told.free_tokens - self._blocks_assigned * self.registration.page_size_tokens,
-            requests=max(len(self.legs) + self._others_requests, told.requests),
-            waiting_prefill_tokens=max(self._own_tokens + self._others_tokens, told.waiting_prefill_tokens),
-        )
+        free_tokens = told.free_tokens - self._blocks_assigned * self.registration.page_size_tokens
+        requests = max(len(self.legs) + self._others_requests, told.requests)
+        waiting_tokens = max(self._own_tokens + self._others_tokens, told.waiting_prefill_tokens)
+        return Load(self.accepts, free_tokens, requests, waiting_tokens, told.stream_s, told.prefill_s, told.handover_s)
 
     def drains(self) -> None:
         """It said so before its next heartbeat does."""

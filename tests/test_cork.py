@@ -38,7 +38,7 @@ class Inner:
     def get_write_buffer_size(self) -> int:
         return self.unsent
 
-    def get_extra_info(self, name: str) -> str:
+    def get_extra_info(self, name: str, default: object = None) -> str:
         return name + " of " + self.name
 
 
