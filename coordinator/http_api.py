@@ -495,10 +495,15 @@ def _is_loopback(host: str) -> bool:
 def _log_access(http: web.Request, call: _Call, code: int, started_s: float) -> None:
     ms = (time.monotonic() - started_s) * 1e3
     request = call.request
-    fields = {"method": http.method, "path": http.path[:200], "status": code, "duration_s": round(ms / 1e3, 6)}
+
+    def fields() -> dict[str, Any]:
+        facts = {"request_id": call.id} if request is None else request.facts()
+        return {
+            "method": http.method, "path": http.path[:200], "status": code, "duration_s": round(ms / 1e3, 6), **facts,
+        }  # fmt: skip
+
     if request is None:
         level = logging.DEBUG if http.path in _PROBES and code == 200 else logging.INFO
-        fields |= {"request_id": call.id}
         access.log(
             level, "%s %r %d %s %.1f ms", http.method, http.path[:200], code, call.id, ms, extra={"fields": fields}
         )
@@ -509,5 +514,5 @@ def _log_access(http: web.Request, call: _Call, code: int, started_s: float) -> 
         "%s %r %d %s %.1f ms, first token %s ms, prompt %d tokens, completion %d tokens",
         http.method, http.path[:200], code, request.id, ms,
         "-" if first is None else f"{(first - request.started_s) * 1e3:.1f}", usage.prompt, usage.completion,
-        extra={"fields": fields | request.facts()},
+        extra={"fields": fields},
     )  # fmt: skip

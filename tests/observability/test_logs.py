@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from coordinator_harness import DECODE, System, running
 
-from baton.log_format import LOG_FORMAT_VARIABLE, JsonLines, log_format
+from baton.log_format import LOG_FORMAT_VARIABLE, JsonLines, TextLines, log_format
 from baton.v1 import inference_pb2 as api
 
 ID = "a-request-that-is-logged"
@@ -97,7 +97,22 @@ def test_the_message_of_an_exception_is_left_out_because_it_may_quote_a_prompt()
     assert SECRET not in json.dumps(line)
 
 
-@pytest.mark.parametrize(("value", "kind"), [("json", JsonLines), ("text", logging.Formatter), ("", logging.Formatter)])
+@pytest.mark.parametrize(("value", "kind"), [("json", JsonLines), ("text", TextLines), ("", TextLines)])
 def test_the_environment_says_how_lines_look(monkeypatch, value: str, kind: type) -> None:
     monkeypatch.setitem(os.environ, LOG_FORMAT_VARIABLE, value)
     assert type(log_format("worker-7")) is kind
+
+
+def test_times_of_text_are_written_as_logging_writes_them() -> None:
+    ours, theirs = TextLines("%(asctime)s"), logging.Formatter("%(asctime)s")
+    for at in (
+        1.0,
+        1.9999,
+        2.0,
+        1_763_800_000.1235,
+        1_763_800_000.9,
+        1_763_800_001.0,
+        1.5,
+    ):  # back, too
+        record = logging.makeLogRecord({"created": at, "msecs": at % 1 * 1e3})
+        assert ours.format(record) == theirs.format(record)
