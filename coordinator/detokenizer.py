@@ -16,8 +16,8 @@ _MAX_HELD_TOKENS = 64  # beyond this the bytes are no character to come, and the
 
 
 class TextsAlone(dict[int, str]):
-    """The texts of tokens that have them whatever stands before, and whole; empty for all others. `find` is asked once
-    for each."""
+    """The texts of tokens that have them whatever stands before, and whole; empty for all others, and for those without
+    text. `find` is asked once for each."""
 
     def __init__(self, find: Callable[[int], str] = lambda token_id: "") -> None:
         self._find = find
@@ -34,7 +34,7 @@ class IncrementalDetokenizer:
     repeated, but decides, for instance, whether the first word begins with a space. `skip` are ids without text.
     """
 
-    __slots__ = ("_alone", "_decode", "_num_shown", "_shown", "_skip", "_window")
+    __slots__ = ("_alone", "_decode", "_last", "_num_shown", "_shown", "_skip", "_window")
 
     def __init__(
         self,
@@ -50,15 +50,19 @@ class IncrementalDetokenizer:
         self._num_shown = len(self._window)
         self._shown: str | None = None
         """None: that of the context, which is decoded when a token needs it: one that has its text alone does not."""
+        self._last: int | None = None
+        """The last token, if it had its text alone. It is the window then, whatever that was before."""
 
     def push(self, token_id: int) -> str:
-        window = self._window
-        if (alone := self._alone[token_id]) and len(window) == self._num_shown and token_id not in self._skip:
-            self._window, self._num_shown, self._shown = [token_id], 1, alone
+        if (alone := self._alone[token_id]) and (self._last is not None or len(self._window) == self._num_shown):
+            self._last = token_id
             return alone
         if token_id in self._skip:
             return ""
-        shown = self._context() if self._shown is None else self._shown
+        if self._last is not None:
+            self._window, self._num_shown, self._shown = [self._last], 1, self._alone[self._last]
+            self._last = None
+        window, shown = self._window, self._context() if self._shown is None else self._shown
         window.append(token_id)
         text = self._decode(window)
         nothing_whole = len(text) <= len(shown) or text.endswith(_INCOMPLETE)
@@ -72,7 +76,7 @@ class IncrementalDetokenizer:
 
     def flush(self) -> str:
         """What was held back: the start of a character that never came."""
-        if len(self._window) == self._num_shown:
+        if self._last is not None or len(self._window) == self._num_shown:
             return ""
         text, shown = self._decode(self._window), self._shown or ""
         self._num_shown, self._shown = len(self._window), text
@@ -150,10 +154,12 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The text that may be shown now; sets `stopped` when a stop string is complete."""
-        self._num_tokens += 1
         text = self._detokenizer.push(token_id)
         self.length += len(text)
-        return self._search(text) if self._has_stops else text
+        if not self._has_stops:
+            return text
+        self._num_tokens += 1
+        return self._search(text)
 
     def finish(self) -> str:
         """What is still held back, when no token follows."""

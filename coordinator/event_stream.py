@@ -178,7 +178,8 @@ class EventStream:
 
     def _events(self, deltas: Sequence[Delta]) -> bytes:
         """To be written now: nothing where they are the last, which go with the end of the answer."""
-        data = b"".join(map(self._writer.chunk, deltas))
+        chunk = self._writer.chunk
+        data = chunk(deltas[0]) if len(deltas) == 1 else b"".join(map(chunk, deltas))
         request = self._request
         if not request.ended or not request.drained or request.failure is not None:
             return data

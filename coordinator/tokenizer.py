@@ -90,7 +90,7 @@ class ModelTokenizer:
         return IncrementalDetokenizer(tokenizer.decode, prompt, self.special_ids, self.texts_alone)
 
     def _text_alone(self, token_id: int) -> str:
-        """The text of a token that has it whatever stands before; empty for others.
+        """The text of a token that has it whatever stands before; empty for others, special ones among them.
 
         Byte-level vocabularies join the bytes of all tokens, so that one of whole characters adds just these.
         """
