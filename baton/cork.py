@@ -51,13 +51,12 @@ class Cork:
 class _Corked(asyncio.Transport):
     """Every method is written out: with `__getattr__` the interpreter would look each attribute up anew."""
 
-    __slots__ = ("_cork", "_held", "_num_bytes", "_transport")
+    __slots__ = ("_cork", "_held", "_transport")
 
     def __init__(self, cork: Cork, transport: asyncio.Transport) -> None:
         self._cork = cork
         self._transport = transport
-        self._held: list[Data] = []
-        self._num_bytes = 0
+        self._held = b""
 
     def write(self, data: Data) -> None:
         """Every token comes by here, so this knows its cork from within."""
@@ -72,9 +71,8 @@ class _Corked(asyncio.Transport):
             if not cork.waiting:
                 cork.since_s = now
             cork.waiting.append(self)
-        self._held.append(data)
-        self._num_bytes += len(data)
-        if self._num_bytes > MAX_HELD_BYTES:
+        self._held += data
+        if len(self._held) > MAX_HELD_BYTES:
             self.release()
         if now - cork.since_s > MAX_HELD_S:
             cork.release()
@@ -83,7 +81,7 @@ class _Corked(asyncio.Transport):
         self.write(b"".join(list_of_data))
 
     def get_write_buffer_size(self) -> int:
-        return self._num_bytes + self._transport.get_write_buffer_size()
+        return len(self._held) + self._transport.get_write_buffer_size()
 
     def write_eof(self) -> None:
         self.release()
@@ -95,10 +93,10 @@ class _Corked(asyncio.Transport):
 
     def release(self) -> None:
         """Write what is held back; nobody reads it where the connection is being closed."""
-        held, self._held, self._num_bytes = self._held, [], 0
-        if held and not self.is_closing():
+        held, self._held = self._held, b""
+        if held and not self._transport.is_closing():
             try:
-                self._transport.write(b"".join(held) if len(held) > 1 else held[0])
+                self._transport.write(held)
             except Exception as error:  # noqa: BLE001 - told to the loop: the others of this turn are written
                 asyncio.get_running_loop().call_exception_handler(
                     {"message": "a connection could not be written to", "exception": error}

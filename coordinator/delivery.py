@@ -205,7 +205,10 @@ class Choice:
             return None
         new, self._taken = tokens[first:], max(first, len(tokens))
         self._digest.update(pack(new))
-        text, logprobs = "".join(self._pieces[first:]), self._logprobs[first:]
+        pieces = self._pieces
+        # Most have one token; slices are made of three objects.
+        text = pieces[first] if len(pieces) == first + 1 else "".join(pieces[first:])
+        logprobs = self._logprobs[first:] if self._gives_logprobs else []
         digest = self._digest.hexdigest()
         return Delta(self.number, self.prompt_index, first, new, text, logprobs, self.finish_reason, digest)
 

@@ -26,7 +26,7 @@ from coordinator.admission import Admission
 from coordinator.breakers import Breakers
 from coordinator.delivery import ABORTED, LENGTH, STOP, Choice, Request
 from coordinator.failures import FailureKind, RequestFailed, handed_on, moved, poison, shutting_down, unavailable
-from coordinator.holders import holders, peer
+from coordinator.holders import holders
 from coordinator.knowledge import Prompt, open_knowledge
 from coordinator.metrics import Metrics
 from coordinator.placing import Placer
@@ -389,9 +389,10 @@ class Dispatcher:
             assignment = message.assignment
             assignment.handle, assignment.role = leg.handle, role
             if prefill is not None:
-                (assignment.decode if worker is prefill else assignment.prefill).CopyFrom(
-                    peer(decode if worker is prefill else prefill)
-                )
+                if worker is prefill:
+                    assignment.decode.CopyFrom(decode.peer)
+                else:
+                    assignment.prefill.CopyFrom(prefill.peer)
             if computes:
                 assignment.holders.extend(holders(route.work, worker, self._registry, choice.avoid))
             if role == wire.ROLE_DECODE and not choice.request.shadow:

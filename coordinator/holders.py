@@ -12,13 +12,6 @@ MAX_HOLDERS = 2
 """Workers that an assignment names."""
 
 
-def peer(worker: Worker) -> wire.HandoverPeer:
-    registration = worker.registration
-    return wire.HandoverPeer(
-        worker_id=worker.id, incarnation=registration.incarnation, handover_address=registration.handover_address
-    )
-
-
 def holders(work: Work, worker: Worker, registry: WorkerRegistry, avoid: Collection[str]) -> list[wire.PrefixHolder]:
     """Those whose pools should hold more of the beginning than any cache of `worker`, the most first.
 
@@ -36,7 +29,7 @@ def holders(work: Work, worker: Worker, registry: WorkerRegistry, avoid: Collect
             continue
         if table.groups[row] != table.groups[worker.row] or not other.registration.handover_address:
             continue
-        found.append(wire.PrefixHolder(worker=peer(other), num_tokens=int(cached[0, row])))
+        found.append(wire.PrefixHolder(worker=other.peer, num_tokens=int(cached[0, row])))
         if len(found) == MAX_HOLDERS:
             break
     return found

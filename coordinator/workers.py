@@ -100,6 +100,10 @@ class Worker:
     ) -> None:
         self.id = registration.worker_id
         self.registration = registration
+        self.peer = wire.HandoverPeer(
+            worker_id=self.id, incarnation=registration.incarnation, handover_address=registration.handover_address
+        )
+        """As assignments of others name it."""
         self.link = link
         self.version = version_of(registration)
         self.draining_since_s: float | None = None
