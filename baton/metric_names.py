@@ -129,6 +129,7 @@ _PHASES = Section("Phases", "Where the time of a request goes; of a single one, 
 ))  # fmt: skip
 _ADMISSION = Section("Admission", "Who is taken, by what is predicted: [admission.md](admission.md).", (
     _counter("baton_admission_refused", "Requests refused by prediction", "service_class", "cause", unit="requests"),
+    _gauge("baton_requests_in_line", "Calls that wait for a turn of the event loop to begin them", unit="requests"),
     _gauge("baton_admission_pressure", "Predicted wait of a request, over its target", "service_class", unit="ratio"),
     _counter("baton_class_first_tokens", "First tokens by whether the target was met", "service_class", "in_time"),
 ))  # fmt: skip

@@ -63,6 +63,7 @@ class Metrics:
         self.version_absent = counter("baton_version_absent", registry)
         self.version_moves = counter("baton_version_moves", registry)
         self.rollout_errors = counter("baton_rollout_errors", registry)
+        self.requests_in_line = gauge("baton_requests_in_line", registry)
         self.admission_refused = counter("baton_admission_refused", registry)
         self.admission_pressure = gauge("baton_admission_pressure", registry)
         self.class_first_tokens = counter("baton_class_first_tokens", registry)

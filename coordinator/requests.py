@@ -25,6 +25,7 @@ from coordinator.pins import CachePin, Pins
 from coordinator.sampling import SamplingRequest, check, for_choice, resolve
 from coordinator.tenants.caller import ANYBODY, calling
 from coordinator.tokenizer import ModelTokenizer
+from coordinator.turns import Turns
 from coordinator.workers import WorkerRegistry
 
 MAX_PROMPTS = 64
@@ -108,6 +109,8 @@ class Intake:
         self.dispatcher = dispatcher
         self.metrics = metrics
         self.pins = Pins(registry, metrics)
+        self._turns = Turns()
+        metrics.requests_in_line.set_function(self._turns.__len__)
         self.needs_key = False
         """A call that came by no gate is refused, whatever door somebody may build."""
         self.created_unix_s = int(time.time())
@@ -138,8 +141,10 @@ class Intake:
 
         Raises InvalidRequestError, or RequestFailed if it cannot be taken now.
         """
+        came_s = time.monotonic()
+        await self._turns.begin()
         try:
-            return await self._submit(spec, request_id, resume_s, asked_again)
+            return await self._submit(spec, request_id, came_s, resume_s, asked_again)
         except InvalidRequestError:
             self._refused("invalid_request")
             raise
@@ -151,7 +156,9 @@ class Intake:
         self.metrics.refused.labels(reason).inc()
         calling.get().refused(reason)
 
-    async def _submit(self, spec: GenerateSpec, request_id: str, resume_s: float, asked_again: bool) -> Request:
+    async def _submit(
+        self, spec: GenerateSpec, request_id: str, came_s: float, resume_s: float, asked_again: bool
+    ) -> Request:
         self.check_model(spec.model)
         self.dispatcher.admission.check(spec.urgency)
         check(spec.sampling, self.tokenizer.facts.vocab_size)
@@ -175,7 +182,7 @@ class Intake:
         stop = tuple(spec.sampling.stop)
         form = AnswerForm(spec.chat, spec.include_usage, spec.keep_special_tokens, stop, n, spec.continuous_usage)
         request = Request(request_id, salt, form, resume_s)
-        request.user = spec.user
+        request.user, request.started_s = spec.user, came_s
         request.urgency, request.asked_again = spec.urgency, asked_again
         request.version = self.dispatcher.choose_version(spec.user or request_id)
         for index, prompt in enumerate(await self._filtered(spec.prompts)):
