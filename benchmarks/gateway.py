@@ -85,7 +85,7 @@ class Processes:
         """Start a process of ours that prints its addresses."""
         child = subprocess.Popen(
             [sys.executable, "-P", "-m", *words], stdout=subprocess.PIPE, stderr=self._log, text=True,
-            start_new_session=True,
+            start_new_session=True, env={**os.environ, "PYTHONPATH": str(HERE.parent)},
         )  # fmt: skip
         self._children.append(child)
         assert child.stdout is not None, "opened as a pipe"
