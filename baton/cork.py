@@ -22,16 +22,16 @@ class Cork:
     """In the event loop's thread."""
 
     def __init__(self) -> None:
-        self.waiting: list[_Corked] = []
+        self.waiting: list[Corked] = []
         """With something to write when the turn ends."""
         self.since_s = 0.0
         """When the first of them came."""
         self.due = False
         """This turn has had its first write."""
 
-    def transport(self, transport: asyncio.BaseTransport) -> asyncio.Transport:
+    def transport(self, transport: asyncio.BaseTransport) -> "Corked":
         """The same connection, written to when the turn ends."""
-        return _Corked(self, cast(asyncio.Transport, transport))  # uvloop's is one in all but its class
+        return Corked(self, cast(asyncio.Transport, transport))  # uvloop's is one in all but its class
 
     def begin(self) -> None:
         """The first write of this turn comes now."""
@@ -48,15 +48,17 @@ class Cork:
             corked.release()
 
 
-class _Corked(asyncio.Transport):
+class Corked(asyncio.Transport):
     """Every method is written out: with `__getattr__` the interpreter would look each attribute up anew."""
 
-    __slots__ = ("_cork", "_held", "_transport")
+    __slots__ = ("_cork", "_held", "_transport", "stuck")
 
     def __init__(self, cork: Cork, transport: asyncio.Transport) -> None:
         self._cork = cork
         self._transport = transport
         self._held = b""
+        self.stuck = False
+        """What was written last has not all left: who reads is slow, or gone."""
 
     def write(self, data: Data) -> None:
         """Every token comes by here, so this knows its cork from within."""
@@ -65,8 +67,8 @@ class _Corked(asyncio.Transport):
             if is_first := not cork.due:
                 cork.begin()
             # What waits in the connection already would not leave with the others.
-            if is_first or self._transport.get_write_buffer_size():
-                self._transport.write(data)
+            if is_first or (self.stuck and self._transport.get_write_buffer_size()):
+                self._put(data)
                 return
             if not cork.waiting:
                 cork.since_s = now
@@ -92,16 +94,24 @@ class _Corked(asyncio.Transport):
         self._transport.close()
 
     def release(self) -> None:
-        """Write what is held back; nobody reads it where the connection is being closed."""
+        """Write what is held back."""
         held, self._held = self._held, b""
-        if held and not self._transport.is_closing():
-            try:
-                self._transport.write(held)
-            except Exception as error:  # noqa: BLE001 - told to the loop: the others of this turn are written
-                asyncio.get_running_loop().call_exception_handler(
-                    {"message": "a connection could not be written to", "exception": error}
-                )
-                self._transport.abort()
+        if held:
+            self._put(held)
+
+    def _put(self, data: Data) -> None:
+        """To nobody where the connection is being closed."""
+        self.stuck = True
+        if self._transport.is_closing():
+            return
+        try:
+            self._transport.write(data)
+            self.stuck = self._transport.get_write_buffer_size() > 0
+        except Exception as error:  # noqa: BLE001 - told to the loop: the others of this turn are written
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": "a connection could not be written to", "exception": error}
+            )
+            self._transport.abort()
 
     # What the transport inside does alone
 

@@ -23,6 +23,7 @@ from coordinator.tenants.caller import ANYBODY, Caller
 from coordinator.version_metrics import Figures
 
 if TYPE_CHECKING:
+    from coordinator.fast_path import FastPath
     from coordinator.timelines import Timeline
 
 STOP, LENGTH, ABORTED, CONTENT_FILTER = "stop", "length", "abort", "content_filter"
@@ -93,22 +94,23 @@ class Choice:
 
     __slots__ = (
         "_claimed",
-        "_digest",
         "_dirty",
         "_gives_logprobs",
         "_logprobs",
         "_muted",
-        "_pieces",
         "_taken",
         "avoid",
         "begun_by",
         "cached_tokens",
+        "digest",
         "failures",
+        "fast_path",
         "finish_reason",
         "homeless_since_s",
         "last_token_s",
         "number",
         "packed_prompt",
+        "pieces",
         "prompt",
         "prompt_index",
         "request",
@@ -149,18 +151,20 @@ class Choice:
         """No worker has been there since that could go on with it."""
         self.last_token_s: float | None = None
         self.finish_reason: str | None = None
-        self._pieces: list[str] = []
+        self.pieces: list[str] = []
         """Of the text: what each token lets show, and then what the end does. A function of the tokens alone."""
         self._logprobs: list[TokenLogprob] = []
         self._taken = 0
         """Tokens that the client has."""
-        self._digest = xxhash.xxh32()
+        self.digest = xxhash.xxh32()
         """Of these."""
         self._claimed: Position | None = None
         """What a client that came back says it has; until it is known to be right it gets nothing."""
         self._dirty = False
         self._muted = False
         """The client knows how it ended."""
+        self.fast_path: FastPath | None = None
+        """Of its reader's connection, if it goes there: it is ahead of what is here until `settle`."""
         request.choices.append(self)
 
     def packed(self) -> bytes:
@@ -171,19 +175,39 @@ class Choice:
         """Append a delivered token. True if a stop string is complete now."""
         if self._gives_logprobs:
             self._logprobs.append(_token_logprob(token_id, logprob, self.text.length))
-        self._pieces.append(self.text.push(token_id) if not is_stop_token or self.show_stop_token else "")
-        if len(self._pieces) > self._taken:  # else a client is here that had more before its coordinator died
+        self.pieces.append(self.text.push(token_id) if not is_stop_token or self.show_stop_token else "")
+        if len(self.pieces) > self._taken:  # else a client is here that had more before its coordinator died
             self._touch()
         return self.text.stopped
+
+    @property
+    def plain(self) -> bool:
+        """Its tokens need nothing but to be shown."""
+        return not self._gives_logprobs and not self.text.has_stops
+
+    @property
+    def all_taken(self) -> bool:
+        """Its reader has all that there is, and it is known to be right."""
+        return not self._dirty and self._claimed is None and self._taken == len(self.stream.tokens)
+
+    def taken_to_here(self, last_token_s: float) -> None:
+        """Its reader was given all that there is, and the last of it then."""
+        self._taken, self.last_token_s = len(self.stream.tokens), last_token_s
+
+    def settle(self) -> None:
+        """Before anything but the next token: what is known of it is here."""
+        if self.fast_path is not None:
+            self.fast_path.leave()
 
     def end(self, reason: str) -> None:
         """The choice is complete; idempotent."""
         if self.finish_reason is not None:
             return
+        self.settle()
         self.finish_reason = reason
         self.stream.close()
         if not self.text.stopped:
-            self._pieces.append(self.text.finish())
+            self.pieces.append(self.text.finish())
         self._touch()
 
     def _touch(self) -> None:
@@ -204,25 +228,27 @@ class Choice:
         if self._muted:
             return None
         new, self._taken = tokens[first:], max(first, len(tokens))
-        self._digest.update(pack(new))
-        pieces = self._pieces
+        self.digest.update(pack(new))
+        pieces = self.pieces
         # Most have one token; slices are made of three objects.
         text = pieces[first] if len(pieces) == first + 1 else "".join(pieces[first:])
         logprobs = self._logprobs[first:] if self._gives_logprobs else []
-        digest = self._digest.hexdigest()
+        digest = self.digest.hexdigest()
         return Delta(self.number, self.prompt_index, first, new, text, logprobs, self.finish_reason, digest)
 
     def _check(self, claimed: Position) -> None:
         tokens = self.stream.tokens[: claimed.num_tokens]
-        self._digest.update(pack(tokens))
+        self.digest.update(pack(tokens))
         ended = self.finish_reason is not None and len(self.stream.tokens) == claimed.num_tokens
-        check_claim(claimed, len(tokens), self._digest.hexdigest(), ended)
+        check_claim(claimed, len(tokens), self.digest.hexdigest(), ended)
 
     def rewind(self, position: Position) -> None:
         """The client goes on from there."""
+        self.settle()
+        self.fast_path = None
         self._dirty, self._muted, self._taken = False, position.ended, position.num_tokens
-        self._digest, self._claimed = xxhash.xxh32(), position if position.num_tokens else None
-        if len(self._pieces) > self._taken or self.finish_reason is not None:
+        self.digest, self._claimed = xxhash.xxh32(), position if position.num_tokens else None
+        if len(self.pieces) > self._taken or self.finish_reason is not None:
             self._touch()
 
 

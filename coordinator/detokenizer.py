@@ -34,7 +34,7 @@ class IncrementalDetokenizer:
     repeated, but decides, for instance, whether the first word begins with a space. `skip` are ids without text.
     """
 
-    __slots__ = ("_alone", "_decode", "_last", "_num_shown", "_shown", "_skip", "_window")
+    __slots__ = ("_decode", "_num_shown", "_shown", "_skip", "_window", "alone", "last")
 
     def __init__(
         self,
@@ -44,24 +44,24 @@ class IncrementalDetokenizer:
         alone: TextsAlone | None = None,
     ) -> None:
         self._decode = decode
-        self._alone = TextsAlone() if alone is None else alone
+        self.alone = TextsAlone() if alone is None else alone
         self._skip = skip
         self._window = list(context[-_CONTEXT_TOKENS:])
         self._num_shown = len(self._window)
         self._shown: str | None = None
         """None: that of the context, which is decoded when a token needs it: one that has its text alone does not."""
-        self._last: int | None = None
+        self.last: int | None = None
         """The last token, if it had its text alone. It is the window then, whatever that was before."""
 
     def push(self, token_id: int) -> str:
-        if (alone := self._alone[token_id]) and (self._last is not None or len(self._window) == self._num_shown):
-            self._last = token_id
+        if (alone := self.alone[token_id]) and (self.last is not None or len(self._window) == self._num_shown):
+            self.last = token_id
             return alone
         if token_id in self._skip:
             return ""
-        if self._last is not None:
-            self._window, self._num_shown, self._shown = [self._last], 1, self._alone[self._last]
-            self._last = None
+        if self.last is not None:
+            self._window, self._num_shown, self._shown = [self.last], 1, self.alone[self.last]
+            self.last = None
         window, shown = self._window, self._context() if self._shown is None else self._shown
         window.append(token_id)
         text = self._decode(window)
@@ -76,7 +76,7 @@ class IncrementalDetokenizer:
 
     def flush(self) -> str:
         """What was held back: the start of a character that never came."""
-        if self._last is not None or len(self._window) == self._num_shown:
+        if self.last is not None or len(self._window) == self._num_shown:
             return ""
         text, shown = self._decode(self._window), self._shown or ""
         self._num_shown, self._shown = len(self._window), text
@@ -140,12 +140,12 @@ def _possible_start(text: str, stop: str) -> int:
 class TextStream:
     """Text of one choice: detokenised, cut at the first stop string that begins after `min_tokens` tokens."""
 
-    __slots__ = ("_detokenizer", "_finder", "_has_stops", "_min_tokens", "_num_tokens", "length", "stopped")
+    __slots__ = ("_finder", "_min_tokens", "_num_tokens", "detokenizer", "has_stops", "length", "stopped")
 
     def __init__(self, detokenizer: IncrementalDetokenizer, stops: Sequence[str] = (), min_tokens: int = 0) -> None:
-        self._detokenizer = detokenizer
+        self.detokenizer = detokenizer
         self._finder = StopFinder(stops)
-        self._has_stops = bool(stops)
+        self.has_stops = bool(stops)
         self._min_tokens = min_tokens
         self._num_tokens = 0
         self.length = 0
@@ -154,18 +154,18 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The text that may be shown now; sets `stopped` when a stop string is complete."""
-        text = self._detokenizer.push(token_id)
+        text = self.detokenizer.push(token_id)
         self.length += len(text)
-        if not self._has_stops:
+        if not self.has_stops:
             return text
         self._num_tokens += 1
         return self._search(text)
 
     def finish(self) -> str:
         """What is still held back, when no token follows."""
-        text = self._detokenizer.flush()
+        text = self.detokenizer.flush()
         self.length += len(text)
-        text = self._search(text) if self._has_stops else text
+        text = self._search(text) if self.has_stops else text
         return text if self.stopped else text + self._finder.flush()
 
     def _search(self, text: str) -> str:

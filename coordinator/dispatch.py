@@ -194,6 +194,7 @@ class Dispatcher:
         if request.deadline is not None:
             request.deadline.cancel()
         for choice in request.choices:
+            choice.settle()
             choice.stream.close()
             self._drop_legs(choice)
         self._suspects.forget(request)
@@ -523,13 +524,19 @@ class Dispatcher:
             return
         now = time.monotonic()
         logprobs = {entry.entry: entry for entry in step.logprobs} if step.logprobs else None
-        legs = worker.legs
+        legs, fast_paths = worker.legs, worker.fast_paths
         entries = zip(step.handles, step.indices, step.token_ids, strict=True)
         for entry, (handle, index, token_id) in enumerate(entries):
+            if (path := fast_paths.get(handle)) is not None and path.take(index, token_id, now):
+                continue
             leg = legs.get(handle)
             if leg is None:
                 continue
             choice = leg.choice
+            if (path := choice.fast_path) is not None:
+                if path.enter(leg) and path.take(index, token_id, now):
+                    continue
+                path.leave()
             outcome = choice.stream.accept(leg.attempt, index, token_id)
             if outcome is IGNORED:
                 continue

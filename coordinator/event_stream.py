@@ -14,7 +14,9 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from aiohttp import HttpVersion11, web
 
+from baton.cork import Corked
 from coordinator.delivery import Delta, Request
+from coordinator.fast_path import FastPath
 from coordinator.openai_answers import AnswerWriter
 
 ALIVE = b":\n"
@@ -56,10 +58,10 @@ class EventStreams:
         loop, self._timer = asyncio.get_running_loop(), None
         now = loop.time()
         # Those whose time has nearly come speak as well: streams are looked at a few times an interval, not each alone.
-        for stream in [each for each in self._open if each.wrote_at + NEARLY * self.alive_s <= now]:
+        for stream in [each for each in self._open if each.last_write_s + NEARLY * self.alive_s <= now]:
             stream.say_alive(now)
         if self._open:
-            next_at = min(stream.wrote_at for stream in self._open) + self.alive_s
+            next_at = min(stream.last_write_s for stream in self._open) + self.alive_s
             self._timer = loop.call_at(next_at, self._tick)
 
 
@@ -73,6 +75,7 @@ class EventStream:
         "_connection",
         "_due",
         "_failure",
+        "_fast_path",
         "_frame",
         "_held_up",
         "_http",
@@ -104,7 +107,8 @@ class EventStream:
         self._writer = writer
         self._all = all
         self.wrote_at = 0.0
-        """By the clock of the loop."""
+        """By the clock of the loop; the short way counts for itself."""
+        self._fast_path: FastPath | None = None
         self._better_elsewhere = better_elsewhere
         self._reads = reads
         # Until HTTP/1.1 an answer of unknown length ended with its connection.
@@ -116,6 +120,11 @@ class EventStream:
         self._rest = b""
         """The last events, once they are all that is left to write."""
         self._turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def last_write_s(self) -> float:
+        """By the clock of the loop."""
+        return self.wrote_at if self._fast_path is None else max(self.wrote_at, self._fast_path.last_token_s)
 
     def begin(self, deltas: Sequence[Delta] | None) -> bytes:
         """What goes with the head of the answer: `deltas`, or a sign of life where they show nothing or are None.
@@ -148,6 +157,7 @@ class EventStream:
                     self._on_news()
         finally:
             self._over = True
+            self._lengthen()
             self._all.leave(self)
             if self._request.on_news == self._on_news:  # else it is that of a reader that came meanwhile
                 self._request.on_news = None
@@ -168,13 +178,32 @@ class EventStream:
         self._due = False
         if self._over or self._held_up:
             return
+        if self._connection.writing_paused:  # the short way has written what its reader did not take
+            self._hold_up()
+            return
         try:
             if data := self._events(self._request.take(self._reader)):
                 self._write(data, now)
+                self._shorten()
             if self._request.failure is not None and self._request.drained:
                 raise self._request.failure
         except Exception as failure:  # noqa: BLE001 - `run` raises it: nobody else waits for this callback
             self._finish(failure)
+
+    def _shorten(self) -> None:
+        """The tokens that follow may go the short way."""
+        choice, transport = self._request.choices[0], self._transport
+        if self._fast_path is not None or not choice.plain or not isinstance(transport, Corked):
+            return
+        if self._frame is _chunk and (frame := self._writer.plain_frame()) is not None:
+            choice.fast_path = self._fast_path = FastPath(choice, transport, frame)
+
+    def _lengthen(self) -> None:
+        """No token may go the short way any more."""
+        choice = self._request.choices[0]
+        if self._fast_path is not None and choice.fast_path is self._fast_path:  # else it is that of a later reader
+            choice.settle()
+            choice.fast_path = None
 
     def _events(self, deltas: Sequence[Delta]) -> bytes:
         """To be written now: nothing where they are the last, which go with the end of the answer."""
@@ -195,8 +224,11 @@ class EventStream:
         transport.write(frame(data))
         self.wrote_at = now
         if self._connection.writing_paused:
-            self._held_up = True
-            self._wake()
+            self._hold_up()
+
+    def _hold_up(self) -> None:
+        self._held_up = True
+        self._wake()
 
     def say_alive(self, now: float) -> None:
         self.wrote_at = now

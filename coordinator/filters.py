@@ -227,11 +227,15 @@ class FilteredChoice(Choice):
         self._filters = filters
         self._passages = passages
         self._passed: list[str] = []
-        """Of each of `_pieces` what it lets show; and then what the end does."""
+        """Of each of `pieces` what it lets show; and then what the end does."""
         self._verdict: str | None = None
         """The finish reason, once all has passed."""
         self._passing: asyncio.Task[None] | None = None
         self.request.unfiltered += 1
+
+    @property
+    def plain(self) -> bool:
+        return False
 
     @property
     def _num_ready(self) -> int:
@@ -254,8 +258,8 @@ class FilteredChoice(Choice):
                 at = len(self._passed)
                 if self.request.unwanted:
                     self._decide(ABORTED)
-                elif at < len(self._pieces):
-                    text, end = await self._push(self._pieces[at], False)
+                elif at < len(self.pieces):
+                    text, end = await self._push(self.pieces[at], False)
                     self._passed.append(text)
                     if end:
                         self._decide(CONTENT_FILTER)
@@ -300,13 +304,13 @@ class FilteredChoice(Choice):
         first, self._taken = self._taken, max(self._taken, self._num_ready)
         # Once there is a verdict all that has passed is taken, with what came after the last token.
         text = "".join(self._passed[first : None if self._verdict is not None else self._taken])
-        self._digest.update(text.encode())
+        self.digest.update(text.encode())
         ids = [WITHHELD] * (self._taken - first)
-        digest = self._digest.hexdigest()
+        digest = self.digest.hexdigest()
         return Delta(self.number, self.prompt_index, first, ids, text, [], self._verdict, digest)
 
     def _check(self, claimed: Position) -> None:
         ended = self._verdict is not None and self._num_ready == claimed.num_tokens
         passed = self._passed[: None if claimed.ended and ended else claimed.num_tokens]
-        self._digest.update("".join(passed).encode())
-        check_claim(claimed, self._num_ready, self._digest.hexdigest(), ended)
+        self.digest.update("".join(passed).encode())
+        check_claim(claimed, self._num_ready, self.digest.hexdigest(), ended)

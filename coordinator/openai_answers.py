@@ -124,7 +124,7 @@ def usage_of(counts: UsageCounts) -> Usage:
 _MARK = "\0"  # a character that nothing else in an event has
 
 
-class _Frame(Struct):
+class Frame(Struct):
     """An event as it is encoded: all that changes from one token to the next is its text, and what the client has."""
 
     before: bytes
@@ -165,7 +165,7 @@ class AnswerWriter:
         self._include_usage, self._continuous_usage = request.form.include_usage, request.form.continuous_usage
         self._token_bytes = token_bytes
         had = [*positions, *[Position()] * len(request.choices)][: len(request.choices)]
-        self._frames: dict[int, _Frame] = {}
+        self._frames: dict[int, Frame] = {}
         """By choice: of its events that carry text and nothing else."""
         self._introduced = {number for number, position in enumerate(had) if position != Position()}
         self._had = [_written(*position) for position in had]
@@ -207,7 +207,12 @@ class AnswerWriter:
         body = ChatChunkChoice(delta.choice, text, self._logprobs(delta), delta.finish_reason)
         return sse(self._answer("chat.completion.chunk", [body], usage), self._event_id())
 
-    def _frame(self, choice: int) -> "_Frame":
+    def plain_frame(self) -> Frame | None:
+        """Of what all that follow have in common, where events of the only choice carry text and nothing else."""
+        has_begun = len(self._had) == 1 and (not self._chat or self._introduced)
+        return (self._frames.get(0) or self._frame(0)) if has_begun and not self._continuous_usage else None
+
+    def _frame(self, choice: int) -> Frame:
         usage = self._usage()
         if self._chat:
             kind = "chat.completion.chunk"
@@ -215,7 +220,7 @@ class AnswerWriter:
         else:
             kind, body = "text_completion", CompletionChoice(choice, _MARK, None, None)
         before, rest = sse(self._answer(kind, [body], usage), f"{self._request.id}:{_MARK}").split(_MARK.encode())
-        frame = self._frames[choice] = _Frame(before, *rest.split(_encode(_MARK)))
+        frame = self._frames[choice] = Frame(before, *rest.split(_encode(_MARK)))
         return frame
 
     def _usage(self) -> Usage | UnsetType | None:

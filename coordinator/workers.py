@@ -18,6 +18,7 @@ from coordinator.estimates import stream_s
 from coordinator.worker_table import Candidates, Fixed, Group, Load, WorkerTable
 
 if TYPE_CHECKING:
+    from coordinator.fast_path import FastPath
     from coordinator.timelines import Part
 
 AFTERMATH_S = 1.0
@@ -119,6 +120,8 @@ class Worker:
         self.joined_s = self.last_seen_s = time.monotonic()
         self.legs: dict[int, Leg] = {}
         """By handle."""
+        self.fast_paths: dict[int, FastPath] = {}
+        """By handle, of those whose tokens go there."""
         self.lost = asyncio.Event()
         self.died = False
         """Lost, and not because it was told to go or only dialled again."""
@@ -183,7 +186,9 @@ class Worker:
         self.waits(leg, waiting_tokens)
 
     def waits(self, leg: Leg, tokens: int) -> None:
-        """So many tokens of the leg's prompt are still to be computed here."""
+        """So many tokens of the leg's prompt are still to be computed here. The token after that goes the long way."""
+        if (path := self.fast_paths.get(leg.handle)) is not None:
+            path.leave()
         self._own_tokens += tokens - leg.waiting_tokens
         leg.waiting_tokens = tokens
         self._on_load(self)

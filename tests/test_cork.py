@@ -98,9 +98,11 @@ def test_much_and_what_must_wait_anyway_is_not_held_back() -> None:
         b.write(b"first")
         much = bytes(module.MAX_HELD_BYTES)
         a.write(b"a")
+        assert not a.stuck
+        inner.unsent = len(much)
         a.write(much)
         assert order[1:] == [("a", b"a" + much)]
-        inner.unsent = len(much)
+        assert a.stuck
         a.write(b"behind")
         b.write(b"b")
         assert order[2:] == [("a", b"behind")]

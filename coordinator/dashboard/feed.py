@@ -146,6 +146,7 @@ class Feed:
         for request in self._dispatcher.requests.values():
             for choice in () if request.shadow else request.choices:
                 if choice.finish_reason is None:
+                    choice.settle()
                     legs = self._dispatcher.legs(choice)
                     stage = stage_of(choice, legs)
                     counts[stage] += 1

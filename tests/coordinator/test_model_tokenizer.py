@@ -123,7 +123,7 @@ def test_a_token_whose_text_is_known_shows_what_decoding_its_company_would(
         tokens = [random.choice((random.randrange(size), random.randrange(min(size, 260)))) for _ in range(80)]
         quick = tokenizer.detokenizer(tokens[:5], keep_special_tokens)
         slow = tokenizer.detokenizer(tokens[:5], keep_special_tokens)
-        slow._alone = TextsAlone()
+        slow.alone = TextsAlone()
         for token_id in tokens[5:]:
             shortcuts += bool(tokenizer.texts_alone[token_id])
             assert quick.push(token_id) == slow.push(token_id)

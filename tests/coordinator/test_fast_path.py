@@ -1,0 +1,377 @@
+"""The short way of tokens writes what the long one would, and knows when it is not to be gone."""
+
+import asyncio
+import json
+import time
+from collections.abc import Coroutine, Sequence
+from typing import Any, Final
+
+import pytest
+from aiohttp import HttpVersion11
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from outbox import Outbox
+
+from baton.config import CoordinatorOptions
+from baton.cork import Cork
+from baton.v1 import worker_link_pb2 as wire
+from coordinator.delivery import AnswerForm, Choice, Request
+from coordinator.detokenizer import IncrementalDetokenizer, TextsAlone, TextStream
+from coordinator.dispatch import Dispatcher
+from coordinator.event_stream import EventStream, EventStreams
+from coordinator.metrics import Metrics
+from coordinator.openai_answers import AnswerWriter
+from coordinator.workers import Leg, Worker, WorkerRegistry
+
+STOP_TOKEN: Final = 300
+MAX_TOKENS: Final = 30
+PLAIN: Final = [ord(each) for each in 'ab "\\\n']
+BYTES: Final = list("é€".encode())
+"""Tokens of a part of a character."""
+ECHO: Final = 301
+"""Says the token before it once more: its text depends on its company."""
+TEXTS: Final = TextsAlone(lambda token_id: chr(token_id) if token_id < 128 else "")
+
+
+def decoded(token_ids: list[int]) -> str:
+    said: list[int] = []
+    for each in token_ids:
+        said.append(each if each != ECHO else said[-1] if said else ord("?"))
+    return bytes(said).decode(errors="replace")
+
+
+class Connection:
+    """A client's, as aiohttp shows it, and its transport. `corked`: as the coordinator's listener makes them."""
+
+    def __init__(self, corked: bool) -> None:
+        self.version = HttpVersion11
+        self.written = b""
+        self.num_writes = self.unsent = 0
+        self.reads = True
+        self.closing = False
+        self.room = asyncio.Event()
+        self.room.set()
+        self.protocol = self.writer = self
+        self.transport: Any = Cork().transport(self) if corked else self  # type: ignore[arg-type]
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+        self.num_writes += 1
+        if not self.reads:
+            self.unsent += len(data)
+            self.room.clear()
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
+
+    @property
+    def writing_paused(self) -> bool:
+        return not self.room.is_set()
+
+    async def drain(self) -> None:
+        await self.room.wait()
+
+    def read(self) -> None:
+        self.reads, self.unsent = True, 0
+        self.room.set()
+
+
+class Client:
+    """A request, the stream of its events, and what its worker was told."""
+
+    def __init__(
+        self, world: "World", id: str, corked: bool, num_choices: int = 1, stops: Sequence[str] = (),
+        continuous_usage: bool = False, **sampling: Any,
+    ) -> None:  # fmt: skip
+        self._world = world
+        self.request = Request(id, form=AnswerForm(chat=True, continuous_usage=continuous_usage))
+        self.request.created_unix_s = 0
+        self.http = Connection(corked)
+        asked = wire.EngineSampling(max_tokens=MAX_TOKENS, stop_token_ids=[STOP_TOKEN], **sampling)
+        for _ in range(num_choices):
+            text = TextStream(IncrementalDetokenizer(decoded, alone=TEXTS), stops)
+            Choice(self.request, 0, [1, 2, 3], asked, text, False)
+        self.choice = self.request.choices[0]
+        self.rest = b""
+        world.dispatcher.start(self.request)
+        self.running = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        reader = self.request.attach()
+        deltas = await self.request.deltas(reader)
+        writer = AnswerWriter(self.request, "demo", lambda token_id: b"")
+        events = EventStream(
+            self.http, self.request, reader, writer, self._world.streams, lambda request: False, _awaited  # type: ignore[arg-type]
+        )  # fmt: skip
+        self.http.written += events.begin(deltas)
+        self.rest = await events.run()
+
+    @property
+    def short(self) -> bool:
+        return self.choice.fast_path in self._world.worker.fast_paths.values()
+
+    def seen(self) -> bytes:
+        """All that its client got, as any client would have."""
+        return (self.http.written + self.rest).replace(self.request.id.encode(), b"id")
+
+    def text(self) -> str:
+        shown = [json.loads(line[6:]) for line in self.seen().splitlines() if line.startswith(b"data: {")]
+        return "".join(each["choices"][0]["delta"].get("content", "") for each in shown)
+
+
+async def _awaited(writing: Coroutine[Any, Any, None]) -> None:
+    await writing
+
+
+class World:
+    """A coordinator with one worker, whose part the test plays."""
+
+    def __init__(self) -> None:
+        registry = WorkerRegistry("demo")
+        self.dispatcher = Dispatcher(CoordinatorOptions(max_attempts=100), registry, Metrics())
+        self.worker: Worker = registry.register(
+            wire.Registration(
+                protocol_version=wire.LINK_PROTOCOL_VERSION, worker_id="w", incarnation=1, roles=[wire.ROLE_DECODE],
+                page_size_tokens=16, total_blocks=64, max_model_tokens=512, model="demo", handover_address="x",
+                model_version="v", model_fingerprint="v",
+            ),
+            Outbox(),
+        )  # fmt: skip
+        self.streams = EventStreams(60.0)
+
+    def say(self, **message: Any) -> None:
+        self.dispatcher.on_message(self.worker, wire.WorkerMessage(**message))
+
+    def token(self, clients: list["Client"], token_id: int, back: int = 0) -> None:
+        """The next one of each, or one that is so much before it."""
+        legs = [self.leg(each) for each in clients]
+        indices = [len(each.choice.stream.tokens) - back for each in clients]
+        token_ids = [token_id] * len(clients)
+        self.say(tokens=wire.StepTokens(handles=[leg.handle for leg in legs], indices=indices, token_ids=token_ids))
+
+    def leg(self, client: "Client") -> Leg:
+        (leg,) = self.dispatcher.legs(client.choice)
+        return leg
+
+
+async def turns() -> None:
+    for _ in range(6):
+        await asyncio.sleep(0)
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(test)
+
+
+ACTIONS: Final = (
+    ["plain"] * 6
+    + ["bytes"] * 4
+    + ["echo"] * 3
+    + ["repeat", "waits", "has computed", "slow", "reads", "look"] * 2
+    + ["stop"]
+)
+FAILURES: Final = ["lie", "skip", "fail"]
+"""Each costs the attempt; the next one goes on at the same worker."""
+
+
+async def _play(draw: st.DataObject) -> None:
+    world = World()
+    short, long = clients = [Client(world, "short", corked=True), Client(world, "-long", corked=False)]
+    await turns()
+    world.token(clients, PLAIN[0])
+    await turns()
+    failures = 0
+    while not short.request.ended and draw.draw(st.integers(0, 40)):
+        action = draw.draw(st.sampled_from(ACTIONS + (FAILURES if failures < 3 else [])))
+        failures += action in FAILURES
+        if action in ("plain", "bytes"):
+            world.token(clients, draw.draw(st.sampled_from(PLAIN if action == "plain" else BYTES)))
+        elif action == "echo":
+            world.token(clients, ECHO)
+        elif action == "repeat":
+            world.token(clients, short.choice.stream.tokens[-1], back=1)
+        elif action == "lie":
+            world.token(clients, short.choice.stream.tokens[-1] + 1, back=1)
+        elif action == "skip":
+            world.token(clients, PLAIN[0], back=-1)
+        elif action == "stop":
+            world.token(clients, STOP_TOKEN)
+        elif action in ("waits", "has computed"):
+            for each in clients:
+                computed = 1 if action == "waits" else 1000
+                world.say(progress=wire.Progress(id=world.leg(each).id, computed_tokens=computed))
+        elif action == "look":
+            for each in clients:
+                each.choice.settle()
+        elif action == "fail":
+            for each in clients:
+                world.say(ending=wire.Ending(id=world.leg(each).id, reason=wire.END_REASON_ERROR))
+        else:
+            for each in clients:
+                each.http.reads = False
+                if action == "reads":
+                    each.http.read()
+        await turns()
+        assert short.choice.stream.tokens == long.choice.stream.tokens
+        assert short.seen() == long.seen()
+        assert not long.short
+        if not short.request.ended:
+            assert all(leg.remembered and not leg.waiting_tokens for leg in map(world.leg, clients)) or not short.short
+    for each in clients:
+        each.http.read()
+    await turns()
+    while not short.request.ended:
+        world.token(clients, PLAIN[1])
+        await turns()
+    await asyncio.gather(*(each.running for each in clients))
+    assert short.seen() == long.seen()
+    assert short.choice.pieces == long.choice.pieces
+    assert short.choice.finish_reason == long.choice.finish_reason
+    assert world.worker.fast_paths == world.worker.legs == {}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_whatever_comes_a_client_gets_the_same_bytes_on_either_way(draw: st.DataObject) -> None:
+    run(_play(draw))
+
+
+def test_the_third_token_and_those_after_it_go_the_short_way_but_for_the_last() -> None:
+    async def main() -> None:
+        world = World()
+        client = Client(world, "r", corked=True)
+        ways = []
+        for _ in range(MAX_TOKENS):
+            await turns()
+            world.token([client], PLAIN[0])
+            ways.append(client.short)
+        assert ways == [False] * 2 + [True] * (MAX_TOKENS - 3) + [False]
+        await client.running
+
+    run(main())
+
+
+def test_tokens_that_come_together_are_written_in_order() -> None:
+    async def main() -> None:
+        world = World()
+        client = Client(world, "r", corked=True)
+        for token_id in [*b"01234567", *BYTES, *b"89"]:
+            world.token([client], token_id)
+            if token_id in b"0124":
+                await turns()
+        world.token([client], STOP_TOKEN)
+        await client.running
+        assert client.text() == "01234567é€89"
+
+    run(main())
+
+
+def test_a_client_that_does_not_read_gets_no_more_until_it_does() -> None:
+    async def main() -> None:
+        world = World()
+        client = Client(world, "r", corked=True)
+        for _ in range(5):
+            await turns()
+            world.token([client], PLAIN[0])
+        client.http.reads = False
+        writes = []
+        for _ in range(5):
+            await turns()
+            world.token([client], PLAIN[0])
+            writes.append(client.http.num_writes)
+        assert writes == [writes[0]] * 5
+        client.http.read()
+        await turns()
+        assert client.http.num_writes == writes[-1] + 1, "what waited leaves in one event"
+        world.token([client], PLAIN[0])
+        assert client.short
+
+    run(main())
+
+
+@pytest.mark.parametrize("ending", ["abort", "hand on", "worker lost", "client gone", "closing", "later reader"])
+def test_nothing_is_written_after_a_stream_has_ended_or_gone_elsewhere(ending: str) -> None:
+    async def main() -> None:
+        world = World()
+        client = Client(world, "r", corked=True)
+        for _ in range(5):
+            await turns()
+            world.token([client], PLAIN[0])
+        assert client.short
+        leg = world.leg(client)
+        if ending == "abort":
+            world.dispatcher.abort(client.request)
+        elif ending == "hand on":
+            world.dispatcher.let_go()
+        elif ending == "worker lost":
+            world.worker.lose("the test says so")
+        elif ending == "client gone":
+            client.running.cancel()
+        elif ending == "closing":
+            client.http.closing = True
+        else:
+            client.request.attach()
+        if ending in ("worker lost", "client gone"):
+            await turns()
+        written = client.http.written
+        for index in (5, 6, 7):
+            step = wire.StepTokens(handles=[leg.handle], indices=[index], token_ids=[PLAIN[1]])
+            world.say(tokens=step)
+            await turns()
+        assert client.http.written == written
+        assert not client.short
+        if ending in ("client gone", "closing", "later reader"):
+            assert len(client.choice.stream.tokens) == 8, "they are kept for whoever comes back"
+        client.running.cancel()
+        await asyncio.gather(client.running, return_exceptions=True)
+        assert client.text() == "aaaaa"
+
+    run(main())
+
+
+@pytest.mark.parametrize("asked", ["logprobs", "stop strings", "several choices", "usage in all events"])
+def test_who_asks_for_more_than_text_gets_it_the_long_way(asked: str) -> None:
+    async def main() -> None:
+        world = World()
+        sampling = {"logprobs": 1} if asked == "logprobs" else {}
+        client = Client(
+            world, "r", True, 2 if asked == "several choices" else 1, ("zz",) if asked == "stop strings" else (),
+            asked == "usage in all events", **sampling,
+        )  # fmt: skip
+        for _ in range(5):
+            await turns()
+            world.token([client], PLAIN[0])
+        assert len(client.choice.stream.tokens) == 5
+        assert world.worker.fast_paths == {}
+        world.dispatcher.abort(client.request)
+        await client.running
+
+    run(main())
+
+
+def test_a_stream_that_tokens_come_to_is_not_silent_and_the_dashboard_knows_when_the_last_one_came() -> None:
+    async def main() -> None:
+        world = World()
+        client = Client(world, "r", corked=True)
+        for _ in range(5):
+            await turns()
+            world.token([client], PLAIN[0])
+        assert client.short
+        (stream,) = world.streams._open
+        stream.wrote_at -= 1000.0
+        world.streams._tick()
+        await turns()
+        assert b"\n:\n" not in client.seen()
+        client.choice.last_token_s = 0.0
+        client.choice.settle()
+        assert client.choice.last_token_s == pytest.approx(time.monotonic(), abs=30)
+        assert not client.short
+        world.token([client], PLAIN[0])
+        assert client.short, "it goes on"
+        world.dispatcher.abort(client.request)
+        await client.running
+
+    run(main())
