@@ -169,6 +169,7 @@ _ROUTING = Section("Routing", "Where requests go, and what that is decided by: [
 _VERSIONS = Section("Model versions", "Of each version's clients, or its shadows: [upgrades.md](upgrades.md).", (
     _counter("baton_version_requests", "Requests ended", "version", "traffic", "outcome"),
     _counter("baton_version_completion_tokens", "Tokens of ended requests", "version", "traffic"),
+    _counter("baton_version_fast_path_tokens", "Tokens delivered by the fast path", "version", "traffic"),
     _histogram("baton_version_ttft_seconds", "Arrival to first token", "version", "traffic"),
     _histogram("baton_version_itl_seconds", "Token to next token of a stream", "version", "traffic"),
     _counter("baton_version_absent", "Requests of a version that was not there, taken by others", "version",

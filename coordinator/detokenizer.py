@@ -1,67 +1,90 @@
-"""From tokens to text, one token at a time: never half a character, never part of a stop string.
+"""From tokens to text, one token at a time: never half a character, never part of a stop string."""
 
-The window method is that of Text Generation Inference: a token's text may depend on the ones before it, so the last
-piece shown is decoded again together with the new tokens, and what the longer text adds is new.
-
-    tokens   ... | shown last | new ...        window = shown last + new
-    text     ... | `shown`    | delta
-"""
-
+from codecs import utf_8_decode
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 _INCOMPLETE = "\ufffd"
 _CONTEXT_TOKENS = 4
 _MAX_HELD_TOKENS = 64  # beyond this the bytes are no character to come, and the window would grow without bound
 
 
-class TextsAlone(dict[int, str]):
-    """The texts of tokens that have them whatever stands before, and whole; empty for all others, and for those without
-    text. `find` is asked once for each."""
+class TokenTexts(dict[int, str | bytes]):
+    """What each token adds in any company: a text of whole characters, or else bytes. `find` is asked once for each."""
 
-    def __init__(self, find: Callable[[int], str] = lambda token_id: "") -> None:
+    def __init__(self, find: Callable[[int], str | bytes]) -> None:
         self._find = find
 
-    def __missing__(self, token_id: int) -> str:
+    def __missing__(self, token_id: int) -> str | bytes:
         text = self[token_id] = self._find(token_id)
         return text
 
 
-class IncrementalDetokenizer:
-    """The text that each token adds. Concatenated, deltas and `flush` are the decoding of all tokens.
+class ByteLevelDetokenizer:
+    """The text that each token adds, where the bytes of all tokens are the text. Concatenated, deltas and `flush` are
+    the decoding of all tokens, with U+FFFD for bytes that are no character."""
 
-    `decode` turns ids into text. `context` is what stands before the first token (the prompt): its text is not
-    repeated, but decides, for instance, whether the first word begins with a space. `skip` are ids without text.
+    __slots__ = ("_held", "texts")
+
+    def __init__(self, texts: TokenTexts) -> None:
+        self.texts = texts
+        self._held = b""
+        """The beginning of a character."""
+
+    @property
+    def between_characters(self) -> bool:
+        return not self._held
+
+    def push(self, token_id: int) -> str:
+        added = self.texts[token_id]
+        if isinstance(added, str):
+            if not self._held:
+                return added
+            added = added.encode()
+        return self._decode(added, final=False)
+
+    def flush(self) -> str:
+        """What was held back: the start of a character that never came."""
+        return self._decode(b"", final=True)
+
+    def _decode(self, added: bytes, final: bool) -> str:
+        data = self._held + added
+        text, length = utf_8_decode(data, "replace", final)
+        self._held = data[length:]
+        return text
+
+
+class WindowDetokenizer:
+    """The text that each token adds, where it may depend on the ones before it: the last piece shown is decoded again
+    together with the new tokens, and what the longer text adds is new. The method is that of Text Generation Inference.
+
+        tokens   ... | shown last | new ...        window = shown last + new
+        text     ... | `shown`    | delta
+
+    Concatenated, deltas and `flush` are the decoding of all tokens. `decode` turns ids into text. `context` is what
+    stands before the first token (the prompt): its text is not repeated, but decides, for instance, whether the first
+    word begins with a space. `skip` are ids without text.
     """
 
-    __slots__ = ("_decode", "_num_shown", "_shown", "_skip", "_window", "alone", "last")
+    __slots__ = ("_decode", "_num_shown", "_shown", "_skip", "_window")
+
+    texts: Final = TokenTexts(lambda token_id: b"")
+    """Of none it is known."""
+    between_characters: Final = False
 
     def __init__(
-        self,
-        decode: Callable[[list[int]], str],
-        context: Sequence[int] = (),
-        skip: Collection[int] = (),
-        alone: TextsAlone | None = None,
+        self, decode: Callable[[list[int]], str], context: Sequence[int] = (), skip: Collection[int] = ()
     ) -> None:
         self._decode = decode
-        self.alone = TextsAlone() if alone is None else alone
         self._skip = skip
         self._window = list(context[-_CONTEXT_TOKENS:])
         self._num_shown = len(self._window)
         self._shown: str | None = None
-        """None: that of the context, which is decoded when a token needs it: one that has its text alone does not."""
-        self.last: int | None = None
-        """The last token, if it had its text alone. It is the window then, whatever that was before."""
+        """None: that of the context, which is decoded when the first token comes."""
 
     def push(self, token_id: int) -> str:
-        if (alone := self.alone[token_id]) and (self.last is not None or len(self._window) == self._num_shown):
-            self.last = token_id
-            return alone
         if token_id in self._skip:
             return ""
-        if self.last is not None:
-            self._window, self._num_shown, self._shown = [self.last], 1, self.alone[self.last]
-            self.last = None
         window, shown = self._window, self._context() if self._shown is None else self._shown
         window.append(token_id)
         text = self._decode(window)
@@ -76,7 +99,7 @@ class IncrementalDetokenizer:
 
     def flush(self) -> str:
         """What was held back: the start of a character that never came."""
-        if self.last is not None or len(self._window) == self._num_shown:
+        if len(self._window) == self._num_shown:
             return ""
         text, shown = self._decode(self._window), self._shown or ""
         self._num_shown, self._shown = len(self._window), text
@@ -91,6 +114,9 @@ class IncrementalDetokenizer:
             self._num_shown = 0
         self._shown = text
         return text
+
+
+Detokenizer = ByteLevelDetokenizer | WindowDetokenizer
 
 
 class Found(NamedTuple):
@@ -142,7 +168,7 @@ class TextStream:
 
     __slots__ = ("_finder", "_min_tokens", "_num_tokens", "detokenizer", "has_stops", "length", "stopped")
 
-    def __init__(self, detokenizer: IncrementalDetokenizer, stops: Sequence[str] = (), min_tokens: int = 0) -> None:
+    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str] = (), min_tokens: int = 0) -> None:
         self.detokenizer = detokenizer
         self._finder = StopFinder(stops)
         self.has_stops = bool(stops)

@@ -107,7 +107,7 @@ class EventStream:
         self._writer = writer
         self._all = all
         self.wrote_at = 0.0
-        """By the clock of the loop; the short way counts for itself."""
+        """By the clock of the loop; the fast path counts for itself."""
         self._fast_path: FastPath | None = None
         self._better_elsewhere = better_elsewhere
         self._reads = reads
@@ -157,7 +157,7 @@ class EventStream:
                     self._on_news()
         finally:
             self._over = True
-            self._lengthen()
+            self._leave_fast_path()
             self._all.leave(self)
             if self._request.on_news == self._on_news:  # else it is that of a reader that came meanwhile
                 self._request.on_news = None
@@ -178,28 +178,28 @@ class EventStream:
         self._due = False
         if self._over or self._held_up:
             return
-        if self._connection.writing_paused:  # the short way has written what its reader did not take
+        if self._connection.writing_paused:  # the fast path has written what its reader did not take
             self._hold_up()
             return
         try:
             if data := self._events(self._request.take(self._reader)):
                 self._write(data, now)
-                self._shorten()
+                self._enter_fast_path()
             if self._request.failure is not None and self._request.drained:
                 raise self._request.failure
         except Exception as failure:  # noqa: BLE001 - `run` raises it: nobody else waits for this callback
             self._finish(failure)
 
-    def _shorten(self) -> None:
-        """The tokens that follow may go the short way."""
+    def _enter_fast_path(self) -> None:
+        """The tokens that follow may take the fast path."""
         choice, transport = self._request.choices[0], self._transport
         if self._fast_path is not None or not choice.plain or not isinstance(transport, Corked):
             return
         if self._frame is _chunk and (frame := self._writer.plain_frame()) is not None:
             choice.fast_path = self._fast_path = FastPath(choice, transport, frame)
 
-    def _lengthen(self) -> None:
-        """No token may go the short way any more."""
+    def _leave_fast_path(self) -> None:
+        """No token may take the fast path any more."""
         choice = self._request.choices[0]
         if self._fast_path is not None and choice.fast_path is self._fast_path:  # else it is that of a later reader
             choice.settle()

@@ -1,4 +1,4 @@
-"""The short way of a token: from its worker's message to its client's connection in one function.
+"""The fast path of a token: from its worker's message to its client's connection in one function.
 
 Most tokens of most answers need nothing but their text and an event around it, and they come one a stream and step.
 When a step comes after a sleep, nothing of a stream is in the processor's caches any more, so that each object that its
@@ -6,8 +6,8 @@ token touches is a wait for memory. Here is what such a stream needs, in one obj
 
     worker's message -> Worker.fast_paths[handle] -> FastPath.take -> connection
 
-The long way (`dispatch`, `delivery`, `event_stream`) begins every stream, ends it, and does all that is rare. The short
-one is entered when all that the long one has done is written, and left before anything else happens to the stream: then
+The slow path (`dispatch`, `delivery`, `event_stream`) begins every stream, ends it, and does all that is rare. The fast
+one is entered when all that the slow one has done is written, and left before anything else happens to the stream: then
 what it kept for itself is where others look for it. What either writes is the same.
 """
 
@@ -41,18 +41,21 @@ class FastPath:
     """Of the only choice of a request, one that is `plain`, to a connection that takes chunks of HTTP/1.1."""
 
     __slots__ = (
-        "_alone",
+        "_between_characters",
         "_choice",
         "_connection",
+        "_detokenizer",
         "_digest",
         "_end",
         "_entered",
+        "_entered_at",
+        "_figures",
         "_frame",
         "_frame_bytes",
         "_itl",
-        "_last",
         "_pieces",
         "_stops",
+        "_texts",
         "_tokens",
         "last_token_s",
     )  # fmt: skip
@@ -66,12 +69,14 @@ class FastPath:
         self._frame, self._frame_bytes = frame, len(frame.before) + len(frame.between) + len(frame.after)
         self._tokens, self._pieces = stream.tokens, choice.pieces
         self._stops, self._end = stream.stop_token_ids, stream.max_tokens - 1
-        self._alone = choice.text.detokenizer.alone
-        self._itl = figures.itl
+        self._detokenizer = choice.text.detokenizer
+        self._texts = self._detokenizer.texts
+        self._figures, self._itl = figures, figures.itl
         self._entered: Leg | None = None
+        self._entered_at = 0
         # What is kept here while it is entered
         self._digest = choice.digest
-        self._last: int | None = None
+        self._between_characters = False
         """As the detokenizer has it."""
         self.last_token_s = 0.0
 
@@ -82,8 +87,9 @@ class FastPath:
         if self._entered is not None or not current or not choice.all_taken or not leg.remembered or leg.waiting_tokens:
             return False
         assert choice.last_token_s is not None, "a token has been taken"
-        self._entered = leg
-        self._digest, self._last, self.last_token_s = choice.digest, choice.text.detokenizer.last, choice.last_token_s
+        self._entered, self._entered_at = leg, len(self._tokens)
+        self._digest, self.last_token_s = choice.digest, choice.last_token_s
+        self._between_characters = self._detokenizer.between_characters
         leg.worker.fast_paths[leg.handle] = self
         return True
 
@@ -93,22 +99,19 @@ class FastPath:
             return
         self._entered = None
         del leg.worker.fast_paths[leg.handle]
+        self._figures.fast_path_tokens += len(self._tokens) - self._entered_at
         self._choice.taken_to_here(self.last_token_s)
-        self._choice.text.detokenizer.last = self._last
 
     def take(self, index: int, token_id: int, now_s: float) -> bool:
-        """Write the token. False, and nothing was done: this one has to go the long way."""
+        """Write the token. False, and nothing was done: this one has to take the slow path."""
         tokens, connection = self._tokens, self._connection
         if index != len(tokens) or index >= self._end or token_id in self._stops or connection.stuck:
             return False
-        if (text := self._alone[token_id]) and self._last is not None:
-            self._last = token_id
+        if self._between_characters and isinstance(text := self._texts[token_id], str):
             shown = _encoded[text]
         else:
-            detokenizer = self._choice.text.detokenizer
-            detokenizer.last = self._last
-            text = detokenizer.push(token_id)
-            self._last = detokenizer.last
+            text = self._detokenizer.push(token_id)
+            self._between_characters = self._detokenizer.between_characters
             shown = _encode(text)
         tokens.append(token_id)
         self._pieces.append(text)

@@ -1,7 +1,6 @@
 """Text to tokens and back, and chats to text, from the files of a Hugging Face model folder."""
 
 import asyncio
-import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from tokenizers.decoders import ByteLevel
 
 from baton.errors import InvalidRequestError, ModelError
 from coordinator.chat_template import ChatTemplate
-from coordinator.detokenizer import IncrementalDetokenizer, TextsAlone
+from coordinator.detokenizer import ByteLevelDetokenizer, Detokenizer, TokenTexts, WindowDetokenizer
 from coordinator.encoder import Encoder
 from coordinator.failures import FailureKind, RequestFailed
 from coordinator.model_files import ModelFacts, read_facts, read_json
@@ -39,10 +38,11 @@ class ModelTokenizer:
         self._encoder = Encoder(self._tokenizer, on_fallback)
         special = _special_tokens(config_path, config)
         self._template = _chat_template(folder, config, special)
-        self._vocabulary_bytes = _byte_alphabet() if isinstance(self._tokenizer.decoder, ByteLevel) else None
+        self._byte_values = _byte_alphabet() if isinstance(self._tokenizer.decoder, ByteLevel) else None
+        """Of the characters of a byte-level vocabulary."""
+        self._texts = TokenTexts(partial(self._text, keep_special_tokens=False))
+        self._texts_and_special = TokenTexts(partial(self._text, keep_special_tokens=True))
         added = self._tokenizer.get_added_tokens_decoder()
-        self._added_ids = frozenset(added)
-        self.texts_alone = TextsAlone(self._text_alone)
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         eos = special.get("eos_token")
         self.facts: ModelFacts = read_facts(
@@ -81,25 +81,22 @@ class ModelTokenizer:
     def decode(self, token_ids: Sequence[int], keep_special_tokens: bool = False) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=not keep_special_tokens)
 
-    def detokenizer(self, prompt: Sequence[int], keep_special_tokens: bool) -> IncrementalDetokenizer:
+    def detokenizer(self, prompt: Sequence[int], keep_special_tokens: bool) -> Detokenizer:
         """Turns the tokens that follow `prompt` into text."""
-        tokenizer = self._tokenizer
-        if keep_special_tokens:
-            decode = partial(tokenizer.decode, skip_special_tokens=False)
-            return IncrementalDetokenizer(decode, prompt, alone=self.texts_alone)
-        return IncrementalDetokenizer(tokenizer.decode, prompt, self.special_ids, self.texts_alone)
+        if self._byte_values is not None:
+            return ByteLevelDetokenizer(self._texts_and_special if keep_special_tokens else self._texts)
+        decode = partial(self._tokenizer.decode, skip_special_tokens=not keep_special_tokens)
+        return WindowDetokenizer(decode, prompt, () if keep_special_tokens else self.special_ids)
 
-    def _text_alone(self, token_id: int) -> str:
-        """The text of a token that has it whatever stands before; empty for others, special ones among them.
-
-        Byte-level vocabularies join the bytes of all tokens, so that one of whole characters adds just these.
-        """
-        text = ""
-        if token_id not in self._added_ids:
-            with contextlib.suppress(UnicodeDecodeError):
-                text = (self._mapped_bytes(self._tokenizer.id_to_token(token_id) or "") or b"").decode()
-        # A token may be the very sign that stands for what is not whole; those who read tell them apart by context.
-        return "" if text.endswith("\ufffd") else text
+    def _text(self, token_id: int, keep_special_tokens: bool) -> str | bytes:
+        """Of a byte-level vocabulary."""
+        if token_id in self.special_ids and not keep_special_tokens:
+            return ""
+        data = self.token_bytes(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return data
 
     def render_chat(
         self, messages: Sequence[Mapping[str, str]], extra: Mapping[str, Any], add_generation_prompt: bool = True
@@ -114,18 +111,12 @@ class ModelTokenizer:
         token = self._tokenizer.id_to_token(token_id)
         if token is None:
             return b""
-        if (mapped := self._mapped_bytes(token)) is not None:
-            return mapped
+        if (values := self._byte_values) is not None:
+            mapped = all(character in values for character in token)  # else somebody added it as it is
+            return bytes(values[character] for character in token) if mapped else token.encode()
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes.fromhex(token[3:5])
         return token.replace("\u2581", " ").encode()
-
-    def _mapped_bytes(self, token: str) -> bytes | None:
-        """Of a token in the alphabet of a byte-level vocabulary."""
-        alphabet = self._vocabulary_bytes
-        if alphabet is None or not all(character in alphabet for character in token):
-            return None
-        return bytes(alphabet[character] for character in token)
 
 
 def _load(path: Path) -> Tokenizer:

@@ -49,12 +49,12 @@ class Buckets:
 class Figures:
     """Of one version's clients, or of its shadows."""
 
-    __slots__ = ("answers", "first_difference", "itl", "outcomes", "tokens", "ttft")
+    __slots__ = ("answers", "fast_path_tokens", "first_difference", "itl", "outcomes", "tokens", "ttft")
 
     def __init__(self) -> None:
         self.ttft, self.itl = Buckets(SECONDS), Buckets(SECONDS)
         self.outcomes: Counter[str] = Counter()
-        self.tokens = 0
+        self.tokens = self.fast_path_tokens = 0
         self.answers: Counter[str] = Counter()
         """Of shadows: choices whose tokens are `equal` to those that the client got, or `different`."""
         self.first_difference = Buckets(TOKENS)
@@ -81,6 +81,7 @@ class VersionMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         ended = counters("baton_version_requests")
         tokens = counters("baton_version_completion_tokens")
+        fast_path_tokens = counters("baton_version_fast_path_tokens")
         ttft = histograms("baton_version_ttft_seconds")
         itl = histograms("baton_version_itl_seconds")
         answers = counters("baton_shadow_answers")
@@ -89,6 +90,7 @@ class VersionMetrics(Collector):
             for outcome, count in figures.outcomes.items():
                 ended.add_metric([*key, outcome], count)
             tokens.add_metric(key, figures.tokens)
+            fast_path_tokens.add_metric(key, figures.fast_path_tokens)
             ttft.add_metric(key, figures.ttft.cumulative(), figures.ttft.sum)
             itl.add_metric(key, figures.itl.cumulative(), figures.itl.sum)
             if figures.answers:
@@ -96,4 +98,4 @@ class VersionMetrics(Collector):
                     answers.add_metric([key[0], result], count)
                 found = figures.first_difference
                 difference.add_metric([key[0]], found.cumulative(), found.sum)
-        yield from (ended, tokens, ttft, itl, answers, difference)
+        yield from (ended, tokens, fast_path_tokens, ttft, itl, answers, difference)

@@ -186,7 +186,7 @@ class Worker:
         self.waits(leg, waiting_tokens)
 
     def waits(self, leg: Leg, tokens: int) -> None:
-        """So many tokens of the leg's prompt are still to be computed here. The token after that goes the long way."""
+        """So many tokens of the leg's prompt are still to be computed here. The next token takes the slow path."""
         if (path := self.fast_paths.get(leg.handle)) is not None:
             path.leave()
         self._own_tokens += tokens - leg.waiting_tokens

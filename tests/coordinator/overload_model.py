@@ -14,7 +14,7 @@ from baton.config import ServiceClass
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.admission import Admission
 from coordinator.delivery import LENGTH, Choice, Request, Urgency
-from coordinator.detokenizer import IncrementalDetokenizer, TextStream
+from coordinator.detokenizer import TextStream, WindowDetokenizer
 from coordinator.failures import RequestFailed
 from coordinator.metrics import Metrics
 from coordinator.policies.base import PrefillChoice, Work
@@ -28,7 +28,7 @@ def request(prompt_tokens: int = 100, max_tokens: int = 64, urgency: Urgency = N
     made = Request("r")
     made.urgency = urgency
     for _ in range(n):
-        text = TextStream(IncrementalDetokenizer(lambda ids: ""))
+        text = TextStream(WindowDetokenizer(lambda ids: ""))
         Choice(made, 0, [7] * prompt_tokens, wire.EngineSampling(max_tokens=max_tokens), text, False)
     return made
 

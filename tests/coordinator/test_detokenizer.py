@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from tiny_tokenizers import SPECIAL, byte_fallback, byte_level
 from tokenizers import Tokenizer
 
-from coordinator.detokenizer import IncrementalDetokenizer, StopFinder, TextStream
+from coordinator.detokenizer import StopFinder, TextStream, WindowDetokenizer
 
 MULTIBYTE = "na\u00efve \u4e2d\u6587 \U0001f600\U0001f468\u200d\U0001f469 Hello there, e\u0301"
 
 
-def detokenizer(tokenizer: Tokenizer, context: Sequence[int] = ()) -> IncrementalDetokenizer:
+def detokenizer(tokenizer: Tokenizer, context: Sequence[int] = ()) -> WindowDetokenizer:
     special = {tokenizer.token_to_id(token) for token in SPECIAL}
-    return IncrementalDetokenizer(tokenizer.decode, context, special)
+    return WindowDetokenizer(tokenizer.decode, context, special)
 
 
 def pieces(tokenizer: Tokenizer, token_ids: Sequence[int], context: Sequence[int] = ()) -> list[str]:

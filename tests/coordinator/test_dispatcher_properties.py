@@ -13,7 +13,7 @@ from baton.config import CoordinatorOptions
 from baton.token_ids import count, unpack
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import Choice, Request
-from coordinator.detokenizer import IncrementalDetokenizer, TextStream
+from coordinator.detokenizer import TextStream, WindowDetokenizer
 from coordinator.dispatch import Dispatcher
 from coordinator.failures import RequestFailed
 from coordinator.metrics import Metrics
@@ -93,7 +93,7 @@ class World:
 
     @staticmethod
     def _choice(request: Request, prompt: list[int]) -> None:
-        text = TextStream(IncrementalDetokenizer(lambda ids: "".join(map(chr, ids))))
+        text = TextStream(WindowDetokenizer(lambda ids: "".join(map(chr, ids))))
         Choice(request, 0, prompt, wire.EngineSampling(max_tokens=MAX_TOKENS), text, False)
 
     def join(self, *roles: int, version: str = "v1") -> None:

@@ -15,7 +15,7 @@ from coordinator_harness import running
 
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import AnswerForm, Choice, Delta, Position, Request
-from coordinator.detokenizer import IncrementalDetokenizer, TextStream
+from coordinator.detokenizer import TextStream, WindowDetokenizer
 from coordinator.event_stream import ALIVE, EventStream, EventStreams
 from coordinator.failures import FailureKind, RequestFailed
 from coordinator.openai_answers import (
@@ -63,7 +63,7 @@ def a_request(num_choices: int = 1, chat: bool = False, include_usage: bool = Fa
     asked = AnswerForm(chat=chat, include_usage=include_usage, choices_per_prompt=num_choices, **form)
     request = Request("r" * 20, form=asked)
     for _ in range(num_choices):
-        text = TextStream(IncrementalDetokenizer(lambda ids: "".join(map(chr, ids))))
+        text = TextStream(WindowDetokenizer(lambda ids: "".join(map(chr, ids))))
         Choice(request, 0, [65], wire.EngineSampling(max_tokens=1000), text, False)
     return request
 

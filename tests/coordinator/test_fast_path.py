@@ -1,9 +1,9 @@
-"""The short way of tokens writes what the long one would, and knows when it is not to be gone."""
+"""The fast path of tokens writes what the slow one would, and knows when it is not to be taken."""
 
 import asyncio
 import json
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
 import pytest
@@ -16,7 +16,7 @@ from baton.config import CoordinatorOptions
 from baton.cork import Cork
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import AnswerForm, Choice, Request
-from coordinator.detokenizer import IncrementalDetokenizer, TextsAlone, TextStream
+from coordinator.detokenizer import ByteLevelDetokenizer, Detokenizer, TextStream, TokenTexts, WindowDetokenizer
 from coordinator.dispatch import Dispatcher
 from coordinator.event_stream import EventStream, EventStreams
 from coordinator.metrics import Metrics
@@ -29,8 +29,16 @@ PLAIN: Final = [ord(each) for each in 'ab "\\\n']
 BYTES: Final = list("é€".encode())
 """Tokens of a part of a character."""
 ECHO: Final = 301
-"""Says the token before it once more: its text depends on its company."""
-TEXTS: Final = TextsAlone(lambda token_id: chr(token_id) if token_id < 128 else "")
+"""Says the token before it once more: its text depends on its company, so that it takes a window."""
+TEXTS: Final = TokenTexts(lambda token_id: chr(token_id) if token_id < 128 else bytes([token_id]))
+
+
+def byte_level() -> Detokenizer:
+    return ByteLevelDetokenizer(TEXTS)
+
+
+def window() -> Detokenizer:
+    return WindowDetokenizer(decoded)
 
 
 def decoded(token_ids: list[int]) -> str:
@@ -84,7 +92,7 @@ class Client:
 
     def __init__(
         self, world: "World", id: str, corked: bool, num_choices: int = 1, stops: Sequence[str] = (),
-        continuous_usage: bool = False, **sampling: Any,
+        continuous_usage: bool = False, detokenizer: Callable[[], Detokenizer] = byte_level, **sampling: Any,
     ) -> None:  # fmt: skip
         self._world = world
         self.request = Request(id, form=AnswerForm(chat=True, continuous_usage=continuous_usage))
@@ -92,7 +100,7 @@ class Client:
         self.http = Connection(corked)
         asked = wire.EngineSampling(max_tokens=MAX_TOKENS, stop_token_ids=[STOP_TOKEN], **sampling)
         for _ in range(num_choices):
-            text = TextStream(IncrementalDetokenizer(decoded, alone=TEXTS), stops)
+            text = TextStream(detokenizer(), stops)
             Choice(self.request, 0, [1, 2, 3], asked, text, False)
         self.choice = self.request.choices[0]
         self.rest = b""
@@ -110,7 +118,7 @@ class Client:
         self.rest = await events.run()
 
     @property
-    def short(self) -> bool:
+    def on_fast_path(self) -> bool:
         return self.choice.fast_path in self._world.worker.fast_paths.values()
 
     def seen(self) -> bytes:
@@ -156,6 +164,15 @@ class World:
         (leg,) = self.dispatcher.legs(client.choice)
         return leg
 
+    async def has_had(self, num_tokens: int) -> "Client":
+        """One that is on the fast path."""
+        client = Client(self, "r", corked=True)
+        for _ in range(num_tokens):
+            await turns()
+            self.token([client], PLAIN[0])
+        assert client.on_fast_path
+        return client
+
 
 async def turns() -> None:
     for _ in range(6):
@@ -179,22 +196,27 @@ FAILURES: Final = ["lie", "skip", "fail"]
 
 async def _play(draw: st.DataObject) -> None:
     world = World()
-    short, long = clients = [Client(world, "short", corked=True), Client(world, "-long", corked=False)]
+    kind = draw.draw(st.sampled_from((byte_level, window)))
+    fast, slow = clients = [
+        Client(world, "fast", corked=True, detokenizer=kind), Client(world, "slow", corked=False, detokenizer=kind)
+    ]  # fmt: skip
     await turns()
     world.token(clients, PLAIN[0])
     await turns()
     failures = 0
-    while not short.request.ended and draw.draw(st.integers(0, 40)):
+    while not fast.request.ended and draw.draw(st.integers(0, 40)):
         action = draw.draw(st.sampled_from(ACTIONS + (FAILURES if failures < 3 else [])))
+        if action == "echo" and kind is byte_level:
+            action = "bytes"
         failures += action in FAILURES
         if action in ("plain", "bytes"):
             world.token(clients, draw.draw(st.sampled_from(PLAIN if action == "plain" else BYTES)))
         elif action == "echo":
             world.token(clients, ECHO)
         elif action == "repeat":
-            world.token(clients, short.choice.stream.tokens[-1], back=1)
+            world.token(clients, fast.choice.stream.tokens[-1], back=1)
         elif action == "lie":
-            world.token(clients, short.choice.stream.tokens[-1] + 1, back=1)
+            world.token(clients, fast.choice.stream.tokens[-1] + 1, back=1)
         elif action == "skip":
             world.token(clients, PLAIN[0], back=-1)
         elif action == "stop":
@@ -215,40 +237,46 @@ async def _play(draw: st.DataObject) -> None:
                 if action == "reads":
                     each.http.read()
         await turns()
-        assert short.choice.stream.tokens == long.choice.stream.tokens
-        assert short.seen() == long.seen()
-        assert not long.short
-        if not short.request.ended:
-            assert all(leg.remembered and not leg.waiting_tokens for leg in map(world.leg, clients)) or not short.short
+        assert fast.choice.stream.tokens == slow.choice.stream.tokens
+        assert fast.seen() == slow.seen()
+        assert not slow.on_fast_path
+        if not fast.request.ended:
+            assert (
+                all(leg.remembered and not leg.waiting_tokens for leg in map(world.leg, clients))
+                or not fast.on_fast_path
+            )
     for each in clients:
         each.http.read()
     await turns()
-    while not short.request.ended:
+    while not fast.request.ended:
         world.token(clients, PLAIN[1])
         await turns()
     await asyncio.gather(*(each.running for each in clients))
-    assert short.seen() == long.seen()
-    assert short.choice.pieces == long.choice.pieces
-    assert short.choice.finish_reason == long.choice.finish_reason
+    assert fast.seen() == slow.seen()
+    assert fast.choice.pieces == slow.choice.pieces
+    assert fast.choice.finish_reason == slow.choice.finish_reason
     assert world.worker.fast_paths == world.worker.legs == {}
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_whatever_comes_a_client_gets_the_same_bytes_on_either_way(draw: st.DataObject) -> None:
+def test_whatever_comes_a_client_gets_the_same_bytes_on_either_path(draw: st.DataObject) -> None:
     run(_play(draw))
 
 
-def test_the_third_token_and_those_after_it_go_the_short_way_but_for_the_last() -> None:
+def test_the_third_token_and_those_after_it_take_the_fast_path_but_for_the_last() -> None:
     async def main() -> None:
         world = World()
         client = Client(world, "r", corked=True)
-        ways = []
+        fast = []
         for _ in range(MAX_TOKENS):
             await turns()
             world.token([client], PLAIN[0])
-            ways.append(client.short)
-        assert ways == [False] * 2 + [True] * (MAX_TOKENS - 3) + [False]
+            fast.append(client.on_fast_path)
+        assert fast == [False] * 2 + [True] * (MAX_TOKENS - 3) + [False]
+        figures = client.request.figures
+        assert figures is not None
+        assert figures.fast_path_tokens == MAX_TOKENS - 3
         await client.running
 
     run(main())
@@ -272,10 +300,7 @@ def test_tokens_that_come_together_are_written_in_order() -> None:
 def test_a_client_that_does_not_read_gets_no_more_until_it_does() -> None:
     async def main() -> None:
         world = World()
-        client = Client(world, "r", corked=True)
-        for _ in range(5):
-            await turns()
-            world.token([client], PLAIN[0])
+        client = await world.has_had(5)
         client.http.reads = False
         writes = []
         for _ in range(5):
@@ -287,7 +312,7 @@ def test_a_client_that_does_not_read_gets_no_more_until_it_does() -> None:
         await turns()
         assert client.http.num_writes == writes[-1] + 1, "what waited leaves in one event"
         world.token([client], PLAIN[0])
-        assert client.short
+        assert client.on_fast_path
 
     run(main())
 
@@ -296,11 +321,7 @@ def test_a_client_that_does_not_read_gets_no_more_until_it_does() -> None:
 def test_nothing_is_written_after_a_stream_has_ended_or_gone_elsewhere(ending: str) -> None:
     async def main() -> None:
         world = World()
-        client = Client(world, "r", corked=True)
-        for _ in range(5):
-            await turns()
-            world.token([client], PLAIN[0])
-        assert client.short
+        client = await world.has_had(5)
         leg = world.leg(client)
         if ending == "abort":
             world.dispatcher.abort(client.request)
@@ -322,7 +343,7 @@ def test_nothing_is_written_after_a_stream_has_ended_or_gone_elsewhere(ending: s
             world.say(tokens=step)
             await turns()
         assert client.http.written == written
-        assert not client.short
+        assert not client.on_fast_path
         if ending in ("client gone", "closing", "later reader"):
             assert len(client.choice.stream.tokens) == 8, "they are kept for whoever comes back"
         client.running.cancel()
@@ -333,7 +354,7 @@ def test_nothing_is_written_after_a_stream_has_ended_or_gone_elsewhere(ending: s
 
 
 @pytest.mark.parametrize("asked", ["logprobs", "stop strings", "several choices", "usage in all events"])
-def test_who_asks_for_more_than_text_gets_it_the_long_way(asked: str) -> None:
+def test_who_asks_for_more_than_text_gets_it_by_the_slow_path(asked: str) -> None:
     async def main() -> None:
         world = World()
         sampling = {"logprobs": 1} if asked == "logprobs" else {}
@@ -355,11 +376,7 @@ def test_who_asks_for_more_than_text_gets_it_the_long_way(asked: str) -> None:
 def test_a_stream_that_tokens_come_to_is_not_silent_and_the_dashboard_knows_when_the_last_one_came() -> None:
     async def main() -> None:
         world = World()
-        client = Client(world, "r", corked=True)
-        for _ in range(5):
-            await turns()
-            world.token([client], PLAIN[0])
-        assert client.short
+        client = await world.has_had(5)
         (stream,) = world.streams._open
         stream.wrote_at -= 1000.0
         world.streams._tick()
@@ -368,9 +385,9 @@ def test_a_stream_that_tokens_come_to_is_not_silent_and_the_dashboard_knows_when
         client.choice.last_token_s = 0.0
         client.choice.settle()
         assert client.choice.last_token_s == pytest.approx(time.monotonic(), abs=30)
-        assert not client.short
+        assert not client.on_fast_path
         world.token([client], PLAIN[0])
-        assert client.short, "it goes on"
+        assert client.on_fast_path, "it goes on"
         world.dispatcher.abort(client.request)
         await client.running
 

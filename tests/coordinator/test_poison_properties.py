@@ -12,7 +12,7 @@ from baton.token_ids import count, unpack
 from baton.v1 import worker_link_pb2 as wire
 from coordinator import quarantine
 from coordinator.delivery import Choice, Request
-from coordinator.detokenizer import IncrementalDetokenizer, TextStream
+from coordinator.detokenizer import TextStream, WindowDetokenizer
 from coordinator.failures import FailureKind
 
 POISON = 1_000_000
@@ -42,7 +42,7 @@ class Fleet(World):
     def submit(self, id: str, prompt: list[int]) -> Request:
         request = Request(id)
         sampling = wire.EngineSampling(max_tokens=MAX_TOKENS)
-        Choice(request, 0, prompt, sampling, TextStream(IncrementalDetokenizer(lambda ids: "x" * len(ids))), False)
+        Choice(request, 0, prompt, sampling, TextStream(WindowDetokenizer(lambda ids: "x" * len(ids))), False)
         self.dispatcher.start(request)
         self.requests.append(request)
         return request

@@ -10,7 +10,7 @@ from baton.config import CoordinatorOptions
 from baton.token_ids import pack, unpack
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import Choice, Request
-from coordinator.detokenizer import IncrementalDetokenizer, TextStream
+from coordinator.detokenizer import TextStream, WindowDetokenizer
 from coordinator.dispatch import Dispatcher
 from coordinator.metrics import Metrics
 from coordinator.prefixes import STRIDE_TOKENS, Held, Life, PrefixMemory, strides
@@ -83,7 +83,7 @@ class World:
     def ask(self, tokens: list[int], max_tokens: int = 4) -> Choice:
         self.num_requests += 1
         request = Request(f"r{self.num_requests}")
-        text = TextStream(IncrementalDetokenizer(lambda ids: "".join(map(chr, ids))))
+        text = TextStream(WindowDetokenizer(lambda ids: "".join(map(chr, ids))))
         choice = Choice(request, 0, tokens, wire.EngineSampling(max_tokens=max_tokens), text, False)
         self.dispatcher.start(request)
         return choice

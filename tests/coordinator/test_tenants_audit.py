@@ -15,7 +15,7 @@ from baton.v1 import worker_link_pb2 as wire
 from cli import audit as command
 from cli.main import parse
 from coordinator.delivery import Choice, Request
-from coordinator.detokenizer import IncrementalDetokenizer, TextStream
+from coordinator.detokenizer import TextStream, WindowDetokenizer
 from coordinator.tenants import audit
 from coordinator.tenants.accounts import Ended
 from coordinator.tenants.audit import AuditLog, verify
@@ -26,7 +26,7 @@ SECRET = Secret(b"s" * 32)
 
 def ended(number: int, prompt: tuple[int, ...] = (1, 2, 3)) -> Ended:
     request = Request(f"cmpl-{number}")
-    text = TextStream(IncrementalDetokenizer(lambda ids: "".join(map(chr, ids))))
+    text = TextStream(WindowDetokenizer(lambda ids: "".join(map(chr, ids))))
     Choice(request, 0, list(prompt), wire.EngineSampling(max_tokens=9), text, False)
     return Ended(request, request.usage(), "0a1b2c3d4e5f", "completed", "acme")
 

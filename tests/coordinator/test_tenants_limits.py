@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import AnswerForm, Choice, Request
-from coordinator.detokenizer import IncrementalDetokenizer, TextStream
+from coordinator.detokenizer import TextStream, WindowDetokenizer
 from coordinator.failures import FailureKind, RequestFailed
 from coordinator.tenants.accounts import Account, KeyHolder
 from coordinator.tenants.buckets import Bucket
@@ -119,6 +119,6 @@ def request_of(id: str, num_prompt: int, num_choices: int) -> Request:
     request = Request(id, form=AnswerForm(choices_per_prompt=num_choices))
     request.prompt_tokens = num_prompt
     for _ in range(num_choices):
-        text = TextStream(IncrementalDetokenizer(lambda ids: "".join(map(chr, ids))))
+        text = TextStream(WindowDetokenizer(lambda ids: "".join(map(chr, ids))))
         Choice(request, 0, [1] * num_prompt, wire.EngineSampling(max_tokens=99), text, False)
     return request

@@ -9,7 +9,7 @@ import pytest
 from baton.v1 import worker_link_pb2 as wire
 from coordinator import tickets
 from coordinator.delivery import AnswerForm, Choice, Request
-from coordinator.detokenizer import IncrementalDetokenizer, TextStream
+from coordinator.detokenizer import TextStream, WindowDetokenizer
 from coordinator.tenants.caller import Caller
 from coordinator.tickets import TicketError
 
@@ -21,7 +21,7 @@ def request_of(prompts: list[list[int]], form: AnswerForm = FORM) -> Request:
     for index, prompt in enumerate(prompts):
         for number in range(form.choices_per_prompt):
             sampling = wire.EngineSampling(max_tokens=9 + index, seed=2**64 - 1 - index + number * 0)
-            text = TextStream(IncrementalDetokenizer(lambda ids: "".join(map(chr, ids))))
+            text = TextStream(WindowDetokenizer(lambda ids: "".join(map(chr, ids))))
             Choice(request, index, prompt, sampling, text, False)
     return request
 
