@@ -109,8 +109,8 @@ class Intake:
         self.dispatcher = dispatcher
         self.metrics = metrics
         self.pins = Pins(registry, metrics)
-        self._turns = Turns()
-        metrics.requests_in_line.set_function(self._turns.__len__)
+        self.turns = Turns()
+        metrics.requests_in_line.set_function(self.turns.__len__)
         self.needs_key = False
         """A call that came by no gate is refused, whatever door somebody may build."""
         self.created_unix_s = int(time.time())
@@ -142,7 +142,7 @@ class Intake:
         Raises InvalidRequestError, or RequestFailed if it cannot be taken now.
         """
         came_s = time.monotonic()
-        await self._turns.begin()
+        await self.turns.begin()
         try:
             return await self._submit(spec, request_id, came_s, resume_s, asked_again)
         except InvalidRequestError:

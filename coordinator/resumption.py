@@ -76,7 +76,9 @@ class Resumption:
         """By request id and number of the choice."""
         self._left: dict[str, _Left] = {}
         """Requests, running or ended, whose client hung up and may come back."""
-        self._waiters: dict[asyncio.Future[None], str] = {}
+        self._waiters: dict[str, set[asyncio.Future[None]]] = {}
+        """By request id."""
+        self._num_waiting = 0
         dispatcher.on_orphan = self._on_orphan
 
     def close(self) -> None:
@@ -144,6 +146,7 @@ class Resumption:
         deadline = loop.time() + self._search_s()
         claimed: set[Worker] = set()
         while True:
+            await self._intake.turns.begin()
             if self._foreign(id):
                 raise _unknown()
             if (request := self._here(id)) is not None:
@@ -199,17 +202,22 @@ class Resumption:
 
     async def _news(self, id: str, deadline: float) -> None:
         """Wait until an orphan of this request was reported, a worker may have joined, or the time is over."""
-        if len(self._waiters) >= self._options.max_requests:
+        if self._num_waiting >= self._options.max_requests:
             raise RequestFailed(FailureKind.OVERLOADED, "too many clients wait for their requests; try again later")
         waiter = asyncio.get_running_loop().create_future()
-        self._waiters[waiter] = id
+        waiters = self._waiters.setdefault(id, set())
+        waiters.add(waiter)
+        self._num_waiting += 1
         try:
             async with asyncio.timeout_at(min(deadline, asyncio.get_running_loop().time() + LOOK_AGAIN_S)):
                 await waiter
         except TimeoutError:
             pass
         finally:
-            del self._waiters[waiter]
+            self._num_waiting -= 1
+            waiters.remove(waiter)
+            if not waiters:
+                del self._waiters[id]
 
     # What workers report
 
@@ -243,8 +251,8 @@ class Resumption:
                 _abort(beaten.worker, beaten.id)
         found[ticket.choice] = orphan
         self._metrics.orphans.labels("reported").inc()
-        for waiter, waits_for in self._waiters.items():
-            if waits_for == id and not waiter.done():
+        for waiter in self._waiters.get(id, ()):
+            if not waiter.done():
                 waiter.set_result(None)
 
     def _check(self, ticket: Ticket, assignment: wire.Assignment) -> None:

@@ -1,7 +1,8 @@
-"""New requests give way to those that run: a turn of the event loop begins only so many, and the others wait in line.
+"""Requests that come give way to those that run: a turn of the event loop begins only so many, and the others wait in
+line.
 
-One takes half a millisecond. Of a thousand that come at once, the last would keep every stream from its next token for
-as long as all of them take.
+One takes half a millisecond. Of a thousand that come at once, or come back because their coordinator died, the last
+would keep every stream from its next token for as long as all of them take.
 """
 
 import asyncio

@@ -5,6 +5,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import grpc
@@ -17,6 +18,7 @@ from baton.client import AsyncClient, ClientError
 from baton.token_ids import pack, unpack
 from baton.v1 import inference_pb2 as api
 from baton.v1 import worker_link_pb2 as wire
+from coordinator.turns import EACH
 
 ID = "a-request-of-this-test"
 BODY = {"model": "demo", "prompt": "hello", "max_tokens": 9, "stream": True, "stream_options": {"include_usage": True}}
@@ -246,6 +248,31 @@ def test_a_stream_goes_on_while_it_is_generated_and_when_the_adopted_attempt_is_
             await second.stop()
             assert state_of([*events[:3], *await call]) == state_of(events)
             assert third.assignments[0].id.attempt > 1
+
+    run(main())
+
+
+def test_of_many_that_come_back_at_once_a_turn_of_the_event_loop_adopts_few(run) -> None:
+    async def main() -> None:
+        async with two_coordinators() as (old, first, new, second):
+            ids = [f"one-of-many-requests-{number}" for number in range(3 * EACH)]
+            for id in ids:
+                await post(old, "/v1/completions", BODY | {"max_tokens": 1}, **{"X-Request-Id": id})
+            resumption, dispatcher = new.coordinator.resumption, new.coordinator.dispatcher
+            clients = [asyncio.create_task(resumption.resume(id)) for id in ids]
+            await until(lambda: len(resumption._waiters) == len(ids))
+            for assignment in first.assignments:  # in one message, as it were
+                second.orphans[assignment.id.request_id, assignment.id.attempt] = assignment
+                orphan = wire.Orphan(assignment=assignment, remaining_s=15.0, kept_s=5.0)
+                dispatcher.on_message(new.coordinator.registry.workers["decode-0"], wire.WorkerMessage(orphan=orphan))
+            adopted = [0]
+            while len(second.adopted) < len(ids):
+                await asyncio.sleep(0)
+                adopted.append(int(new.coordinator.metrics.resumed.labels("adopted")._value.get()))
+            assert max(later - earlier for earlier, later in pairwise(adopted)) <= EACH
+            assert {request.id for request in await asyncio.gather(*clients)} == set(ids)
+            assert resumption._waiters == {}
+            await until(lambda: all(request.ended for request in dispatcher.requests.values()))
 
     run(main())
 
