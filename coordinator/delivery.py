@@ -357,7 +357,7 @@ class Request:
         self.unfiltered = 0
         """Choices whose text has not passed its filters to the end."""
         self.on_news: Callable[[], None] | None = None
-        """Called whenever there may be something to take, and then by whoever has it: a stream of events."""
+        """Called whenever there may be something to take: of the latest reader, if it is a stream of events."""
         self._dirty: list[Choice] = []
         self._waiter: asyncio.Future[None] | None = None
 
@@ -386,6 +386,15 @@ class Request:
         self.wake()
         return self.reader
 
+    def listen(self, reader: int, on_news: Callable[[], None]) -> None:
+        """Have it called from now on. Raises RequestFailed for a reader that is not the latest."""
+        self._check_latest(reader)
+        self.on_news = on_news
+
+    def _check_latest(self, reader: int) -> None:
+        if reader != self.reader:
+            raise moved()
+
     async def deltas(self, reader: int = 0) -> list[Delta]:
         """Waits for what is new, at most one delta a choice; [] when the request is complete.
 
@@ -413,8 +422,7 @@ class Request:
         Raises RequestFailed for a reader that is not the latest, and where what its client has turns out to be other
         tokens.
         """
-        if reader != self.reader:
-            raise moved()
+        self._check_latest(reader)
         dirty, self._dirty = self._dirty, []
         try:
             return [delta for choice in dirty if (delta := choice.take()) is not None]

@@ -143,10 +143,11 @@ class EventStream:
         These are returned. What `begin` gave has been written, and nobody else writes meanwhile. Raises RequestFailed,
         or ConnectionError when the client is gone.
         """
-        self._request.on_news = self._on_news
         try:
             if not self._over:
+                self._request.listen(self._reader, self._on_news)
                 self._all.enter(self)
+                self._enter_fast_path()
                 self._on_news()  # whatever came before anybody was to be called
             while not self._over:
                 await self._turn
@@ -193,7 +194,9 @@ class EventStream:
     def _enter_fast_path(self) -> None:
         """The tokens that follow may take the fast path."""
         choice, transport = self._request.choices[0], self._transport
-        if self._fast_path is not None or not choice.plain or not isinstance(transport, Corked):
+        if self._fast_path is not None or not choice.plain or choice.last_token_s is None:
+            return
+        if not isinstance(transport, Corked):
             return
         if self._frame is _chunk and (frame := self._writer.plain_frame()) is not None:
             choice.fast_path = self._fast_path = FastPath(choice, transport, frame)

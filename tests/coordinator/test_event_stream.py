@@ -83,13 +83,19 @@ def end(request: Request, failure: RequestFailed | None = None) -> None:
     request.wake()
 
 
-def begin(
-    request: Request, http: Connection, streams: EventStreams | None = None, deltas: Any = (), elsewhere: bool = False
-) -> "asyncio.Task[bytes]":
+def stream_of(
+    request: Request, http: Connection, streams: EventStreams | None = None, elsewhere: bool = False
+) -> EventStream:
     writer = AnswerWriter(request, "demo", lambda id: chr(id).encode())
     reader = request.reader or request.attach()
     streams = streams or EventStreams(60.0)
-    stream = EventStream(http, request, reader, writer, streams, lambda request: elsewhere, written)  # type: ignore[arg-type]
+    return EventStream(http, request, reader, writer, streams, lambda request: elsewhere, written)  # type: ignore[arg-type]
+
+
+def begin(
+    request: Request, http: Connection, streams: EventStreams | None = None, deltas: Any = (), elsewhere: bool = False
+) -> "asyncio.Task[bytes]":
+    stream = stream_of(request, http, streams, elsewhere)
     if (first := stream.begin(deltas)) and deltas != ():
         http.written.append(b"%x\r\n%b\r\n" % (len(first), first))
     return asyncio.create_task(stream.run())
@@ -230,6 +236,28 @@ def test_of_two_readers_the_later_one_goes_on(run: Run) -> None:
         end(request)
         rest = await new
         assert re.findall(rb'"text":"(\w*)"', second.text() + rest) == [b"ab", b"c"]
+
+    run(main())
+
+
+def test_a_reader_whose_first_write_took_until_a_later_one_came_leaves_that_alone(run: Run) -> None:
+    async def main() -> None:
+        request, slow, later = a_request(), Connection(), Connection()
+        say(request, "a")
+        slow_one = stream_of(request, slow)
+        slow_one.begin(())
+        request.attach()
+        running = begin(request, later)
+        await turns()
+        with pytest.raises(RequestFailed) as raised:
+            await slow_one.run()
+        assert raised.value.kind is FailureKind.SUPERSEDED
+        say(request, "b")
+        await turns()
+        assert slow.written == []
+        assert re.findall(rb'"text":"(\w*)"', later.text()) == [b"a", b"b"]
+        end(request)
+        await running
 
     run(main())
 
