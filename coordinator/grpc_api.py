@@ -136,12 +136,10 @@ class InferenceServicer(rpc.InferenceServicer):
                     trace = ""
                 for delta in deltas or ():
                     last = running.drained and deltas is not None and delta is deltas[-1]
-                    async with asyncio.timeout(_READ_TIMEOUT_S):
-                        await context.write(_response(running, delta, last))
+                    await _write(context, _response(running, delta, last))
                     said = delta
             if said is not None and not last:  # a choice ended after it whose end the client knows
-                async with asyncio.timeout(_READ_TIMEOUT_S):
-                    await context.write(_response(running, _end_of(said), True))
+                await _write(context, _response(running, _end_of(said), True))
             code = "OK"
         except TimeoutError:
             # The call lasts until its client goes, whatever is done here; the request does not.
@@ -394,6 +392,12 @@ def _response(request: Request, delta: Delta, last: bool) -> api.GenerateRespons
         response.usage.completion_tokens = usage.completion
         response.usage.cached_prompt_tokens = usage.cached_prompt
     return response
+
+
+async def _write(context: _Context, response: api.GenerateResponse) -> None:
+    """Raises TimeoutError for a client that does not read."""
+    async with asyncio.timeout(_READ_TIMEOUT_S):
+        await context.write(response)
 
 
 async def _unary(context: _Context, answer: Callable[[], Awaitable[_Answer]]) -> _Answer:

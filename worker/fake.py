@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import xxhash
 
+from baton.errors import PeerError
 from baton.token_ids import count, unpack
 from baton.v1 import worker_link_pb2 as wire
 from worker.link import LinkHandler
@@ -188,22 +189,29 @@ class FakeWorker(LinkHandler):
                 else "another coordinator has this worker to itself" if reserved
                 else "this attempt is here already"
             )  # fmt: skip
-            refusal = wire.Admission(
-                id=assignment.id, accepted=False, reason=reason, draining=self._draining, reserved=reserved
-            )
-            link.send(wire.WorkerMessage(admission=refusal))
+            self._refuse(link, assignment, reason, reserved)
+            return
+        try:
+            tokens = unpack(assignment.token_ids)
+        except PeerError as error:
+            self._refuse(link, assignment, str(error))
             return
         now = asyncio.get_running_loop().time()
-        computed_at = now + self._pace.prefill_s(count(assignment.token_ids))
+        computed_at = now + self._pace.prefill_s(len(tokens))
         if not assignment.HasField("prefill"):  # computed here, behind the prompts before it
             computed_at += max(0.0, self._prefill_until - now)
             self._prefill_until = computed_at
-        tokens = unpack(assignment.token_ids)
         prompt = tokens[: assignment.num_prompt_tokens]
         first = len(tokens) - len(prompt)
         ends_at = now + (assignment.deadline_s or float("inf"))
         self._streams[key] = _Stream(link, assignment, _seed(prompt), first, computed_at, ends_at)
         self._has_work.set()
+
+    def _refuse(self, link: Link, assignment: wire.Assignment, reason: str, reserved: bool = False) -> None:
+        refusal = wire.Admission(
+            id=assignment.id, accepted=False, reason=reason, draining=self._draining, reserved=reserved
+        )
+        link.send(wire.WorkerMessage(admission=refusal))
 
     def on_abort(self, link: Link, id: wire.AttemptId) -> None:
         stream = self._streams.get(_key(id))

@@ -52,6 +52,7 @@ PINGS = {
     "grpc.keepalive_timeout_ms": 1000,
     "grpc.http2.ping_timeout_ms": 1000,  # or it takes a minute, whatever is said above
     "grpc.http2.max_pings_without_data": 0,
+    "grpc.min_reconnect_backoff_ms": 1000,  # what a connection may take to be made; or 20 s
     "grpc.initial_reconnect_backoff_ms": 100,
     "grpc.max_reconnect_backoff_ms": 500,
 }

@@ -243,6 +243,22 @@ def test_an_attempt_that_is_here_already_is_refused() -> None:
     asyncio.run(main())
 
 
+def test_token_ids_that_are_cut_are_refused_and_cost_nobody_else_anything() -> None:
+    async def main() -> None:
+        fake, heard = worker(), Heard()
+        fake.on_assignment(heard, assignment(1))
+        cut = assignment(2)
+        cut.id.attempt, cut.token_ids = 2, cut.token_ids[:-1]
+        fake.on_assignment(heard, cut)
+        (refusal,) = heard.of("admission")
+        assert not refusal.accepted
+        assert "token ids" in refusal.reason
+        fake.step(asyncio.get_running_loop().time())
+        assert len(heard.tokens()) == 1
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("prompt", [[1], [1, 2, 3], list(range(500))])
 def test_tokens_are_of_the_vocabulary_and_differ_by_prompt(prompt: list[int]) -> None:
     tokens = [token_at(prompt, index, VOCABULARY) for index in range(100)]
