@@ -124,7 +124,7 @@ class EventStream:
     @property
     def last_write_s(self) -> float:
         """By the clock of the loop."""
-        return self.wrote_at if self._fast_path is None else max(self.wrote_at, self._fast_path.last_token_s)
+        return self.wrote_at if self._fast_path is None else max(self.wrote_at, self._fast_path.last_write_s)
 
     def begin(self, deltas: Sequence[Delta] | None) -> bytes:
         """What goes with the head of the answer: `deltas`, or a sign of life where they show nothing or are None.

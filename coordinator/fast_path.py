@@ -58,6 +58,7 @@ class FastPath:
         "_texts",
         "_tokens",
         "last_token_s",
+        "last_write_s",
     )  # fmt: skip
 
     def __init__(self, choice: Choice, connection: Corked, frame: Frame) -> None:
@@ -79,6 +80,8 @@ class FastPath:
         self._between_characters = False
         """As the detokenizer has it."""
         self.last_token_s = 0.0
+        self.last_write_s = 0.0
+        """Tokens without text are no signs of life."""
 
     def enter(self, leg: "Leg") -> bool:
         """Take the tokens of this leg from now on, if all that came before has been written."""
@@ -123,4 +126,5 @@ class FastPath:
             had = f"{index + 1}-{digest.hexdigest()}".encode()
             size = b"%x\r\n" % (self._frame_bytes + len(had) + len(shown))
             connection.write(b"".join((size, frame.before, had, frame.between, shown, frame.after, b"\r\n")))
+            self.last_write_s = now_s
         return True

@@ -30,7 +30,11 @@ BYTES: Final = list("é€".encode())
 """Tokens of a part of a character."""
 ECHO: Final = 301
 """Says the token before it once more: its text depends on its company, so that it takes a window."""
-TEXTS: Final = TokenTexts(lambda token_id: chr(token_id) if token_id < 128 else bytes([token_id]))
+SILENT: Final = 302
+"""Has no text, as special tokens have none."""
+TEXTS: Final = TokenTexts(
+    lambda token_id: "" if token_id == SILENT else chr(token_id) if token_id < 128 else bytes([token_id])
+)
 
 
 def byte_level() -> Detokenizer:
@@ -367,6 +371,25 @@ def test_who_asks_for_more_than_text_gets_it_by_the_slow_path(asked: str) -> Non
             world.token([client], PLAIN[0])
         assert len(client.choice.stream.tokens) == 5
         assert world.worker.fast_paths == {}
+        world.dispatcher.abort(client.request)
+        await client.running
+
+    run(main())
+
+
+def test_tokens_without_text_are_no_signs_of_life() -> None:
+    async def main() -> None:
+        world = World()
+        client = await world.has_had(5)
+        assert client.choice.fast_path is not None
+        (stream,) = world.streams._open
+        stream.wrote_at -= 1000.0
+        client.choice.fast_path.last_write_s -= 1000.0
+        world.token([client], SILENT)
+        assert client.on_fast_path
+        world.streams._tick()
+        await turns()
+        assert client.seen().endswith(b"\n:\n\r\n")
         world.dispatcher.abort(client.request)
         await client.running
 
