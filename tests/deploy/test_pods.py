@@ -24,7 +24,7 @@ import yaml
 from tests.authority import Authority
 from tests.deploy.manifests import BASE, ROOT, Pod, pods
 from tests.discovery.fake_kubernetes import SERVICE, endpoint_slice, fake_kubernetes
-from tests.system.etcd import free_port
+from tests.ports import free_port
 
 PODS = {pod.name: pod for pod in pods([each for each in yaml.safe_load_all(BASE.read_text()) if each])}
 CONTAINER = ("unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "sh", "-c")

@@ -1,13 +1,10 @@
 """A coordinator and workers as real processes, with a relay on every wire, and what can be seen of them."""
 
 import asyncio
-import contextlib
 import itertools
 import json
 import os
-import random
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +31,7 @@ from tests.faults.relay import (
     link_frames,
     zmtp_frames,
 )
+from tests.ports import free_port
 from tests.system.cluster import ELSEWHERE, UNREFUSED
 from tests.system.etcd import Etcd
 
@@ -44,8 +42,6 @@ OPTIONS = ("--dtype", "float32", "--threads", "1", "--kv-memory", "48MiB", "--ma
 """Prompts are computed in many small steps, so that there is time for something to happen between two of them."""
 LINK_HOST = "127.0.0.2"
 """Where coordinators are reached by workers: a relay on another address of this machine and the same port."""
-PORTS = range(20000, 32000)
-"""Below those that the kernel gives to whoever dials: a process that comes back finds its port free."""
 PROBE_S, PROBE_TIMEOUT_S = 0.2, 1.0
 PINGS = {
     "grpc.keepalive_time_ms": 1000,
@@ -117,8 +113,8 @@ class Worker(Process):
 @dataclass
 class Coordinator(Process):
     link: Relay = field(kw_only=True)
-    http_port: int = field(default_factory=lambda: free_port())
-    grpc_port: int = field(default_factory=lambda: free_port())
+    http_port: int = field(default_factory=free_port)
+    grpc_port: int = field(default_factory=free_port)
     ready: bool = False
     """As the balancer in front of it last saw it."""
     idle_descriptors: tuple[int, int] = 0, 0
@@ -544,12 +540,3 @@ class Fleet:
 
 class NotKept(AssertionError):
     """Something that must come true did not in its time."""
-
-
-def free_port() -> int:
-    """One that nobody listens on, and that keeps free for whoever comes back to it."""
-    while True:
-        port = random.choice(PORTS)
-        with socket.socket() as taken, contextlib.suppress(OSError):
-            taken.bind(("0.0.0.0", port))
-            return port

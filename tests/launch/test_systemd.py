@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import free_ports, wait_for
+from tests.ports import free_port
+from tests.slurm.cluster import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = ROOT / "deploy/systemd"
@@ -66,20 +67,29 @@ def test_a_unit_leaves_time_to_drain_and_sends_one_signal(unit: str) -> None:
 
 
 @pytest.mark.slow
-def test_what_the_units_start_serves_together_and_drains_in_the_order_of_systemd() -> None:
-    http, link = free_ports(2)
+def test_what_the_units_start_serves_together_and_drains_in_the_order_of_systemd(tmp_path: Path) -> None:
+    http, link = free_port(), free_port()
     worker = f"--coordinator 127.0.0.1:{link} --dtype float32 --kv-memory 64MiB --threads 1"
     environ = {
         **os.environ, **settings(UNITS / "baton.env"), "CUDA_VISIBLE_DEVICES": "",
         "BATON_COORDINATOR_FLAGS": f"--port {http} --grpc-port 0 --link-port {link}",
         "BATON_PREFILL_FLAGS": worker, "BATON_DECODE_FLAGS": worker,
     }  # fmt: skip
-    parts = []
+    parts: list[subprocess.Popen[bytes]] = []
+
+    def said() -> str:
+        return "\n".join(f"{each.name}: {each.read_text()[-2000:]}" for each in sorted(tmp_path.glob("*.log")))
+
+    def are_there() -> bool:
+        assert all(part.poll() is None for part in parts), said()
+        return num_workers(http) == 2
+
     try:
         for unit, instance in (("baton-coordinator", ""), ("baton@", "prefill-0"), ("baton@", "decode-0")):
             command = shlex.split(here(settings(UNITS / f"{unit}.service")["ExecStart"]).replace("%i", instance))
-            parts.append(subprocess.Popen(command, env=environ, stderr=subprocess.DEVNULL))
-        wait_for(lambda: num_workers(http) == 2, "both workers are there", 60)
+            with (tmp_path / f"{instance or unit}.log").open("wb") as log:
+                parts.append(subprocess.Popen(command, env=environ, stderr=log))
+        wait_for(are_there, "both workers are there", 60, said)
         body = json.dumps({"model": "demo", "prompt": "The list type", "max_tokens": 5}).encode()
         request = urllib.request.Request(
             f"http://127.0.0.1:{http}/v1/completions", body, {"Content-Type": "application/json"}

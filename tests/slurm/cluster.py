@@ -6,7 +6,6 @@ Node n<k> is at 127.0.1.<k>, has 8 cores that are not there and two GPUs that ar
 import contextlib
 import getpass
 import os
-import random
 import shutil
 import signal
 import socket
@@ -15,6 +14,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from tests.ports import free_port
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 INSTALLED = all(map(shutil.which, PROGRAMS))
@@ -58,17 +59,6 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def free_ports(number: int) -> list[int]:
-    """Below those that the kernel gives to outgoing connections, which would take one before its daemon does."""
-    ports: list[int] = []
-    while len(ports) < number:
-        port = random.randrange(20000, 32000)
-        with socket.socket() as taken, contextlib.suppress(OSError):
-            taken.bind(("", port))
-            ports.append(port)
-    return ports
-
-
 def wait_for(promise: Callable[[], bool], what: str, timeout_s: float = 30.0, log: Callable[[], str] = str) -> None:
     deadline = time.monotonic() + timeout_s
     while not promise():
@@ -88,7 +78,7 @@ class Slurm:
         self._daemons: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
-        control, *ports = free_ports(1 + len(NODES))
+        control, *ports = (free_port() for _ in range(1 + len(NODES)))
         nodes = [
             f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.1.{number} Port={port} CPUs=8 "
             f"RealMemory=4000 Gres=gpu:2 State=UNKNOWN"

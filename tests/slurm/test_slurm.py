@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from tests.slurm.cluster import INSTALLED, MISSING, Slurm, free_ports, wait_for
+from tests.ports import free_port
+from tests.slurm.cluster import INSTALLED, MISSING, Slurm, wait_for
 from tests.system.test_serve import Oracle
 
 pytestmark = [
@@ -87,7 +88,7 @@ class Job:
 
     def __init__(self, slurm: Slurm, **env: str) -> None:
         self.slurm = slurm
-        self.port = free_ports(1)[0]
+        self.port = free_port()
         self.pools: list[str] = []
         self._env = {
             **slurm.env, "BATON_PYTHON": sys.executable, "BATON_PORT": str(self.port),

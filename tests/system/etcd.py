@@ -3,20 +3,15 @@
 import os
 import re
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.ports import free_port
+
 INSTALLED = bool(shutil.which("etcd") and shutil.which("etcdctl"))
 MISSING = "etcd is not installed: make system-packages"
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 class Etcd:

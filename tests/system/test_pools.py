@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,16 +17,11 @@ from typing import Any
 import pytest
 
 from baton.client import Client, ClientError
+from tests.ports import free_port
 from tests.system.cluster import ELSEWHERE
 
 WORKER = ("--dtype", "float32", "--kv-memory", "32MiB", "--threads", "1")
 TIMEOUT_S = 60.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Parts:
