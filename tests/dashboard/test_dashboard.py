@@ -112,10 +112,10 @@ def test_everything_is_reached_by_keyboard_and_where_the_focus_is_can_be_seen(fl
     page.locator("#tab-cluster").focus()
     page.keyboard.press("ArrowRight")
     assert page.evaluate(focused) == "tab-playground"
-    assert page.locator("#playground").is_visible()
+    page.locator("#playground").wait_for(state="visible")  # the page shows it when the browser tells it of the address
     page.keyboard.press("ArrowRight")
     assert page.evaluate(focused) == "tab-cluster"
-    assert page.locator("#cluster").is_visible()
+    page.locator("#cluster").wait_for(state="visible")
     page.locator("#pause").press("Enter")
     assert page.locator("#pulse").inner_text() == "paused"
     page.locator("#pause").press(" ")
@@ -210,7 +210,7 @@ def test_who_may_not_see_it_reads_why_and_an_operators_key_opens_it_in_this_tab_
     page.locator("#key").fill(keys.keys["ops"])
     page.locator("#key").press("Enter")
     until(page, "document.querySelector('#pulse').dataset.state === 'live'")
-    assert page.locator("#cluster").is_visible()
+    page.locator("#cluster").wait_for(state="visible")
     assert page.evaluate("JSON.stringify(localStorage)") == "{}"
     assert page.evaluate("document.cookie") == ""
     assert page.evaluate("sessionStorage.getItem('baton-key')") == keys.keys["ops"]
