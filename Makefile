@@ -28,11 +28,13 @@ $(VENV)/bin/python:
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	$(BIN)/python -m kernels.cpu.build
+	$(BIN)/python -m coordinator.fast_path
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	$(BIN)/python -m kernels.cpu.build
+	$(BIN)/python -m coordinator.fast_path
 	touch $@ $(VENV)/.installed
 
 optional-lanes: $(VENV)/.optional-lanes  ## the same plus the libraries of lanes ucx and nixl

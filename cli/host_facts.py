@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from baton.compiled import Unavailable
 from baton.errors import BatonError, ConfigurationError
 from kernels.cpu import build
 from kvtransfer.memory import PoolMemory
@@ -106,7 +107,7 @@ def _direct_io(folder: Path) -> Fact:
 def _native_kernels() -> Fact:
     try:
         build.library()
-    except build.Unavailable as error:
+    except Unavailable as error:
         return Fact("native kernels", f"no: {error}", "torch computes on the processor, slower")
     return Fact("native kernels", "ready")
 

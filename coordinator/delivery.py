@@ -164,7 +164,7 @@ class Choice:
         self._muted = False
         """The client knows how it ended."""
         self.fast_path: FastPath | None = None
-        """Of its reader's connection, if it goes there: it is ahead of what is here until `settle`."""
+        """Of its reader's connection, if it goes there."""
         request.choices.append(self)
 
     def packed(self) -> bytes:
@@ -182,20 +182,26 @@ class Choice:
 
     @property
     def plain(self) -> bool:
-        """Its tokens need nothing but to be shown."""
-        return not self._gives_logprobs and not self.text.has_stops
+        """Its tokens need nothing but their texts."""
+        return not self._gives_logprobs and not self.text.has_stops and self.text.byte_level
 
     @property
     def all_taken(self) -> bool:
         """Its reader has all that there is, and it is known to be right."""
         return not self._dirty and self._claimed is None and self._taken == len(self.stream.tokens)
 
-    def taken_to_here(self, last_token_s: float) -> None:
-        """Its reader was given all that there is, and the last of it then."""
-        self._taken, self.last_token_s = len(self.stream.tokens), last_token_s
+    def took(self, token_ids: Sequence[int], last_token_s: float) -> None:
+        """The fast path gave its reader these, and the last of them then."""
+        self.stream.extend(token_ids)
+        self.pieces += map(self.text.push, token_ids)
+        self.digest.update(pack(token_ids))
+        self._taken += len(token_ids)
+        self.last_token_s = last_token_s
+        if self.request.figures is not None:
+            self.request.figures.fast_path_tokens += len(token_ids)
 
     def settle(self) -> None:
-        """Before anything but the next token: what is known of it is here."""
+        """Before anything but the next token: the fast path takes no more of them."""
         if self.fast_path is not None:
             self.fast_path.leave()
 

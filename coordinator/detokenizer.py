@@ -2,7 +2,7 @@
 
 from codecs import utf_8_decode
 from collections.abc import Callable, Collection, Sequence
-from typing import Final, NamedTuple
+from typing import Any, NamedTuple
 
 _INCOMPLETE = "\ufffd"
 _CONTEXT_TOKENS = 4
@@ -14,6 +14,8 @@ class TokenTexts(dict[int, str | bytes]):
 
     def __init__(self, find: Callable[[int], str | bytes]) -> None:
         self._find = find
+        self.compiled: Any = None
+        """The same, as the fast path has it."""
 
     def __missing__(self, token_id: int) -> str | bytes:
         text = self[token_id] = self._find(token_id)
@@ -32,8 +34,9 @@ class ByteLevelDetokenizer:
         """The beginning of a character."""
 
     @property
-    def between_characters(self) -> bool:
-        return not self._held
+    def begun(self) -> bytes:
+        """The beginning of a character, which is held back."""
+        return self._held
 
     def push(self, token_id: int) -> str:
         added = self.texts[token_id]
@@ -67,10 +70,6 @@ class WindowDetokenizer:
     """
 
     __slots__ = ("_decode", "_num_shown", "_shown", "_skip", "_window")
-
-    texts: Final = TokenTexts(lambda token_id: b"")
-    """Of none it is known."""
-    between_characters: Final = False
 
     def __init__(
         self, decode: Callable[[list[int]], str], context: Sequence[int] = (), skip: Collection[int] = ()
@@ -177,6 +176,11 @@ class TextStream:
         self.length = 0
         """Characters of all tokens so far, those held back included: where the next token's text begins."""
         self.stopped = False
+
+    @property
+    def byte_level(self) -> bool:
+        """What a token adds does not depend on the tokens before it."""
+        return isinstance(self.detokenizer, ByteLevelDetokenizer)
 
     def push(self, token_id: int) -> str:
         """The text that may be shown now; sets `stopped` when a stop string is complete."""

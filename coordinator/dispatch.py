@@ -525,16 +525,17 @@ class Dispatcher:
         now = time.monotonic()
         logprobs = {entry.entry: entry for entry in step.logprobs} if step.logprobs else None
         legs, fast_paths = worker.legs, worker.fast_paths
-        entries = zip(step.handles, step.indices, step.token_ids, strict=True)
-        for entry, (handle, index, token_id) in enumerate(entries):
-            if (path := fast_paths.get(handle)) is not None and path.take(index, token_id, now):
-                continue
-            leg = legs.get(handle)
+        taken = fast_paths.take(step.handles, step.indices, step.token_ids, now)
+        if all(taken):
+            return
+        entries = zip(taken, step.handles, step.indices, step.token_ids, strict=True)
+        for entry, (done, handle, index, token_id) in enumerate(entries):
+            leg = None if done else legs.get(handle)
             if leg is None:
                 continue
             choice = leg.choice
             if (path := choice.fast_path) is not None:
-                if path.enter(leg) and path.take(index, token_id, now):
+                if path.enter(leg) and fast_paths.take([handle], [index], [token_id], now)[0]:
                     continue
                 path.leave()
             outcome = choice.stream.accept(leg.attempt, index, token_id)

@@ -16,7 +16,7 @@ from aiohttp import HttpVersion11, web
 
 from baton.cork import Corked
 from coordinator.delivery import Delta, Request
-from coordinator.fast_path import FastPath
+from coordinator.fast_path import FastPath, library
 from coordinator.openai_answers import AnswerWriter
 
 ALIVE = b":\n"
@@ -194,9 +194,9 @@ class EventStream:
     def _enter_fast_path(self) -> None:
         """The tokens that follow may take the fast path."""
         choice, transport = self._request.choices[0], self._transport
-        if self._fast_path is not None or not choice.plain or choice.last_token_s is None:
+        if self._fast_path is not None or not choice.plain or choice.last_token_s is None or library() is None:
             return
-        if not isinstance(transport, Corked):
+        if not isinstance(transport, Corked) or transport.get_extra_info("sslcontext") is not None:
             return
         if self._frame is _chunk and (frame := self._writer.plain_frame()) is not None:
             choice.fast_path = self._fast_path = FastPath(choice, transport, frame)
@@ -223,8 +223,9 @@ class EventStream:
         transport = self._transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client hung up")
-        frame = self._frame
-        transport.write(frame(data))
+        if self._fast_path is not None:
+            self._fast_path.leave()
+        transport.write(self._frame(data))
         self.wrote_at = now
         if self._connection.writing_paused:
             self._hold_up()

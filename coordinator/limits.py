@@ -379,8 +379,9 @@ def is_name_of_this_machine(host: str) -> bool:
 def most_connections(asked: int) -> int:
     """As many of them as there are descriptors for, after this process's limit is raised as far as it may be."""
     descriptors = raise_descriptor_limit()
-    if descriptors < 0 or descriptors >= 2 * asked + RESERVED_DESCRIPTORS:  # HTTP's and gRPC's
+    each = 3  # HTTP's, its copy on the fast path, and gRPC's
+    if descriptors < 0 or descriptors >= each * asked + RESERVED_DESCRIPTORS:
         return asked
-    most = max(64, (descriptors - RESERVED_DESCRIPTORS) // 2)
+    most = max(64, (descriptors - RESERVED_DESCRIPTORS) // each)
     events.warning("--max-connections is %d, and there are descriptors for %d; raise ulimit -n", asked, most)
     return most

@@ -31,6 +31,7 @@ from coordinator.dashboard.feed import Feed
 from coordinator.dispatch import Dispatcher
 from coordinator.drains import Drains
 from coordinator.failures import revoked, unavailable
+from coordinator.fast_path import library
 from coordinator.filters import load
 from coordinator.grpc_api import GrpcApi
 from coordinator.http_api import NOT_READY, HttpApi
@@ -123,6 +124,7 @@ class Coordinator:
         self._feed = Feed(name, self.registry, self.dispatcher, self.metrics, self._rollout_trouble)
         self._refusals = Refusals()
         self.metrics.registry.register(self._refusals)
+        library()  # before clients come: to compile it takes a second
         self._max_connections = most_connections(options.max_connections)
         self._cork = Cork()
         self._link = LinkServer(options, self.registry, self.dispatcher, self._refusals, self._cork, self._tls)

@@ -5,7 +5,7 @@ again from decode), an abandoned attempt may still be talking, and a message may
 delivered is each index once, in order, and never two different tokens for one index.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from enum import Enum
 
 from baton.v1 import worker_link_pb2 as wire
@@ -42,17 +42,30 @@ class TokenStream:
     `max_tokens`, `min_tokens` and `stop_token_ids` are those of the whole stream, as the workers get them.
     """
 
-    __slots__ = ("attempt", "closed", "max_tokens", "min_tokens", "skip", "stop_token_ids", "tokens")
+    __slots__ = ("_tokens", "ahead", "attempt", "closed", "max_tokens", "min_tokens", "skip", "stop_token_ids")
 
     def __init__(self, max_tokens: int, min_tokens: int = 0, stop_token_ids: Collection[int] = ()) -> None:
         self.max_tokens = max_tokens
         self.min_tokens = min_tokens
         self.stop_token_ids = frozenset(stop_token_ids)
-        self.tokens: list[int] = []
+        self._tokens: list[int] = []
+        self.ahead: Callable[[], None] | None = None
+        """Of the fast path: extends them by those that it took since it was last asked."""
         self.attempt = 0
         self.skip = 0
         """Numbers that the next attempt leaves out, because a coordinator that had the stream before may use them."""
         self.closed = False
+
+    @property
+    def tokens(self) -> list[int]:
+        """Delivered."""
+        if self.ahead is not None:
+            self.ahead()
+        return self._tokens
+
+    def extend(self, token_ids: Collection[int]) -> None:
+        """By what the fast path took."""
+        self._tokens.extend(token_ids)
 
     def begin_attempt(self) -> int:
         """Number of the new attempt, from 1. Nothing of an earlier one is accepted any more."""

@@ -15,10 +15,10 @@ from baton.model_folder import VERSION_DIGITS
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.delivery import Choice
 from coordinator.estimates import stream_s
+from coordinator.fast_path import FastPaths
 from coordinator.worker_table import Candidates, Fixed, Group, Load, WorkerTable
 
 if TYPE_CHECKING:
-    from coordinator.fast_path import FastPath
     from coordinator.timelines import Part
 
 AFTERMATH_S = 1.0
@@ -120,8 +120,7 @@ class Worker:
         self.joined_s = self.last_seen_s = time.monotonic()
         self.legs: dict[int, Leg] = {}
         """By handle."""
-        self.fast_paths: dict[int, FastPath] = {}
-        """By handle, of those whose tokens go there."""
+        self.fast_paths = FastPaths()
         self.lost = asyncio.Event()
         self.died = False
         """Lost, and not because it was told to go or only dialled again."""
@@ -187,7 +186,7 @@ class Worker:
 
     def waits(self, leg: Leg, tokens: int) -> None:
         """So many tokens of the leg's prompt are still to be computed here. The next token takes the slow path."""
-        if (path := self.fast_paths.get(leg.handle)) is not None:
+        if (path := self.fast_paths.entered.get(leg.handle)) is not None:
             path.leave()
         self._own_tokens += tokens - leg.waiting_tokens
         leg.waiting_tokens = tokens

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import xxhash
 
+from baton.compiled import Unavailable
 from baton.errors import ConfigurationError
 from engine.model_config import ModelConfig
 from engine.weights import (
@@ -19,7 +20,6 @@ from engine.weights import (
     resolve_dtype,
     weights_fingerprint,
 )
-from kernels.cpu.build import Unavailable
 from kernels.cpu.native import NativeOps
 from kernels.deterministic import DeterministicNativeOps, DeterministicOps, bits_depend_on
 from kernels.ops import HeadNorms, Ops, TorchOps

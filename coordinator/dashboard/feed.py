@@ -146,9 +146,8 @@ class Feed:
         for request in self._dispatcher.requests.values():
             for choice in () if request.shadow else request.choices:
                 if choice.finish_reason is None:
-                    choice.settle()
                     legs = self._dispatcher.legs(choice)
-                    stage = stage_of(choice, legs)
+                    stage = stage_of(choice, legs)  # looks at the tokens: `last_token_s` is the last one's
                     counts[stage] += 1
                     news_s = choice.last_token_s or request.started_s
                     rows.append((-int(now - news_s), request.started_s, len(rows), choice, legs, stage))

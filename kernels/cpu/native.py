@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.cpu.build import Unavailable, library
+from baton.compiled import Unavailable
+from kernels.cpu.build import library
 from kernels.ops import HeadNorms, Matrix, Ops, Rotation
 from kernels.paged_attention import SequenceSpan, WritePlan
 

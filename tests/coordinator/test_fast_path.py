@@ -1,7 +1,9 @@
 """The fast path of tokens writes what the slow one would, and knows when it is not to be taken."""
 
 import asyncio
+import contextlib
 import json
+import socket
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
@@ -19,6 +21,7 @@ from coordinator.delivery import AnswerForm, Choice, Request
 from coordinator.detokenizer import ByteLevelDetokenizer, Detokenizer, TextStream, TokenTexts, WindowDetokenizer
 from coordinator.dispatch import Dispatcher
 from coordinator.event_stream import EventStream, EventStreams
+from coordinator.fast_path import MAX_TOKEN_ID, library
 from coordinator.metrics import Metrics
 from coordinator.openai_answers import AnswerWriter
 from coordinator.workers import Leg, Worker, WorkerRegistry
@@ -26,15 +29,24 @@ from coordinator.workers import Leg, Worker, WorkerRegistry
 STOP_TOKEN: Final = 300
 MAX_TOKENS: Final = 30
 PLAIN: Final = [ord(each) for each in 'ab "\\\n']
-BYTES: Final = list("é€".encode())
-"""Tokens of a part of a character."""
+BYTES: Final = [*"é€😀".encode(), 0xC0, 0xED, 0xA0, 0xF5]
+"""Tokens of a part of a character, or of none."""
+CONTROLS: Final = [0, 8, 9, 11, 12, 13, 31, 127]
 ECHO: Final = 301
 """Says the token before it once more: its text depends on its company, so that it takes a window."""
 SILENT: Final = 302
 """Has no text, as special tokens have none."""
-TEXTS: Final = TokenTexts(
-    lambda token_id: "" if token_id == SILENT else chr(token_id) if token_id < 128 else bytes([token_id])
-)
+LONG: Final = 303
+"""Says more than a connection takes at once."""
+FAR: Final = MAX_TOKEN_ID + 1
+
+
+def said_by(token_id: int) -> str | bytes:
+    named = {SILENT: "", LONG: "long " * 200_000, FAR: "_"}
+    return named[token_id] if token_id in named else chr(token_id) if token_id < 128 else bytes([token_id])
+
+
+TEXTS: Final = TokenTexts(said_by)
 
 
 def byte_level() -> Detokenizer:
@@ -57,27 +69,41 @@ class Connection:
 
     def __init__(self, corked: bool) -> None:
         self.version = HttpVersion11
-        self.written = b""
-        self.num_writes = self.unsent = 0
-        self.reads = True
-        self.closing = False
+        self.own, self.clients = socket.socketpair()
+        self.own.setblocking(False)
+        self.clients.setblocking(False)
+        self.unsent = b""
+        self.reads, self.closing, self.encrypted = True, False, False
+        self._got = b""
+        self._ahead = 0
+        """Bytes on their way that are none of ours: they fill it."""
         self.room = asyncio.Event()
         self.room.set()
         self.protocol = self.writer = self
         self.transport: Any = Cork().transport(self) if corked else self  # type: ignore[arg-type]
 
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return {"socket": self.own, "sslcontext": self if self.encrypted else None}[name]
+
     def write(self, data: bytes) -> None:
-        self.written += data
-        self.num_writes += 1
-        if not self.reads:
-            self.unsent += len(data)
+        self.unsent += data
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self.unsent:
+                self.unsent = self.unsent[self.own.send(self.unsent) :]
+            self.room.set()
+        except BlockingIOError:
             self.room.clear()
+        except BrokenPipeError:
+            self.closing = True
 
     def is_closing(self) -> bool:
         return self.closing
 
     def get_write_buffer_size(self) -> int:
-        return self.unsent
+        return len(self.unsent)
 
     @property
     def writing_paused(self) -> bool:
@@ -86,9 +112,40 @@ class Connection:
     async def drain(self) -> None:
         await self.room.wait()
 
+    @property
+    def written(self) -> bytes:
+        """What the client got."""
+        if self.reads:
+            self._receive()
+        return self._got
+
+    def _receive(self) -> None:
+        with contextlib.suppress(BlockingIOError, OSError):
+            while data := self.clients.recv(1 << 20):
+                self._got += data
+
+    def stop_reading(self) -> None:
+        """There is no room for anything now."""
+        if not self.reads:
+            return
+        self._receive()
+        self.reads = False
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._ahead += self.own.send(b"." * 4096)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._ahead += self.own.send(b".")
+
     def read(self) -> None:
-        self.reads, self.unsent = True, 0
-        self.room.set()
+        self.reads = True
+        had = len(self._got)
+        self._receive()
+        self._got = self._got[:had] + self._got[had + self._ahead :]
+        self._ahead = 0
+        while self.unsent and not self.closing:
+            self._flush()
+            self._receive()
 
 
 class Client:
@@ -118,12 +175,12 @@ class Client:
         events = EventStream(
             self.http, self.request, reader, writer, self._world.streams, lambda request: False, _awaited  # type: ignore[arg-type]
         )  # fmt: skip
-        self.http.written += events.begin(deltas)
+        self.http.write(events.begin(deltas))
         self.rest = await events.run()
 
     @property
     def on_fast_path(self) -> bool:
-        return self.choice.fast_path in self._world.worker.fast_paths.values()
+        return self.choice.fast_path in self._world.worker.fast_paths.entered.values()
 
     def seen(self) -> bytes:
         """All that its client got, as any client would have."""
@@ -191,7 +248,7 @@ ACTIONS: Final = (
     ["plain"] * 6
     + ["bytes"] * 4
     + ["echo"] * 3
-    + ["repeat", "waits", "has computed", "slow", "reads", "look"] * 2
+    + ["repeat", "waits", "has computed", "slow", "reads", "look", "controls"] * 2
     + ["stop"]
 )
 FAILURES: Final = ["lie", "skip", "fail"]
@@ -213,8 +270,9 @@ async def _play(draw: st.DataObject) -> None:
         if action == "echo" and kind is byte_level:
             action = "bytes"
         failures += action in FAILURES
-        if action in ("plain", "bytes"):
-            world.token(clients, draw.draw(st.sampled_from(PLAIN if action == "plain" else BYTES)))
+        if action in ("plain", "bytes", "controls"):
+            said = {"plain": PLAIN, "bytes": BYTES, "controls": CONTROLS}[action]
+            world.token(clients, draw.draw(st.sampled_from(said)))
         elif action == "echo":
             world.token(clients, ECHO)
         elif action == "repeat":
@@ -237,9 +295,7 @@ async def _play(draw: st.DataObject) -> None:
                 world.say(ending=wire.Ending(id=world.leg(each).id, reason=wire.END_REASON_ERROR))
         else:
             for each in clients:
-                each.http.reads = False
-                if action == "reads":
-                    each.http.read()
+                each.http.read() if action == "reads" else each.http.stop_reading()
         await turns()
         assert fast.choice.stream.tokens == slow.choice.stream.tokens
         assert fast.seen() == slow.seen()
@@ -255,11 +311,12 @@ async def _play(draw: st.DataObject) -> None:
     while not fast.request.ended:
         world.token(clients, PLAIN[1])
         await turns()
+        assert fast.seen() == slow.seen()
     await asyncio.gather(*(each.running for each in clients))
     assert fast.seen() == slow.seen()
     assert fast.choice.pieces == slow.choice.pieces
     assert fast.choice.finish_reason == slow.choice.finish_reason
-    assert world.worker.fast_paths == world.worker.legs == {}
+    assert world.worker.fast_paths.entered == world.worker.legs == {}
 
 
 @settings(max_examples=300, deadline=None)
@@ -290,7 +347,7 @@ def test_tokens_that_come_together_are_written_in_order() -> None:
     async def main() -> None:
         world = World()
         client = Client(world, "r", corked=True)
-        for token_id in [*b"01234567", *BYTES, *b"89"]:
+        for token_id in [*b"01234567", *"é€".encode(), *b"89"]:
             world.token([client], token_id)
             if token_id in b"0124":
                 await turns()
@@ -305,23 +362,85 @@ def test_a_client_that_does_not_read_gets_no_more_until_it_does() -> None:
     async def main() -> None:
         world = World()
         client = await world.has_had(5)
-        client.http.reads = False
-        writes = []
+        client.http.stop_reading()
+        waiting = []
         for _ in range(5):
-            await turns()
             world.token([client], PLAIN[0])
-            writes.append(client.http.num_writes)
-        assert writes == [writes[0]] * 5
+            await turns()
+            assert not client.on_fast_path
+            waiting.append(client.http.unsent)
+        assert waiting == [waiting[0]] * 5
+        assert waiting[0].count(b"data: ") == 1
         client.http.read()
         await turns()
-        assert client.http.num_writes == writes[-1] + 1, "what waited leaves in one event"
+        events = [line for line in client.seen().splitlines() if line.startswith(b"id: ")]
+        assert len(events) == 5 + 1 + 1, "what waited leaves in one event"
+        assert client.text() == "a" * 10
         world.token([client], PLAIN[0])
         assert client.on_fast_path
 
     run(main())
 
 
-@pytest.mark.parametrize("ending", ["abort", "hand on", "worker lost", "client gone", "closing", "later reader"])
+def test_an_event_that_has_only_partly_left_is_completed_before_what_follows() -> None:
+    async def main() -> None:
+        world = World()
+        client = await world.has_had(5)
+        world.token([client], LONG)
+        assert not client.on_fast_path
+        assert 0 < len(client.http.unsent) < 1_000_000
+        world.token([client], PLAIN[1])
+        await turns()
+        client.http.read()
+        await turns()
+        world.token([client], PLAIN[2])
+        assert client.on_fast_path
+        assert client.text() == "aaaaa" + "long " * 200_000 + "b "
+
+    run(main())
+
+
+def test_a_token_beyond_any_vocabulary_takes_the_slow_path() -> None:
+    async def main() -> None:
+        world = World()
+        client = await world.has_had(5)
+        world.token([client], FAR)
+        assert not client.on_fast_path
+        await turns()
+        world.token([client], PLAIN[1])
+        assert client.on_fast_path
+        assert client.text() == "aaaaa_b"
+
+    run(main())
+
+
+def test_without_a_compiler_tokens_take_the_slow_path(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        world = World()
+        client = Client(world, "r", corked=True)
+        for token_id in b"01234":
+            await turns()
+            world.token([client], token_id)
+        await turns()
+        assert world.worker.fast_paths.entered == {}
+        assert client.text() == "01234"
+        world.dispatcher.abort(client.request)
+        await client.running
+
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    library.cache_clear()
+    try:
+        run(main())
+    finally:
+        library.cache_clear()
+    assert [each.message for each in caplog.records if "no fast path" in each.message] == [
+        "no fast path, so that tokens cost more: there is no C++ compiler; install g++, or name one in CXX"
+    ]
+
+
+@pytest.mark.parametrize("ending", ["abort", "hand on", "worker lost", "client gone", "hung up", "later reader"])
 def test_nothing_is_written_after_a_stream_has_ended_or_gone_elsewhere(ending: str) -> None:
     async def main() -> None:
         world = World()
@@ -335,8 +454,9 @@ def test_nothing_is_written_after_a_stream_has_ended_or_gone_elsewhere(ending: s
             world.worker.lose("the test says so")
         elif ending == "client gone":
             client.running.cancel()
-        elif ending == "closing":
-            client.http.closing = True
+        elif ending == "hung up":
+            assert client.text() == "aaaaa"
+            client.http.clients.close()
         else:
             client.request.attach()
         if ending in ("worker lost", "client gone"):
@@ -348,7 +468,7 @@ def test_nothing_is_written_after_a_stream_has_ended_or_gone_elsewhere(ending: s
             await turns()
         assert client.http.written == written
         assert not client.on_fast_path
-        if ending in ("client gone", "closing", "later reader"):
+        if ending in ("client gone", "hung up", "later reader"):
             assert len(client.choice.stream.tokens) == 8, "they are kept for whoever comes back"
         client.running.cancel()
         await asyncio.gather(client.running, return_exceptions=True)
@@ -357,8 +477,8 @@ def test_nothing_is_written_after_a_stream_has_ended_or_gone_elsewhere(ending: s
     run(main())
 
 
-@pytest.mark.parametrize("asked", ["logprobs", "stop strings", "several choices", "usage in all events"])
-def test_who_asks_for_more_than_text_gets_it_by_the_slow_path(asked: str) -> None:
+@pytest.mark.parametrize("asked", ["logprobs", "stop strings", "several choices", "usage in all events", "TLS"])
+def test_what_is_more_than_text_to_a_socket_takes_the_slow_path(asked: str) -> None:
     async def main() -> None:
         world = World()
         sampling = {"logprobs": 1} if asked == "logprobs" else {}
@@ -366,11 +486,12 @@ def test_who_asks_for_more_than_text_gets_it_by_the_slow_path(asked: str) -> Non
             world, "r", True, 2 if asked == "several choices" else 1, ("zz",) if asked == "stop strings" else (),
             asked == "usage in all events", **sampling,
         )  # fmt: skip
+        client.http.encrypted = asked == "TLS"
         for _ in range(5):
             await turns()
             world.token([client], PLAIN[0])
         assert len(client.choice.stream.tokens) == 5
-        assert world.worker.fast_paths == {}
+        assert world.worker.fast_paths.entered == {}
         world.dispatcher.abort(client.request)
         await client.running
 
@@ -384,7 +505,8 @@ def test_tokens_without_text_are_no_signs_of_life() -> None:
         assert client.choice.fast_path is not None
         (stream,) = world.streams._open
         stream.wrote_at -= 1000.0
-        client.choice.fast_path.last_write_s -= 1000.0
+        client.choice.settle()
+        client.choice.fast_path._last_write_s -= 1000.0
         world.token([client], SILENT)
         assert client.on_fast_path
         world.streams._tick()

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from baton.compiled import Unavailable
 from baton.errors import ConfigurationError
 from kernels import deterministic, reference
-from kernels.cpu.build import Unavailable
 from kernels.deterministic import DeterministicNativeOps, DeterministicOps, agreeing_widths, bits_depend_on, pieces
 from kernels.ops import HeadNorms, Ops, Rotation, TorchOps
 from kernels.paged_attention import SequenceSpan, plan_write

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from baton.compiled import Unavailable, processor_flags
 from kernels import reference
-from kernels.cpu.build import NEEDED, Unavailable, library, processor_flags
+from kernels.cpu.build import NEEDED, library
 from kernels.cpu.native import NativeOps
 from kernels.ops import HeadNorms, Rotation, TorchOps
 from kernels.paged_attention import SequenceSpan, plan_write

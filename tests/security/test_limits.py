@@ -472,7 +472,7 @@ def test_no_more_connections_are_taken_than_there_are_descriptors_for(
     assert caplog.text == ""
     for least in (1024, 4096), (4096, resource.RLIM_INFINITY):
         limit = least
-        assert limits.most_connections(8192) == (4096 - limits.RESERVED_DESCRIPTORS) // 2
+        assert limits.most_connections(8192) == (4096 - limits.RESERVED_DESCRIPTORS) // 3
         assert "raise ulimit -n" in caplog.text
         caplog.clear()
 
