@@ -49,7 +49,7 @@ from benchmarks.sse_load import NUMBER, Load, measure, percentile
 HERE = Path(__file__).parent
 DEMO = HERE.parent / "engine" / "demo_model"
 STEP_MS = 12.0
-SHAPES = "16x32,64x32,256x32,1024x32,64x256,1024x256"
+SHAPES = "16x32,64x32,256x32,1024x32,16x256,64x256,256x256,1024x256"
 QUICK_SHAPES = "64x32"
 PROMPT_CHARACTERS = 1000
 WARM_UP = 64, 2.0

@@ -64,6 +64,12 @@ def decoded(token_ids: list[int]) -> str:
     return bytes(said).decode(errors="replace")
 
 
+@pytest.fixture(autouse=True)
+def compiler() -> None:
+    if library() is None:
+        pytest.skip("the fast path cannot be compiled here")
+
+
 class Connection:
     """A client's, as aiohttp shows it, and its transport. `corked`: as the coordinator's listener makes them."""
 

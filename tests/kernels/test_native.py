@@ -4,14 +4,12 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
 
-from baton.compiled import Unavailable, processor_flags
+from baton.compiled import Unavailable
 from kernels import reference
-from kernels.cpu.build import NEEDED, library
 from kernels.cpu.native import NativeOps
 from kernels.ops import HeadNorms, Rotation, TorchOps
 from kernels.paged_attention import SequenceSpan, plan_write
@@ -176,27 +174,6 @@ def test_attention_equals_the_reference_and_sees_no_stale_slot(
         for span in spans
     ]
     torch.testing.assert_close(result.float(), torch.cat(expected).flatten(1), atol=TOLERANCE, rtol=TOLERANCE)
-
-
-@pytest.mark.skipif(not processor_flags() >= NEEDED, reason="the processor lacks the instructions")
-@pytest.mark.parametrize(
-    ("compiler", "cache", "says"),
-    [
-        ("no-such-compiler", "cache", "install g\\+\\+"),
-        ("false", "cache", "could not compile"),
-        ("g++", "file", "could not compile"),
-    ],
-)
-def test_whatever_keeps_the_kernels_from_being_compiled_leaves_the_work_to_torch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, cache: str, says: str
-) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
-    # Where the cache is a file and no folder, the fallback folder is one that cannot hold anything either.
-    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "file"))
-    with pytest.raises(Unavailable, match=says):
-        library()
 
 
 def test_models_of_odd_sizes_are_left_to_torch() -> None:
