@@ -8,7 +8,6 @@ import pytest
 
 from baton.compiled import Unavailable, compiled
 
-
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
 
