@@ -28,7 +28,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import msgspec
 
@@ -77,7 +76,7 @@ class _Class:
         return self.target.ttft_s or math.inf
 
 
-class _Guess(NamedTuple):
+class _Guess(msgspec.Struct, frozen=True):
     """Not corrected. 0: nothing is known."""
 
     ttft_s: float

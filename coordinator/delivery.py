@@ -193,7 +193,7 @@ class Choice:
     def took(self, token_ids: Sequence[int], last_token_s: float) -> None:
         """The fast path gave its reader these, and the last of them then."""
         self.stream.extend(token_ids)
-        self.pieces += map(self.text.push, token_ids)
+        self.pieces += self.text.push_all(token_ids)
         self.digest.update(pack(token_ids))
         self._taken += len(token_ids)
         self.last_token_s = last_token_s
@@ -291,6 +291,7 @@ class Request:
 
     __slots__ = (
         "_dirty",
+        "_usage",
         "_waiter",
         "adopted",
         "asked_again",
@@ -365,6 +366,8 @@ class Request:
         self.on_news: Callable[[], None] | None = None
         """Called whenever there may be something to take: of the latest reader, if it is a stream of events."""
         self._dirty: list[Choice] = []
+        self._usage: UsageCounts | None = None
+        """Once it has ended."""
         self._waiter: asyncio.Future[None] | None = None
 
     @property
@@ -446,11 +449,24 @@ class Request:
         except TimeoutError:
             return None
 
+    def forget(self) -> None:
+        """Nobody reads it, or goes on with it, any more.
+
+        It and its choices know each other: apart, both go at once, and the collector of garbage has nothing to find.
+        """
+        self.usage()
+        self.choices = []
+
     def usage(self) -> UsageCounts:
+        if self._usage is not None:
+            return self._usage
         cached: dict[int, int] = {}
         for choice in self.choices:
             cached[choice.prompt_index] = max(cached.get(choice.prompt_index, 0), choice.cached_tokens)
-        return UsageCounts(self.prompt_tokens, self.output_tokens, sum(cached.values()))
+        counts = UsageCounts(self.prompt_tokens, self.output_tokens, sum(cached.values()))
+        if self.ended:
+            self._usage = counts
+        return counts
 
     def facts(self) -> dict[str, str | int | float | None]:
         """For logs: what can be said of it without a word of its text."""

@@ -1,7 +1,7 @@
 """From tokens to text, one token at a time: never half a character, never part of a stop string."""
 
 from codecs import utf_8_decode
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 _INCOMPLETE = "\ufffd"
@@ -45,6 +45,14 @@ class ByteLevelDetokenizer:
                 return added
             added = added.encode()
         return self._decode(added, final=False)
+
+    def push_all(self, token_ids: Iterable[int]) -> list[str]:
+        """The text of each."""
+        texts, pieces = self.texts, []
+        for token_id in token_ids:
+            added = texts[token_id]
+            pieces.append(added if isinstance(added, str) and not self._held else self.push(token_id))
+        return pieces
 
     def flush(self) -> str:
         """What was held back: the start of a character that never came."""
@@ -190,6 +198,13 @@ class TextStream:
             return text
         self._num_tokens += 1
         return self._search(text)
+
+    def push_all(self, token_ids: Iterable[int]) -> list[str]:
+        """As `push` of each, of a text that has no stop strings and is byte-level."""
+        assert isinstance(self.detokenizer, ByteLevelDetokenizer), "it is plain"
+        pieces = self.detokenizer.push_all(token_ids)
+        self.length += sum(map(len, pieces))
+        return pieces
 
     def finish(self) -> str:
         """What is still held back, when no token follows."""

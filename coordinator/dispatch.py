@@ -193,6 +193,7 @@ class Dispatcher:
         request.failure = failure
         if request.deadline is not None:
             request.deadline.cancel()
+            request.deadline = None  # it knows the context that the request came in, which knows the request
         for choice in request.choices:
             choice.settle()
             choice.stream.close()
@@ -526,12 +527,9 @@ class Dispatcher:
         logprobs = {entry.entry: entry for entry in step.logprobs} if step.logprobs else None
         legs, fast_paths = worker.legs, worker.fast_paths
         taken = fast_paths.take(step.handles, step.indices, step.token_ids, now)
-        if all(taken):
-            return
-        entries = zip(taken, step.handles, step.indices, step.token_ids, strict=True)
-        for entry, (done, handle, index, token_id) in enumerate(entries):
-            leg = None if done else legs.get(handle)
-            if leg is None:
+        for entry in [at for at, done in enumerate(taken) if not done]:
+            handle, index, token_id = step.handles[entry], step.indices[entry], step.token_ids[entry]
+            if (leg := legs.get(handle)) is None:
                 continue
             choice = leg.choice
             if (path := choice.fast_path) is not None:

@@ -37,6 +37,11 @@ def all_known(rates: Vector) -> bool:
     return not len(rates) or bool(rates[rates.argmin()])
 
 
+def any_known(rates: Vector) -> bool:
+    """`rates.any()`, in the same way."""
+    return len(rates) > 0 and bool(rates[rates.argmax()])
+
+
 def compute_s(uncached: Number, token_s: Number) -> Number:
     """To compute so many tokens."""
     return uncached * token_s

@@ -72,6 +72,7 @@ class EventStream:
     __slots__ = (
         "_all",
         "_better_elsewhere",
+        "_choice",
         "_connection",
         "_due",
         "_failure",
@@ -103,6 +104,8 @@ class EventStream:
         self._http = http
         self._connection, self._transport = http.protocol, http.transport
         self._request = request
+        self._choice = request.choices[0]
+        """The only one, where there is a fast path."""
         self._reader = reader
         self._writer = writer
         self._all = all
@@ -193,7 +196,7 @@ class EventStream:
 
     def _enter_fast_path(self) -> None:
         """The tokens that follow may take the fast path."""
-        choice, transport = self._request.choices[0], self._transport
+        choice, transport = self._choice, self._transport
         if self._fast_path is not None or not choice.plain or choice.last_token_s is None or library() is None:
             return
         if not isinstance(transport, Corked) or transport.get_extra_info("sslcontext") is not None:
@@ -203,7 +206,7 @@ class EventStream:
 
     def _leave_fast_path(self) -> None:
         """No token may take the fast path any more."""
-        choice = self._request.choices[0]
+        choice = self._choice
         if self._fast_path is not None and choice.fast_path is self._fast_path:  # else it is that of a later reader
             choice.settle()
             choice.fast_path = None

@@ -6,7 +6,8 @@ that one coordinator sees, whatever others put into it.
 
 from collections import deque
 from collections.abc import Hashable
-from typing import NamedTuple
+
+from msgspec import Struct
 
 STREAM_WORK = 64.0
 """What a stream costs beside the tokens of its prompt, in tokens."""
@@ -19,7 +20,7 @@ MIN_RATIO, MAX_RATIO = 0.125, 4.0
 """A prediction that is off by more is about something else than what makes streams wait."""
 
 
-class _Start(NamedTuple):
+class _Start(Struct, frozen=True):
     """A first token while several waited."""
 
     busy_s: float
@@ -28,7 +29,7 @@ class _Start(NamedTuple):
     """The work that was served meanwhile."""
 
 
-class _Sample(NamedTuple):
+class _Sample(Struct, frozen=True):
     at_s: float
     predicted_s: float
     measured_s: float

@@ -8,9 +8,10 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
+from msgspec import Struct
 
 from baton.block_names import root_name
 from baton.errors import PeerError
@@ -28,7 +29,7 @@ SILENT_S = 10.0
 """A worker that has told nothing for so long after it joined is not going to."""
 
 
-class Prompt(NamedTuple):
+class Prompt(Struct, frozen=True):
     """What is to be found in caches."""
 
     packed: bytes

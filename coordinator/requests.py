@@ -190,8 +190,12 @@ class Intake:
             param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
             max_tokens = self._max_tokens(spec, len(token_ids), param, request.version)
             self.add_choices(request, index, token_ids, resolve(spec.sampling, self.tokenizer.facts, max_tokens))
-        with caller.admitting(request):
-            self.dispatcher.start(request)
+        try:
+            with caller.admitting(request):
+                self.dispatcher.start(request)
+        except Exception:
+            request.forget()
+            raise
         self.on_started(request)
         return request
 

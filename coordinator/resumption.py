@@ -98,11 +98,9 @@ class Resumption:
             return  # it came back meanwhile
         if request.differs:
             self._metrics.resumed.labels("differs").inc()
-            self._dispatcher.abort(request)
-            return
         keep_s = min(request.resume_s, self._options.max_resume_s)
-        if keep_s <= 0 or request.failure is not None:
-            self._dispatcher.abort(request)
+        if keep_s <= 0 or request.failure is not None or request.differs:
+            self._over(request)
             return
         if len(self._left) >= self._options.max_requests:
             self._give_up(next(iter(self._left)))
@@ -114,7 +112,12 @@ class Resumption:
         left.timer.cancel()
         if not left.request.ended:
             self._metrics.resumed.labels("given_up").inc()
-        self._dispatcher.abort(left.request)
+        self._over(left.request)
+
+    def _over(self, request: Request) -> None:
+        """Nobody comes back for it."""
+        self._dispatcher.abort(request)
+        request.forget()
 
     def _foreign(self, id: str) -> bool:
         """Somebody has this request here, and it is not the caller."""

@@ -5,15 +5,16 @@ not one that fails everybody lately; not where suspects crowd; for decode, one w
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
-from coordinator.estimates import Vector, compute_s, itl_s, load_s, saves_s
+from msgspec import Struct
+
+from coordinator.estimates import Vector, any_known, compute_s, itl_s, load_s, saves_s
 from coordinator.policies import POLICIES
 from coordinator.policies.base import Placement, PrefillChoice, Work
 from coordinator.worker_table import Candidates, Rows, WorkerTable
 
 
-class Route(NamedTuple):
+class Route(Struct, frozen=True):
     decode: str
     prefill: str | None
     """None: the decode worker prefills by itself."""
@@ -97,4 +98,4 @@ class Router:
 
 def _mean(rates: Vector) -> float:
     """Of those workers that have measured theirs; 0 where nobody has."""
-    return float(rates[rates > 0].mean()) if rates.any() else 0.0
+    return float(rates[rates > 0].mean()) if any_known(rates) else 0.0

@@ -9,10 +9,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
 from enum import Enum
 from types import MappingProxyType
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from coordinator.estimates import Vector
 from coordinator.worker_table import Rows, WorkerTable
@@ -51,7 +52,7 @@ NOTHING_CACHED = Cached(np.zeros((1, 0)))
 _NOBODY: Mapping[str, int] = MappingProxyType({})
 
 
-class Work(NamedTuple):
+class Work(Struct, frozen=True):
     num_tokens: int
     """To be in the KV cache before the next token: the prompt and what earlier attempts delivered."""
     total_tokens: int
@@ -82,7 +83,7 @@ class PrefillChoice(Enum):
     STAND_IN = "local_no_decode_worker"
 
 
-class Placement(NamedTuple):
+class Placement(Struct, frozen=True):
     decode: int
     """Row."""
     prefill: int | None

@@ -14,7 +14,17 @@ loaded are taken, and the rule of short prompts holds.
 
 import numpy as np
 
-from coordinator.estimates import ANSWER_TOKENS, Vector, all_known, compute_s, decode_s, filled, load_s, tail_s
+from coordinator.estimates import (
+    ANSWER_TOKENS,
+    Vector,
+    all_known,
+    any_known,
+    compute_s,
+    decode_s,
+    filled,
+    load_s,
+    tail_s,
+)
 from coordinator.policies.base import Placement, PrefillChoice, Work
 from coordinator.policies.least_loaded import LeastLoaded
 from coordinator.worker_table import Rows
@@ -32,7 +42,7 @@ class CostBased(LeastLoaded):
         rows, split = np.concatenate((decoders, prefillers)), len(decoders)
         requests, waiting, stream_s, token_s, handover_s = self._table.loads(rows)
         if not all_known(token_s):
-            if not token_s.any():
+            if not any_known(token_s):
                 return super().place(work, decoders, prefillers)
             local_s, remote_s = token_s[:split], token_s[split:]
             token_s = np.concatenate((filled(local_s, remote_s), filled(remote_s, local_s)))

@@ -1,6 +1,7 @@
 """Starting, draining and ending a coordinator."""
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -12,11 +13,12 @@ from pathlib import Path
 import aiohttp
 import grpc
 import pytest
-from coordinator_harness import DEMO_FOLDER, OPTIONS, running
+from coordinator_harness import DEMO_FOLDER, OPTIONS, System, running, until
 
 from baton.config import CoordinatorOptions, ModelOptions
 from baton.errors import ConfigurationError, ModelError
 from baton.v1 import inference_pb2 as api
+from coordinator.delivery import Choice, Request
 from coordinator.server import Coordinator
 
 
@@ -223,3 +225,48 @@ def test_a_coordinator_whose_parent_is_gone_ends() -> None:
 def test_the_coordinator_needs_neither_torch_nor_transformers() -> None:
     code = "import sys, coordinator.server; sys.exit(bool({'torch', 'transformers', 'engine'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, timeout=60, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("ends", ["whole", "streamed", "hung up", "refused", "gRPC"])
+def test_a_request_that_is_over_leaves_nothing_for_the_collector_of_garbage(run, ends: str) -> None:
+    """Which would stop every stream for as long as it looks."""
+
+    async def ask(system: System) -> None:
+        chat = {"model": "demo", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+        if ends == "gRPC":
+            call = system.inference.Generate(api.GenerateRequest(text="hello", sampling=api.Sampling(max_tokens=4)))
+            assert [each async for each in call]
+        else:
+            chat |= {"stream": ends != "whole"} | ({"max_ttft_s": 1e-6} if ends == "refused" else {})
+            async with system.http.post("/v1/chat/completions", json=chat) as answer:
+                assert answer.status == (429 if ends == "refused" else 200)
+                if ends != "hung up":
+                    assert await answer.read()
+        await until(lambda: not system.coordinator.dispatcher.requests)
+
+    async def found(system: System) -> list[object]:
+        gc.collect()
+        gc.disable()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            for _ in range(3):
+                await ask(system)
+            await asyncio.sleep(0)
+            gc.collect()
+            return [each for each in gc.garbage if isinstance(each, Request | Choice)]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+
+    async def test() -> None:
+        async with running() as system:
+            await system.worker()
+            assert await system.openai.completions.create(model="demo", prompt="hello", max_tokens=2)
+            others = int(ends == "refused")
+            system.coordinator.dispatcher.num_streams += others
+            await ask(system)
+            assert not await found(system)
+            system.coordinator.dispatcher.num_streams -= others
+
+    run(test())

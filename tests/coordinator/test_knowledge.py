@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from outbox import Outbox
 
 from baton.block_names import block_name, root_name
@@ -124,7 +125,7 @@ def test_guesses_survive_that_a_worker_dials_again_and_not_its_death() -> None:
         worker = cluster.join("w")
         cluster.guessed.computed(worker, prompt)
         assert cluster.guessed.match(prompt).at(worker.row) == [960] * 3
-        assert cluster.guessed.match(prompt._replace(cache_salt="tenant")).most == 0
+        assert cluster.guessed.match(replace(prompt, cache_salt="tenant")).most == 0
         again = cluster.join("w")
         cluster.forget(worker)
         cluster.guessed.on_beat(again)

@@ -11,6 +11,7 @@ import openai
 import pytest
 from coordinator_harness import System, running, until
 from fake_worker import FakeWorker
+from msgspec.structs import replace
 
 from baton.client import AsyncClient, ClientError
 from baton.v1 import inference_pb2 as api
@@ -93,7 +94,7 @@ class Predicts:
 
     def __call__(self, choice: Choice, candidates: Candidates) -> Route | None:
         route = self.route(choice, candidates)
-        return None if route is None else route._replace(ttft_s=self.ttft_s)
+        return None if route is None else replace(route, ttft_s=self.ttft_s)
 
 
 @contextlib.asynccontextmanager

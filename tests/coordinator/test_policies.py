@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+from msgspec.structs import replace
 from routing_harness import Workers, decode, mixed, prefill
 
 from baton.token_ids import TOKEN_BYTES, pack
@@ -33,18 +34,18 @@ def test_power_of_two_never_takes_the_worst_and_spreads_over_the_others() -> Non
 def test_prefix_aware_goes_to_the_longest_prefix_unless_the_load_is_too_uneven() -> None:
     workers = Workers(a=mixed(requests=20), b=mixed(requests=5), c=mixed())
     router = workers.router("prefix_aware")
-    work = LONG._replace(cached=workers.cached(a=800, b=400))
+    work = replace(LONG, cached=workers.cached(a=800, b=400))
     assert workers.route(work, router).decode == "a"
     assert workers.route(LONG, router).decode == "c"
-    assert workers.route(LONG._replace(cached=workers.cached(a=96)), router).decode == "c", "that is next to nothing"
+    assert workers.route(replace(LONG, cached=workers.cached(a=96)), router).decode == "c", "that is next to nothing"
     uneven = Workers(a=mixed(requests=40), c=mixed())
-    assert uneven.route(LONG._replace(cached=uneven.cached(a=800)), uneven.router("prefix_aware")).decode == "c"
+    assert uneven.route(replace(LONG, cached=uneven.cached(a=800)), uneven.router("prefix_aware")).decode == "c"
 
 
 def test_prefix_aware_chooses_prefill_workers_the_same_way() -> None:
     workers = Workers(d=decode(), p=prefill(requests=3), q=prefill())
     router = workers.router("prefix_aware")
-    assert workers.route(LONG._replace(cached=workers.cached(p=800)), router).prefill == "p"
+    assert workers.route(replace(LONG, cached=workers.cached(p=800)), router).prefill == "p"
     assert workers.route(LONG, router).prefill == "q"
 
 
@@ -55,7 +56,7 @@ def test_a_session_stays_where_it_is_when_workers_come_and_go() -> None:
     moved = Counter[str]()
     homes = Counter[str]()
     for session in range(0, 2**64, 2**64 // 400):
-        work = LONG._replace(session=session)
+        work = replace(LONG, session=session)
         home = all_there.route(work, before).decode
         assert home == all_there.route(work, before).decode
         homes[home] += 1
@@ -102,7 +103,7 @@ def test_a_long_queue_is_worth_computing_a_prefix_again() -> None:
         workers = Workers(
             d=decode(requests=9), p=prefill(waiting_prefill_tokens=waiting, **work_there), q=prefill(**FAST)
         )
-        work = LONG._replace(cached=workers.cached(p=700))
+        work = replace(LONG, cached=workers.cached(p=700))
         assert workers.route(work, workers.router("cost_based")).prefill == chosen
 
 
@@ -113,7 +114,7 @@ def test_what_can_be_fetched_is_no_reason_to_queue() -> None:
             p=prefill(waiting_prefill_tokens=500, **FAST),
             q=prefill(handover_s=handover_s, **FAST),
         )
-        work = LONG._replace(cached=workers.cached(p=700))
+        work = replace(LONG, cached=workers.cached(p=700))
         assert workers.route(work, workers.router("cost_based")).prefill == chosen
 
 
@@ -122,9 +123,9 @@ def test_blocks_in_a_slower_tier_are_worth_less_than_those_in_the_pool() -> None
     workers = Workers(p=mixed(**usual), h=mixed(**usual), k=mixed(**usual))
     router = workers.router("cost_based")
     held = {"p": (500, 500, 500), "h": (0, 520, 520), "k": (0, 0, 520)}
-    assert workers.route(LONG._replace(cached=workers.cached(**held)), router).decode == "p"
+    assert workers.route(replace(LONG, cached=workers.cached(**held)), router).decode == "p"
     del held["p"]
-    assert workers.route(LONG._replace(cached=workers.cached(**held)), router).decode == "h"
+    assert workers.route(replace(LONG, cached=workers.cached(**held)), router).decode == "h"
 
 
 def test_an_idle_decode_worker_prefills_when_the_prefill_workers_are_busy_and_not_when_it_has_streams() -> None:
@@ -144,7 +145,7 @@ def test_an_idle_decode_worker_prefills_when_the_prefill_workers_are_busy_and_no
 def test_a_short_rest_is_computed_where_it_is_decoded_although_streams_run_there() -> None:
     workers = Workers(p=prefill(waiting_prefill_tokens=500, **FAST), d=decode(requests=10, **FAST))
     router = workers.router("cost_based")
-    work = LONG._replace(cached=workers.cached(d=960))
+    work = replace(LONG, cached=workers.cached(d=960))
     assert workers.route(work, router).choice is PrefillChoice.LOCAL_SOONER
     assert workers.route(LONG, router).choice is PrefillChoice.REMOTE
 
@@ -155,7 +156,7 @@ def test_a_slow_hand_over_is_waited_for_where_computing_does_not_cover_it() -> N
     )
     router = workers.router("cost_based")
     assert workers.route(LONG, router).decode == "near"
-    has_it = LONG._replace(cached=workers.cached(far=900))
+    has_it = replace(LONG, cached=workers.cached(far=900))
     assert workers.route(has_it, router).decode == "far", "only what a decode worker has not is moved"
 
 

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from msgspec.structs import replace
 from routing_harness import Workers, decode, mixed, prefill, standby
 
 from baton.config import CoordinatorOptions, validate
@@ -42,9 +43,9 @@ def test_a_prefill_worker_that_stands_by_decodes_only_while_no_decode_worker_is_
     workers = Workers(p0=standby(), p1=standby(), d=decode(requests=99))
     router = workers.router(policy)
     assert workers.route(LONG, router).decode == "d"
-    route = workers.route(LONG._replace(avoid={"d", "p0"}), router)
+    route = workers.route(replace(LONG, avoid={"d", "p0"}), router)
     assert (route.decode, route.choice) == ("p1", PrefillChoice.STAND_IN)
-    assert workers.route(LONG._replace(avoid={"d", "p0", "p1"}), router).decode == "d"
+    assert workers.route(replace(LONG, avoid={"d", "p0", "p1"}), router).decode == "d"
 
 
 def test_a_long_prompt_is_prefilled_by_the_worker_with_the_shortest_queue() -> None:
@@ -57,7 +58,7 @@ def test_a_long_prompt_is_prefilled_by_the_worker_with_the_shortest_queue() -> N
 def test_a_short_uncached_part_is_prefilled_by_decode(policy: str) -> None:
     workers = Workers(p=prefill(), d=decode())
     for held, choice in ((500 - 64, PrefillChoice.LOCAL_SHORT), (500 - 65, PrefillChoice.REMOTE)):
-        work = LONG._replace(cached=workers.cached(d=held))
+        work = replace(LONG, cached=workers.cached(d=held))
         assert workers.route(work, workers.router(policy)).choice is choice
 
 
@@ -79,7 +80,7 @@ def test_a_mixed_worker_prefills_for_itself(policy: str) -> None:
 def test_a_prompt_goes_where_it_has_room_now(policy: str) -> None:
     workers = Workers(full=decode(free_tokens=31 * 16), busy=decode(requests=9))
     router = workers.router(policy)
-    assert {workers.route(LONG._replace(session=at), router).decode for at in range(20)} == {"busy"}
+    assert {workers.route(replace(LONG, session=at), router).decode for at in range(20)} == {"busy"}
     alone = Workers(full=decode(free_tokens=31 * 16))
     assert alone.route(LONG, alone.router(policy)).decode == "full"
 
@@ -100,9 +101,9 @@ def test_a_worker_that_failed_the_request_is_taken_only_if_it_is_the_last(policy
     workers = Workers(a=decode(), b=decode(requests=50), p=prefill(), q=prefill(waiting_prefill_tokens=9000))
     router = workers.router(policy)
     for at in range(20):
-        route = workers.route(LONG._replace(avoid={"a", "p"}, session=at), router)
+        route = workers.route(replace(LONG, avoid={"a", "p"}, session=at), router)
         assert (route.decode, route.prefill) == ("b", "q")
-    assert workers.route(LONG._replace(avoid={"a", "b"}), router).decode in ("a", "b")
+    assert workers.route(replace(LONG, avoid={"a", "b"}), router).decode in ("a", "b")
 
 
 @every_policy
@@ -110,9 +111,9 @@ def test_suspects_keep_away_from_each_other_and_trouble_weighs_more(policy: str)
     workers = Workers(a=decode(), b=decode(requests=50))
     router = workers.router(policy)
     for at in range(20):
-        work = LONG._replace(crowd={"a": 2, "b": 1}, session=at)
+        work = replace(LONG, crowd={"a": 2, "b": 1}, session=at)
         assert workers.route(work, router).decode == "b"
-        assert workers.route(work._replace(trouble={"b": 1}), router).decode == "a"
+        assert workers.route(replace(work, trouble={"b": 1}), router).decode == "a"
 
 
 def test_rows_of_workers_that_are_gone_are_used_again_and_nobody_is_taken_for_another() -> None:
