@@ -98,6 +98,7 @@ class Choice:
         "_gives_logprobs",
         "_logprobs",
         "_muted",
+        "_num_unwritten",
         "_taken",
         "avoid",
         "begun_by",
@@ -153,6 +154,8 @@ class Choice:
         self.finish_reason: str | None = None
         self.pieces: list[str] = []
         """Of the text: what each token lets show, and then what the end does. A function of the tokens alone."""
+        self._num_unwritten = 0
+        """Of these, so many at the beginning were the fast path's, or came before: only who goes back needs them."""
         self._logprobs: list[TokenLogprob] = []
         self._taken = 0
         """Tokens that the client has."""
@@ -193,7 +196,8 @@ class Choice:
     def took(self, token_ids: Sequence[int], last_token_s: float) -> None:
         """The fast path gave its reader these, and the last of them then."""
         self.stream.extend(token_ids)
-        self.pieces += self.text.push_all(token_ids)
+        self.pieces += [""] * len(token_ids)
+        self._num_unwritten = len(self.pieces)
         self.digest.update(pack(token_ids))
         self._taken += len(token_ids)
         self.last_token_s = last_token_s
@@ -252,6 +256,8 @@ class Choice:
         """The client goes on from there."""
         self.settle()
         self.fast_path = None
+        if unwritten := self.stream.tokens[: self._num_unwritten]:
+            self.pieces[: self._num_unwritten], self._num_unwritten = self.text.again(unwritten), 0
         self._dirty, self._muted, self._taken = False, position.ended, position.num_tokens
         self.digest, self._claimed = xxhash.xxh32(), position if position.num_tokens else None
         if len(self.pieces) > self._taken or self.finish_reason is not None:

@@ -26,42 +26,29 @@ class ByteLevelDetokenizer:
     """The text that each token adds, where the bytes of all tokens are the text. Concatenated, deltas and `flush` are
     the decoding of all tokens, with U+FFFD for bytes that are no character."""
 
-    __slots__ = ("_held", "texts")
+    __slots__ = ("begun", "texts")
 
     def __init__(self, texts: TokenTexts) -> None:
         self.texts = texts
-        self._held = b""
-        """The beginning of a character."""
-
-    @property
-    def begun(self) -> bytes:
+        self.begun = b""
         """The beginning of a character, which is held back."""
-        return self._held
 
     def push(self, token_id: int) -> str:
         added = self.texts[token_id]
         if isinstance(added, str):
-            if not self._held:
+            if not self.begun:
                 return added
             added = added.encode()
         return self._decode(added, final=False)
-
-    def push_all(self, token_ids: Iterable[int]) -> list[str]:
-        """The text of each."""
-        texts, pieces = self.texts, []
-        for token_id in token_ids:
-            added = texts[token_id]
-            pieces.append(added if isinstance(added, str) and not self._held else self.push(token_id))
-        return pieces
 
     def flush(self) -> str:
         """What was held back: the start of a character that never came."""
         return self._decode(b"", final=True)
 
     def _decode(self, added: bytes, final: bool) -> str:
-        data = self._held + added
+        data = self.begun + added
         text, length = utf_8_decode(data, "replace", final)
-        self._held = data[length:]
+        self.begun = data[length:]
         return text
 
 
@@ -199,12 +186,10 @@ class TextStream:
         self._num_tokens += 1
         return self._search(text)
 
-    def push_all(self, token_ids: Iterable[int]) -> list[str]:
-        """As `push` of each, of a text that has no stop strings and is byte-level."""
-        assert isinstance(self.detokenizer, ByteLevelDetokenizer), "it is plain"
-        pieces = self.detokenizer.push_all(token_ids)
-        self.length += sum(map(len, pieces))
-        return pieces
+    def again(self, token_ids: Iterable[int]) -> list[str]:
+        """What `push` gave for the first tokens, of a text that is byte-level and has no stop strings."""
+        assert isinstance(self.detokenizer, ByteLevelDetokenizer), "else it cannot be known"
+        return [*map(ByteLevelDetokenizer(self.detokenizer.texts).push, token_ids)]
 
     def finish(self) -> str:
         """What is still held back, when no token follows."""

@@ -532,6 +532,8 @@ class Dispatcher:
             if (leg := legs.get(handle)) is None:
                 continue
             choice = leg.choice
+            if (leg.waiting_tokens or not leg.remembered) and choice.stream.awaits(leg.attempt, index):
+                self._begins(leg, now)
             if (path := choice.fast_path) is not None:
                 if path.enter(leg) and fast_paths.take([handle], [index], [token_id], now)[0]:
                     continue
@@ -547,18 +549,21 @@ class Dispatcher:
                     self._blame_peers(leg)
                 self._abandon(leg, outcome.value)
                 continue
-            if leg.waiting_tokens:
-                worker.waits(leg, 0)
-            if not leg.remembered:
-                self._computed(leg, choice.packed_prompt)
-                self.timelines.first_token(leg, now)
-                self.admission.first_token(choice, now)
             self._metrics.token(choice, now)
             stopped = choice.add(token_id, logprobs.get(entry) if logprobs else None, ends and outcome is Outcome.STOP)
             if ends:
                 self._complete(choice, STOP if stopped else _REASONS[outcome], leg, workers_know=True)
             elif stopped:
                 self._complete(choice, STOP, leg, workers_know=False)
+
+    def _begins(self, leg: Leg, now: float) -> None:
+        """Its worker says the next token: it has computed all that is before it."""
+        if leg.waiting_tokens:
+            leg.worker.waits(leg, 0)
+        if not leg.remembered:
+            self._computed(leg, leg.choice.packed_prompt)
+            self.timelines.first_token(leg, now)
+            self.admission.first_token(leg.choice, now)
 
     def _on_admission(self, worker: Worker, admission: wire.Admission) -> None:
         if admission.draining:

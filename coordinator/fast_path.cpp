@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -84,8 +85,8 @@ struct Progress {
     double last_token_s, last_write_s;
     const uint32_t *taken;
     int64_t num_taken;
-    const char *unsent;
-    int64_t num_unsent;
+    const char *unsent, *begun;
+    int64_t num_unsent, num_begun;
 };
 
 struct Stream {
@@ -174,6 +175,7 @@ Outcome take(Stream &stream, uint32_t index, uint32_t token, double now_s) {
         stream.begun = std::string(append_json(json, stream.begun));
     }
     Progress &progress = stream.progress;
+    progress.begun = stream.begun.data(), progress.num_begun = int64_t(stream.begun.size());
     stream.digest.add(token);
     stream.taken.push_back(token);
     progress.taken = stream.taken.data(), progress.num_taken = int64_t(stream.taken.size());
@@ -206,17 +208,13 @@ Outcome take(Stream &stream, uint32_t index, uint32_t token, double now_s) {
 
 extern "C" {
 
-struct Part {
-    const char *data;
-    int64_t size;
-};
-
+// Behind it are the parts, as fast_path.py packs them.
 struct Opening {
     int64_t socket, end;
     Texts *texts;
-    Part tokens, stops, begun, before, between, after;
     Histogram gaps;
     double last_token_s;
+    int64_t sizes[6];
 };
 
 Texts *texts_new() { return new Texts; }
@@ -233,19 +231,25 @@ void streams_free(Streams *streams) { delete streams; }
 Stream *stream_enter(Streams *streams, uint64_t handle, const Opening *opening) {
     const int socket = fcntl(int(opening->socket), F_DUPFD_CLOEXEC, 0);
     if (socket < 0) return nullptr;
-    auto words = [](Part part) { return reinterpret_cast<const uint32_t *>(part.data); };
-    auto text = [](Part part) { return std::string(part.data, size_t(part.size)); };
+    const char *at = reinterpret_cast<const char *>(opening + 1);
+    const int64_t *size = opening->sizes;
+    auto words = [&] {
+        std::vector<uint32_t> found(size_t(*size) / 4);
+        memcpy(found.data(), at, size_t(*size));
+        at += *size++;
+        return found;
+    };
     Stream *stream = (*streams)[handle] = new Stream;
     stream->socket = socket;
     stream->end = uint32_t(opening->end);
     stream->texts = opening->texts;
     stream->gaps = opening->gaps;
-    for (int64_t at = 0; at < opening->tokens.size / 4; ++at) stream->digest.add(words(opening->tokens)[at]);
-    stream->stops.assign(words(opening->stops), words(opening->stops) + opening->stops.size / 4);
-    stream->begun = text(opening->begun);
-    stream->before = text(opening->before);
-    stream->between = text(opening->between);
-    stream->after = text(opening->after);
+    for (uint32_t token : words()) stream->digest.add(token);
+    stream->stops = words();
+    for (std::string *part : {&stream->begun, &stream->before, &stream->between, &stream->after}) {
+        part->assign(at, size_t(*size));
+        at += *size++;
+    }
     stream->progress.last_token_s = opening->last_token_s;
     return stream;
 }

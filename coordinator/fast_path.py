@@ -15,6 +15,7 @@ Without a compiler all tokens take the slow one.
 import ctypes
 import functools
 import logging
+import struct
 from array import array
 from collections.abc import Iterable, Sequence
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_double, c_int64, c_uint32, c_uint64, c_void_p
@@ -40,26 +41,14 @@ _SECONDS: Final = array("d", SECONDS)
 events = logging.getLogger("baton.events")
 
 
-class _Part(Structure):
-    _fields_ = (("data", c_char_p), ("size", c_int64))
-
-
-class _Histogram(Structure):
-    _fields_ = (("bounds", c_void_p), ("num_bounds", c_int64), ("counts", c_void_p), ("sum", c_void_p))
-
-
-class _Opening(Structure):
-    _fields_ = (
-        ("socket", c_int64), ("end", c_int64), ("texts", c_void_p), ("tokens", _Part), ("stops", _Part),
-        ("begun", _Part), ("before", _Part), ("between", _Part), ("after", _Part), ("gaps", _Histogram),
-        ("last_token_s", c_double),
-    )  # fmt: skip
+_OPENING: Final = struct.Struct("@qqPPqPPd6q")
+"""Socket, end, texts; bounds, their number, counts and sum; time of the last token; sizes of the parts behind it."""
 
 
 class _Progress(Structure):
     _fields_ = (
         ("last_token_s", c_double), ("last_write_s", c_double), ("taken", POINTER(c_uint32)), ("num_taken", c_int64),
-        ("unsent", c_void_p), ("num_unsent", c_int64),
+        ("unsent", c_void_p), ("begun", c_void_p), ("num_unsent", c_int64), ("num_begun", c_int64),
     )  # fmt: skip
 
 
@@ -78,7 +67,7 @@ def library() -> Any:
         ("texts_set", (c_void_p, c_uint32, c_char_p, c_int64, c_bool), None),
         ("streams_new", (), c_void_p),
         ("streams_free", (c_void_p,), None),
-        ("stream_enter", (c_void_p, c_uint64, POINTER(_Opening)), c_void_p),
+        ("stream_enter", (c_void_p, c_uint64, c_char_p), c_void_p),
         ("stream_leave", (c_void_p, c_uint64, c_void_p), None),
         ("stream_told", (c_void_p,), None),
         ("step", (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_double, c_char_p), None),
@@ -182,13 +171,15 @@ class FastPath:
         assert figures is not None, "they are known from the first token on"
         counts, total = figures.itl.addresses()
         frame, paths = self._frame, leg.worker.fast_paths
-        opening = _Opening(
-            connection.get_extra_info("socket").fileno(), stream.max_tokens - 1, self._texts.native,
-            _words(stream.tokens), _words(stream.stop_token_ids), _part(self._detokenizer.begun), _part(frame.before),
-            _part(frame.between), _part(frame.after),
-            _Histogram(_SECONDS.buffer_info()[0], len(_SECONDS), counts, total), choice.last_token_s,
+        parts = (
+            array("I", stream.tokens).tobytes(), array("I", stream.stop_token_ids).tobytes(), self._detokenizer.begun,
+            frame.before, frame.between, frame.after,
         )  # fmt: skip
-        native = library().stream_enter(paths.native, leg.handle, opening)
+        opening = _OPENING.pack(
+            connection.get_extra_info("socket").fileno(), stream.max_tokens - 1, self._texts.native,
+            _SECONDS.buffer_info()[0], len(_SECONDS), counts, total, choice.last_token_s, *map(len, parts),
+        )  # fmt: skip
+        native = library().stream_enter(paths.native, leg.handle, opening + b"".join(parts))
         if native is None:
             return False
         self._leg, self._native = leg, native
@@ -213,21 +204,16 @@ class FastPath:
     def _tell(self) -> None:
         """The stream of what was taken since the last time."""
         progress = _Progress.from_address(self._native)
+        if not progress.num_taken:
+            return
         taken = progress.taken[: progress.num_taken]
+        self._detokenizer.begun = ctypes.string_at(progress.begun, progress.num_begun)
         library().stream_told(self._native)
         self._choice.took(taken, progress.last_token_s)
 
     def learn(self, token_id: int) -> bool:
         """Its text; False where there is no room for it."""
         return self._texts.learn(token_id)
-
-
-def _part(octets: bytes) -> _Part:
-    return _Part(octets, len(octets))
-
-
-def _words(numbers: Iterable[int]) -> _Part:
-    return _part(array("I", numbers).tobytes())
 
 
 if __name__ == "__main__":

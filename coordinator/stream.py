@@ -77,6 +77,10 @@ class TokenStream:
         """The stream is over, for whatever reason. Nothing is accepted any more."""
         self.closed = True
 
+    def awaits(self, attempt: int, index: int) -> bool:
+        """Whatever token a worker reports there, it will be accepted."""
+        return attempt == self.attempt and not self.closed and index == len(self.tokens)
+
     def accept(self, attempt: int, index: int, token_id: int) -> Outcome:
         """A worker reports `token_id` at position `index` of the stream."""
         if attempt != self.attempt or self.closed:

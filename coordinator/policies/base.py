@@ -130,6 +130,8 @@ class RoutingPolicy(ABC):
         return Placement(self._pick(rows, self.decode_costs(work, rows)), None, PrefillChoice.STAND_IN)
 
     def _pick(self, rows: Rows, costs: Sequence[Vector]) -> int:
+        if len(rows) == 1:
+            return int(rows[0])
         best = np.arange(len(rows))
         for cost in costs:
             if len(best) == 1:

@@ -202,20 +202,22 @@ async def _awaited(writing: Coroutine[Any, Any, None]) -> None:
 
 
 class World:
-    """A coordinator with one worker, whose part the test plays."""
+    """A coordinator with one worker that decodes, whose part the test plays."""
 
     def __init__(self) -> None:
-        registry = WorkerRegistry("demo")
-        self.dispatcher = Dispatcher(CoordinatorOptions(max_attempts=100), registry, Metrics())
-        self.worker: Worker = registry.register(
-            wire.Registration(
-                protocol_version=wire.LINK_PROTOCOL_VERSION, worker_id="w", incarnation=1, roles=[wire.ROLE_DECODE],
-                page_size_tokens=16, total_blocks=64, max_model_tokens=512, model="demo", handover_address="x",
-                model_version="v", model_fingerprint="v",
-            ),
-            Outbox(),
-        )  # fmt: skip
+        self._registry = WorkerRegistry("demo")
+        options = CoordinatorOptions(max_attempts=100, local_prefill_tokens=0)
+        self.dispatcher = Dispatcher(options, self._registry, Metrics())
+        self.worker = self.joins("w", wire.ROLE_DECODE)
         self.streams = EventStreams(60.0)
+
+    def joins(self, id: str, role: "wire.Role.ValueType") -> Worker:
+        registration = wire.Registration(
+            protocol_version=wire.LINK_PROTOCOL_VERSION, worker_id=id, incarnation=1, roles=[role],
+            page_size_tokens=16, total_blocks=64, max_model_tokens=512, model="demo", handover_address="x",
+            model_version="v", model_fingerprint="v",
+        )  # fmt: skip
+        return self._registry.register(registration, Outbox())
 
     def say(self, **message: Any) -> None:
         self.dispatcher.on_message(self.worker, wire.WorkerMessage(**message))
@@ -320,7 +322,9 @@ async def _play(draw: st.DataObject) -> None:
         assert fast.seen() == slow.seen()
     await asyncio.gather(*(each.running for each in clients))
     assert fast.seen() == slow.seen()
-    assert fast.choice.pieces == slow.choice.pieces
+    for each in clients:
+        each.request.attach()
+    assert fast.choice.pieces == slow.choice.pieces, "for whoever comes back"
     assert fast.choice.finish_reason == slow.choice.finish_reason
     assert world.worker.fast_paths.entered == world.worker.legs == {}
 
@@ -345,6 +349,50 @@ def test_all_tokens_but_the_first_and_the_last_take_the_fast_path() -> None:
         assert figures is not None
         assert figures.fast_path_tokens == MAX_TOKENS - 2
         await client.running
+
+    run(main())
+
+
+def test_where_another_worker_said_the_first_all_that_the_decode_worker_says_takes_it() -> None:
+    async def main() -> None:
+        world = World()
+        world.joins("p", wire.ROLE_PREFILL)
+        client = Client(world, "r", corked=True)
+        await turns()
+        prefill, decode = world.dispatcher.legs(client.choice)
+        for index, leg in enumerate((prefill, decode, decode)):
+            step = wire.StepTokens(handles=[leg.handle], indices=[index], token_ids=[PLAIN[index]])
+            world.dispatcher.on_message(leg.worker, wire.WorkerMessage(tokens=step))
+            assert client.on_fast_path is (index > 0)
+            assert leg.remembered
+            await turns()
+        assert client.text() == "ab "
+        client.choice.settle()
+        assert client.request.figures is not None
+        assert client.request.figures.fast_path_tokens == 2
+        world.dispatcher.abort(client.request)
+        await client.running
+
+    run(main())
+
+
+def test_who_goes_back_to_the_beginning_gets_again_what_took_it() -> None:
+    async def main() -> None:
+        world = World()
+        client = await world.has_had(5)
+        first, second = "é".encode()
+        world.token([client], first)
+        assert client.on_fast_path
+        reader = client.request.attach()
+        (delta,) = client.request.take(reader)
+        assert (delta.text, len(delta.token_ids)) == ("aaaaa", 6)
+        world.token([client], second)
+        (delta,) = client.request.take(reader)
+        assert delta.text == "é"
+        client.running.cancel()
+        await asyncio.gather(client.running, return_exceptions=True)
+        assert client.request.ended is False
+        world.dispatcher.abort(client.request)
 
     run(main())
 
