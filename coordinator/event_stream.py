@@ -10,7 +10,7 @@ one chunk, by a callback of the event loop. The handler's task sleeps until ther
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 from aiohttp import HttpVersion11, web
 
@@ -66,8 +66,7 @@ class EventStreams:
 
 
 class EventStream:
-    """`better_elsewhere`: whether a client that hears nothing should rather ask another coordinator. `reads`: waits
-    until something is written, or raises ConnectionError for a client that does not read."""
+    """`better_elsewhere`: whether a client that hears nothing should rather ask another coordinator."""
 
     __slots__ = (
         "_all",
@@ -82,7 +81,6 @@ class EventStream:
         "_http",
         "_over",
         "_reader",
-        "_reads",
         "_request",
         "_rest",
         "_transport",
@@ -99,7 +97,6 @@ class EventStream:
         writer: AnswerWriter,
         all: EventStreams,
         better_elsewhere: Callable[[Request], bool],
-        reads: Callable[[Awaitable[None]], Awaitable[None]],
     ) -> None:
         self._http = http
         self._connection, self._transport = http.protocol, http.transport
@@ -113,7 +110,6 @@ class EventStream:
         """By the clock of the loop; the fast path counts for itself."""
         self._fast_path: FastPath | None = None
         self._better_elsewhere = better_elsewhere
-        self._reads = reads
         # Until HTTP/1.1 an answer of unknown length ended with its connection.
         self._frame: Callable[[bytes], bytes] = _chunk if http.version >= HttpVersion11 else bytes
         self._due = False
@@ -156,7 +152,7 @@ class EventStream:
                 await self._turn
                 self._turn = asyncio.get_running_loop().create_future()
                 if self._held_up and not self._over:
-                    await self._reads(self._http.writer.drain())
+                    await self._http.writer.drain()
                     self._held_up = False
                     self._on_news()
         finally:

@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -63,8 +62,6 @@ _HTTP_STATUS = {
     FailureKind.INTERNAL: (500, "server_error", "internal_error"),
 }
 _BODY_TIMEOUT_S = 30.0
-_READ_TIMEOUT_S = 30.0
-"""A client that makes no room for the next piece for so long is not reading, and is hung up on."""
 _PROBES = {"/health", "/ready", "/metrics", "/status", FEED}  # asked every few seconds by somebody's monitor
 NOT_READY = "not ready: no worker that can decode is connected, or shutting down"
 _RETRY_AFTER_S = {FailureKind.OVERLOADED: 1.0, FailureKind.UNAVAILABLE: 5.0}
@@ -195,44 +192,23 @@ class HttpApi:
         if trace := traceparent_of(request):
             headers["traceparent"] = trace
         response = _HeadWithEvents(headers=headers)
-        events = EventStream(
-            http, request, reader, writer, self._streams, self._resumption.better_elsewhere, partial(self._reads, http)
-        )
+        events = EventStream(http, request, reader, writer, self._streams, self._resumption.better_elsewhere)
         first = events.begin(deltas)
         await response.prepare(http)
         try:
             try:
                 if first:
-                    await self._reads(http, response.write(first))
+                    await response.write(first)
                 rest = await events.run()
             except RequestFailed as failure:
                 if failure.kind is FailureKind.HANDED_ON:
                     raise
                 rest = sse(_failure_body(failure))
-            await self._reads(http, response.write_eof(rest))
+            await response.write_eof(rest)
         except ConnectionError:
             # The client hung up while we wrote; the caller decides what becomes of the request.
             return response
         return response
-
-    async def _reads(self, http: web.Request, writing: Awaitable[None]) -> None:
-        """Raises ConnectionError when the client does not read what is written to it: it is hung up on."""
-        hung_up = False
-
-        def hang_up() -> None:
-            nonlocal hung_up
-            hung_up = True
-            self._intake.metrics.slow_readers.inc()
-            if http.transport is not None:
-                http.transport.abort()  # which ends `writing`
-
-        timer = asyncio.get_running_loop().call_later(_READ_TIMEOUT_S, hang_up)
-        try:
-            await writing
-        finally:
-            timer.cancel()
-        if hung_up:
-            raise ConnectionResetError("the client does not read")
 
     # Clients that come back
 
@@ -369,7 +345,7 @@ class HttpApi:
                 if not response.prepared:
                     with contextlib.suppress(ConnectionError):  # aiohttp finds out by itself that nobody is there
                         await response.prepare(http)
-                        await self._reads(http, response.write_eof())
+                        await response.write_eof()
                 return response
             finally:
                 _log_access(http, call, code, started_s)

@@ -43,6 +43,8 @@ BACKLOG: Final = 1024
 SWEEP_S: Final = 0.5
 MIN_OWED_S: Final = 1.0
 """A head that has been owed for less makes no room."""
+READ_TIMEOUT_S: Final = 30.0
+"""A client that makes no room for the next piece for so long is not reading."""
 NEVER_S: Final = 1e9
 """aiohttp's own timer for idle connections does not fire."""
 BREATHE_S: Final = 1.0
@@ -232,8 +234,11 @@ def _client(host: str) -> str:
 class HttpConnections:
     """What every connection of HTTP is doing, as far as it can be hung up on for it."""
 
-    def __init__(self, server: web.Server, refusals: Refusals, head_s: float, idle_s: float, cork: Cork) -> None:
-        """Of the requests that `server` has handled from now on."""
+    def __init__(
+        self, server: web.Server, refusals: Refusals, head_s: float, idle_s: float, cork: Cork,
+        on_slow_reader: Callable[[], None],
+    ) -> None:  # fmt: skip
+        """Of the requests that `server` has handled from now on. `on_slow_reader`: one was hung up on."""
         self.cork = cork
         self.refusals = refusals
         self._server = server
@@ -241,6 +246,9 @@ class HttpConnections:
         self._owed: dict[HttpConnection, float] = {}
         """Since when they owe the rest of a head; whoever has owed for longest first."""
         self._idle: dict[HttpConnection, float] = {}
+        self._full: dict[HttpConnection, float] = {}
+        """Since when their clients have made no room for what is written."""
+        self._on_slow_reader = on_slow_reader
         self._timer: asyncio.TimerHandle | None = None
         server.request_handler = self._serving(server.request_handler)
 
@@ -251,17 +259,27 @@ class HttpConnections:
         """It is new, or has begun a head."""
         self._idle.pop(connection, None)
         self._owed.setdefault(connection, time.monotonic())
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
+        self._sweep_soon()
 
     def rests(self, connection: "HttpConnection") -> None:
         self._idle[connection] = time.monotonic()
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
+        self._sweep_soon()
 
-    def forget(self, connection: "HttpConnection") -> None:
+    def fills(self, connection: "HttpConnection") -> None:
+        self._full[connection] = time.monotonic()
+        self._sweep_soon()
+
+    def flows(self, connection: "HttpConnection") -> None:
+        self._full.pop(connection, None)
+
+    def asks(self, connection: "HttpConnection") -> None:
+        """It neither owes anything nor rests."""
         self._owed.pop(connection, None)
         self._idle.pop(connection, None)
+
+    def forget(self, connection: "HttpConnection") -> None:
+        self.asks(connection)
+        self.flows(connection)
 
     def make_room(self) -> bool:
         """Hang up on somebody who asks for nothing. False: everybody does."""
@@ -283,17 +301,24 @@ class HttpConnections:
         if self._timer is not None:
             self._timer.cancel()
 
+    def _sweep_soon(self) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
+
     def _sweep(self) -> None:
-        now = time.monotonic()
-        for waiting, limit_s, reason in ((self._owed, self._head_s, "head_late"), (self._idle, self._idle_s, "")):
+        now, self._timer = time.monotonic(), None
+        for waiting, limit_s, reason in (
+            (self._owed, self._head_s, "head_late"), (self._idle, self._idle_s, ""), (self._full, READ_TIMEOUT_S, ""),
+        ):  # fmt: skip
             while waiting:
                 oldest, since = next(iter(waiting.items()))
                 if now - since < limit_s:
                     break
                 self._hang_up(oldest, reason)
-        self._timer = None
-        if self._owed or self._idle:
-            self._timer = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
+                if waiting is self._full:
+                    self._on_slow_reader()
+        if self._owed or self._idle or self._full:
+            self._sweep_soon()
 
     def _hang_up(self, connection: "HttpConnection", reason: str) -> None:
         self.forget(connection)
@@ -306,7 +331,7 @@ class HttpConnections:
         async def served(request: web.BaseRequest) -> web.StreamResponse:
             connection = request.protocol
             assert isinstance(connection, HttpConnection), "there are no others"
-            self.forget(connection)
+            self.asks(connection)
             connection.is_busy = True
             try:
                 return await serve(request)
@@ -342,6 +367,14 @@ class HttpConnection(web.RequestHandler):
         if not self.is_busy:
             self._all.owes(self)
         super().data_received(data)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._all.fills(self)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._all.flows(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._leave()

@@ -205,7 +205,12 @@ class Coordinator:
         self._closing.push_async_callback(runner.cleanup)
         assert runner.server is not None, "it was set up"
         self._connections = connections = HttpConnections(
-            runner.server, self._refusals, options.head_timeout_s, options.idle_timeout_s, self._cork
+            runner.server,
+            self._refusals,
+            options.head_timeout_s,
+            options.idle_timeout_s,
+            self._cork,
+            self.metrics.slow_readers.inc,
         )
         self._closing.callback(connections.close)
 

@@ -4,7 +4,7 @@ import asyncio
 import json
 import re
 import socket
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,7 +89,7 @@ def stream_of(
     writer = AnswerWriter(request, "demo", lambda id: chr(id).encode())
     reader = request.reader or request.attach()
     streams = streams or EventStreams(60.0)
-    return EventStream(http, request, reader, writer, streams, lambda request: elsewhere, written)  # type: ignore[arg-type]
+    return EventStream(http, request, reader, writer, streams, lambda request: elsewhere)  # type: ignore[arg-type]
 
 
 def begin(
@@ -99,10 +99,6 @@ def begin(
     if (first := stream.begin(deltas)) and deltas != ():
         http.written.append(b"%x\r\n%b\r\n" % (len(first), first))
     return asyncio.create_task(stream.run())
-
-
-async def written(writing: Awaitable[None]) -> None:
-    await writing
 
 
 async def turns(count: int = 4) -> None:

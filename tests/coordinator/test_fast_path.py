@@ -179,7 +179,7 @@ class Client:
         deltas = await self.request.deltas(reader)
         writer = AnswerWriter(self.request, "demo", lambda token_id: b"")
         events = EventStream(
-            self.http, self.request, reader, writer, self._world.streams, lambda request: False, _awaited  # type: ignore[arg-type]
+            self.http, self.request, reader, writer, self._world.streams, lambda request: False  # type: ignore[arg-type]
         )  # fmt: skip
         self.http.write(events.begin(deltas))
         self.rest = await events.run()
@@ -195,10 +195,6 @@ class Client:
     def text(self) -> str:
         shown = [json.loads(line[6:]) for line in self.seen().splitlines() if line.startswith(b"data: {")]
         return "".join(each["choices"][0]["delta"].get("content", "") for each in shown)
-
-
-async def _awaited(writing: Coroutine[Any, Any, None]) -> None:
-    await writing
 
 
 class World:

@@ -17,7 +17,7 @@ from baton.client import AsyncClient, ClientError
 from baton.v1 import inference_pb2 as api
 from baton.v1 import inference_pb2_grpc as rpc
 from baton.v1 import worker_link_pb2 as wire
-from coordinator import grpc_api, http_api, tokenizer
+from coordinator import grpc_api, limits, tokenizer
 from coordinator.delivery import Choice
 from coordinator.dispatch import Dispatcher
 from coordinator.rollout import Rollout
@@ -245,7 +245,7 @@ def test_more_long_prompts_than_may_wait_for_the_tokenizer_are_refused(run, monk
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_does_not_read_its_answer_is_hung_up_on_and_its_request_ends(run, monkeypatch, stream) -> None:
     async def main() -> None:
-        monkeypatch.setattr(http_api, "_READ_TIMEOUT_S", 0.3)
+        monkeypatch.setattr(limits, "READ_TIMEOUT_S", 0.3)
         async with running(max_body_bytes=8 << 20) as system:
             worker = await system.worker()
             worker.token_at = lambda prompt, index: 300 + index % 3000

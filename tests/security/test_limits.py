@@ -243,7 +243,7 @@ def test_an_address_of_ipv6_stands_for_its_network(one: str, other: str, same: b
 
 
 def test_a_reader_that_does_not_read_is_hung_up_on_and_counted(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_api, "_READ_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(limits, "READ_TIMEOUT_S", 0.3)
 
     async def scenario() -> None:
         async with running() as system:
