@@ -301,7 +301,7 @@ class Admission:
 def _work(choice: Choice) -> float:
     """In tokens. Choices of one prompt share its KV."""
     first = choice.number % choice.request.form.choices_per_prompt == 0
-    return STREAM_WORK + (len(choice.prompt) if first else 0)
+    return STREAM_WORK + (choice.num_prompt_tokens if first else 0)
 
 
 def _corrected(by: Calibration, guess: _Guess) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 import xxhash
 
-from baton.token_ids import pack
+from baton.token_ids import pack, unpack
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.detokenizer import TextStream
 from coordinator.failures import FailureKind, RequestFailed, moved
@@ -109,10 +109,10 @@ class Choice:
         "finish_reason",
         "homeless_since_s",
         "last_token_s",
+        "num_prompt_tokens",
         "number",
         "packed_prompt",
         "pieces",
-        "prompt",
         "prompt_index",
         "request",
         "sampling",
@@ -126,7 +126,7 @@ class Choice:
         self,
         request: "Request",
         prompt_index: int,
-        prompt: list[int],
+        prompt: Sequence[int],
         sampling: wire.EngineSampling,
         text: TextStream,
         show_stop_token: bool,
@@ -134,8 +134,9 @@ class Choice:
         self.request = request
         self.number = len(request.choices)
         self.prompt_index = prompt_index
-        self.prompt = prompt
+        self.num_prompt_tokens = len(prompt)
         self.packed_prompt = pack(prompt)
+        """As a list it would take ten times the memory, and as many of the processor's caches."""
         self.sampling = sampling
         self._gives_logprobs = sampling.HasField("logprobs")
         self.stream = TokenStream(sampling.max_tokens, sampling.min_tokens, sampling.stop_token_ids)
@@ -169,6 +170,10 @@ class Choice:
         self.fast_path: FastPath | None = None
         """Of its reader's connection, if it goes there."""
         request.choices.append(self)
+
+    @property
+    def prompt(self) -> list[int]:
+        return unpack(self.packed_prompt)
 
     def packed(self) -> bytes:
         """The prompt and what was delivered (`baton.token_ids`)."""

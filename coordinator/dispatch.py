@@ -148,7 +148,7 @@ class Dispatcher:
             leg.admitted = True  # what it found in its cache was said with the orphan
             leg.part = self.timelines.part(leg, computes=True, adopted=True)
             self._legs[choice] = [leg]
-            orphan.worker.open(leg, len(choice.prompt) + orphan.num_tokens, 0)
+            orphan.worker.open(leg, choice.num_prompt_tokens + orphan.num_tokens, 0)
             orphan.worker.send(wire.CoordinatorMessage(adopt=wire.Adopt(id=leg.id, handle=leg.handle)))
 
     def _admit(self, request: Request) -> Route | None:
@@ -369,10 +369,10 @@ class Dispatcher:
         workers = self._registry.workers
         decode = workers[route.decode]
         prefill = workers[route.prefill] if route.prefill is not None else None
-        num_tokens = len(choice.prompt) + len(choice.stream.tokens)
+        num_tokens = choice.num_prompt_tokens + len(choice.stream.tokens)
         common = wire.Assignment(
             id=wire.AttemptId(request_id=choice.stream_id, attempt=attempt), token_ids=choice.packed(),
-            num_prompt_tokens=len(choice.prompt), sampling=choice.sampling, cache_salt=choice.request.cache_salt,
+            num_prompt_tokens=choice.num_prompt_tokens, sampling=choice.sampling, cache_salt=choice.request.cache_salt,
             deadline_s=max(0.001, self._remaining_s(choice.request)), traceparent=traceparent_of(choice.request),
         )  # fmt: skip
         choice.request.caller.assign(common)
@@ -505,7 +505,7 @@ class Dispatcher:
             leg = worker.leg(message.progress.id)
             if leg is not None:
                 computed = message.progress.computed_tokens
-                worker.waits(leg, max(0, len(leg.choice.prompt) + len(leg.choice.stream.tokens) - computed))
+                worker.waits(leg, max(0, leg.choice.num_prompt_tokens + len(leg.choice.stream.tokens) - computed))
                 if message.progress.prefill_failed and leg.paired:
                     self._blame_peers(leg)
                     self._alone_now(leg.choice)
@@ -575,13 +575,13 @@ class Dispatcher:
         if admission.accepted:
             # Only the first word counts: a request that was preempted finds its own blocks when it comes back.
             if leg.attempt == 1 and not leg.admitted:
-                choice.cached_tokens = max(choice.cached_tokens, min(admission.cached_tokens, len(choice.prompt)))
+                choice.cached_tokens = max(choice.cached_tokens, min(admission.cached_tokens, choice.num_prompt_tokens))
                 for other in self._legs.get(choice, ()):
                     if other.decode and other is not leg and choice.cached_tokens:
                         cached = wire.CachedTokens(id=other.id, num_tokens=choice.cached_tokens)
                         other.worker.send(wire.CoordinatorMessage(cached_tokens=cached))
             if leg.expected_tokens is not None and not leg.admitted:
-                num_tokens = len(choice.prompt) + len(choice.stream.tokens)
+                num_tokens = choice.num_prompt_tokens + len(choice.stream.tokens)
                 worker.waits(leg, max(0, num_tokens - admission.cached_tokens))
                 self._metrics.cached(num_tokens, leg.expected_tokens, admission.cached_tokens)
             leg.admitted = True

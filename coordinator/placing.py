@@ -41,8 +41,8 @@ class Placer:
         if self._router.policy.reads_session:
             session = session_of(request.user, request.cache_salt, choice.packed_prompt)
         return Work(
-            num_tokens=len(choice.prompt) + len(choice.stream.tokens),
-            total_tokens=len(choice.prompt) + choice.stream.max_tokens,
+            num_tokens=choice.num_prompt_tokens + len(choice.stream.tokens),
+            total_tokens=choice.num_prompt_tokens + choice.stream.max_tokens,
             cached=self._knowledge.match(Prompt(choice.packed(), request.cache_salt, request.version)),
             session=session,
             avoid=choice.avoid,

@@ -198,7 +198,7 @@ def _version(choice: Choice) -> str:
 
 
 def _fits(choice: Choice, worker: Worker) -> bool:
-    num_tokens = len(choice.prompt) + choice.stream.max_tokens
+    num_tokens = choice.num_prompt_tokens + choice.stream.max_tokens
     return worker.version == _version(choice) and num_tokens <= worker.context_tokens
 
 

@@ -303,7 +303,7 @@ class Resumption:
             assignment, attempt = orphan.message.assignment, orphan.id.attempt
             choice.stream.attempt = attempt
             cached_tokens = orphan.message.cached_tokens if attempt == 1 else orphan.ticket.cached_tokens
-            choice.cached_tokens = min(cached_tokens, len(choice.prompt))
+            choice.cached_tokens = min(cached_tokens, choice.num_prompt_tokens)
             # Logprobs of tokens from other workers went with the coordinator; a client that has them needs none.
             had = positions[choice.number].num_tokens if choice.number < len(positions) else 0
             lacks_logprobs = choice.sampling.HasField("logprobs") and had < orphan.message.without_logprobs

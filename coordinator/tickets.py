@@ -61,7 +61,7 @@ def issue(choice: Choice, model: str) -> bytes:
     """Empty where it would be too large."""
     request = choice.request
     firsts = request.choices[:: request.form.choices_per_prompt]
-    num_bytes = TOKEN_BYTES * sum(len(first.prompt) for first in firsts) if len(firsts) > 1 else 0
+    num_bytes = TOKEN_BYTES * sum(first.num_prompt_tokens for first in firsts) if len(firsts) > 1 else 0
     if num_bytes * len(request.choices) > MAX_TICKETS_BYTES:
         return b""
     prompts = [_prompt(first, known=first.prompt_index == choice.prompt_index) for first in firsts]

@@ -158,7 +158,7 @@ class Feed:
         }
 
     def _stream(self, choice: Choice, legs: Sequence[Leg], stage: str, now: float) -> dict[str, Any]:
-        request, prompt_tokens = choice.request, len(choice.prompt)
+        request, prompt_tokens = choice.request, choice.num_prompt_tokens
         first_s = request.first_token_s
         return {
             "id": request.id[-ID_CHARACTERS:],

@@ -23,7 +23,6 @@ import secrets
 import stat
 import threading
 import time
-from array import array
 from collections import Counter, deque
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -82,7 +81,7 @@ class AuditLog:
             "model": self._model, "version": request.version, "input": used.prompt, "cached": used.cached_prompt,
             "output": used.completion, "outcome": ended.outcome,
             # Made here, because a prompt that waited for the disk would take much more room than its digest.
-            "prompts": [self._secret.digest(b"prompt", _packed(prompt)).hex() for prompt in _prompts(request)],
+            "prompts": [self._secret.digest(b"prompt", prompt).hex() for prompt in _prompts(request)],
         }  # fmt: skip
         try:
             self._queue.put_nowait(fields)
@@ -248,12 +247,8 @@ def _link(secret: Secret, before: str, body: bytes) -> str:
     return secret.digest(b"audit", before.encode() + body).hex()
 
 
-def _prompts(request: Request) -> list[list[int]]:
-    return [first.prompt for first in request.choices[:: request.form.choices_per_prompt]]
-
-
-def _packed(token_ids: list[int]) -> bytes:
-    return array("I", token_ids).tobytes()
+def _prompts(request: Request) -> list[bytes]:
+    return [first.packed_prompt for first in request.choices[:: request.form.choices_per_prompt]]
 
 
 def _now() -> str:
