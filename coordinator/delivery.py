@@ -177,7 +177,8 @@ class Choice:
 
     def packed(self) -> bytes:
         """The prompt and what was delivered (`baton.token_ids`)."""
-        return self.packed_prompt + pack(self.stream.tokens)
+        tokens = self.stream.tokens
+        return self.packed_prompt + pack(tokens) if tokens else self.packed_prompt
 
     def add(self, token_id: int, logprob: wire.StepLogprob | None, is_stop_token: bool) -> bool:
         """Append a delivered token. True if a stop string is complete now."""

@@ -260,9 +260,10 @@ void stream_told(Stream *stream) {
     stream->progress.num_taken = 0;
 }
 
-void stream_leave(Streams *streams, uint64_t handle, Stream *stream) {
-    streams->erase(handle);
-    delete stream;
+void stream_leave(Streams *streams, uint64_t handle) {
+    const auto found = streams->find(handle);
+    delete found->second;
+    streams->erase(found);
 }
 
 void step(Streams *streams, const uint64_t *handles, const uint32_t *indices, const uint32_t *tokens, int64_t count,

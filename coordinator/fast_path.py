@@ -68,8 +68,8 @@ def library() -> Any:
         ("streams_new", (), c_void_p),
         ("streams_free", (c_void_p,), None),
         ("stream_enter", (c_void_p, c_uint64, c_char_p), c_void_p),
-        ("stream_leave", (c_void_p, c_uint64, c_void_p), None),
-        ("stream_told", (c_void_p,), None),
+        ("stream_leave", (c_void_p, c_uint64), None),
+        ("stream_told", (POINTER(_Progress),), None),
         ("step", (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_double, c_char_p), None),
     ):
         function = getattr(native, name)
@@ -138,7 +138,7 @@ class FastPaths:
 class FastPath:
     """Of the only choice of a request, one that is `plain`, to a connection that takes plain chunks of HTTP/1.1."""
 
-    __slots__ = ("_choice", "_connection", "_detokenizer", "_frame", "_last_write_s", "_leg", "_native", "_texts")
+    __slots__ = ("_choice", "_connection", "_detokenizer", "_frame", "_last_write_s", "_leg", "_progress", "_texts")
 
     def __init__(self, choice: Choice, connection: Corked, frame: Frame) -> None:
         """`frame`: of the events of its tokens. `choice` has had its first token."""
@@ -150,14 +150,14 @@ class FastPath:
         self._texts = _texts_of(self._detokenizer.texts)
         self._leg: Leg | None = None
         """Whose tokens it takes."""
-        self._native = 0
+        self._progress = _Progress()
+        """The stream's own memory: to be read only while there is a leg."""
         self._last_write_s = 0.0
 
     @property
     def last_write_s(self) -> float:
         """Tokens without text are no signs of life."""
-        now = _Progress.from_address(self._native).last_write_s if self._leg is not None else 0.0
-        return max(self._last_write_s, now)
+        return max(self._last_write_s, self._progress.last_write_s) if self._leg is not None else self._last_write_s
 
     def enter(self, leg: "Leg") -> bool:
         """Take the tokens of this leg from now on, if all that came before has left."""
@@ -182,7 +182,7 @@ class FastPath:
         native = library().stream_enter(paths.native, leg.handle, opening + b"".join(parts))
         if native is None:
             return False
-        self._leg, self._native = leg, native
+        self._leg, self._progress = leg, _Progress.from_address(native)
         stream.ahead = self._tell
         paths.entered[leg.handle] = self
         return True
@@ -192,10 +192,10 @@ class FastPath:
         if (leg := self._leg) is None:
             return
         self._tell()
-        progress, paths = _Progress.from_address(self._native), leg.worker.fast_paths
+        progress, paths = self._progress, leg.worker.fast_paths
         self._last_write_s = self.last_write_s
-        unsent = ctypes.string_at(progress.unsent, progress.num_unsent)
-        library().stream_leave(paths.native, leg.handle, self._native)
+        unsent = ctypes.string_at(progress.unsent, progress.num_unsent) if progress.num_unsent else b""
+        library().stream_leave(paths.native, leg.handle)
         del paths.entered[leg.handle]
         self._leg = self._choice.stream.ahead = None
         if unsent:
@@ -203,12 +203,12 @@ class FastPath:
 
     def _tell(self) -> None:
         """The stream of what was taken since the last time."""
-        progress = _Progress.from_address(self._native)
+        progress = self._progress
         if not progress.num_taken:
             return
         taken = progress.taken[: progress.num_taken]
-        self._detokenizer.begun = ctypes.string_at(progress.begun, progress.num_begun)
-        library().stream_told(self._native)
+        self._detokenizer.begun = ctypes.string_at(progress.begun, progress.num_begun) if progress.num_begun else b""
+        library().stream_told(progress)
         self._choice.took(taken, progress.last_token_s)
 
     def learn(self, token_id: int) -> bool:
