@@ -12,7 +12,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdint>
-#include <cstring>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -234,10 +233,9 @@ Stream *stream_enter(Streams *streams, uint64_t handle, const Opening *opening) 
     const char *at = reinterpret_cast<const char *>(opening + 1);
     const int64_t *size = opening->sizes;
     auto words = [&] {
-        std::vector<uint32_t> found(size_t(*size) / 4);
-        memcpy(found.data(), at, size_t(*size));
-        at += *size++;
-        return found;
+        const auto *first = reinterpret_cast<const uint32_t *>(at);
+        at += *size;
+        return std::vector<uint32_t>(first, first + *size++ / 4);
     };
     Stream *stream = (*streams)[handle] = new Stream;
     stream->socket = socket;

@@ -5,9 +5,10 @@ A connection counts from the moment it is accepted, in a TLS handshake too, unti
     accepted -> handshake -> waits for a head -> request under way -> idle -> waits for a head ...
                                   ^ the slow ones of slowloris            ^ makes room for new ones
 
-What a request under way may take is bounded where it is served: its body, its answer's reader, its whole time. When a
-port is full the connection that has been idle for longest makes room, then one that has long owed the rest of a
-head. So a client that keeps many connections open costs itself, and the others a new connection.
+What a request under way may take is bounded where it is served: its body, its whole time. Whoever makes no room for
+what is written is hung up on. When a port is full the connection that has been idle for longest makes room, then one
+that has long owed the rest of a head. So a client that keeps many connections open costs itself, and the others a new
+connection.
 """
 
 import asyncio
