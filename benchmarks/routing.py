@@ -77,7 +77,7 @@ def a_cluster(num_workers: int, draw: random.Random) -> tuple[WorkerTable, Told,
     keys = [[*itertools.chain(*BlockKeys(root_name("model"), PAGE, pack(prompt)))] for prompt in prompts]
     for at in range(num_workers):
         prefills = float(at % 2)
-        row = table.add(f"w{at}", Group("v", "model", PAGE), Fixed(prefills, 1 - prefills, 0, 65536, 131072))
+        row = table.add(f"w{at}", Group("v", "model", PAGE), Fixed(prefills, 1 - prefills, 0, 65536, 131072, 256))
         waiting = draw.randrange(20_000)
         table.put(row, Load(1, 800_000, draw.randrange(30), waiting, STREAM_S, 1 / PREFILL_TOKENS_PER_S, 1e-5))
         held = keys[0][: len(keys[0]) // 2]

@@ -71,6 +71,7 @@ class Parts:
     engine: Engine
     layout: BlockLayout
     max_model_tokens: int
+    max_running: int
     store: BlockStore | None = None
     converts_kv_dtype: bool = False
 
@@ -84,6 +85,7 @@ class Parts:
             total_blocks=self.memory.num_blocks,
             max_model_tokens=self.max_model_tokens,
             block_bytes=self.memory.block_bytes,
+            max_running_requests=self.max_running,
             weights_fingerprint=self.layout.weights_fingerprint,
             converts_kv_dtype=self.converts_kv_dtype,
             pinnable_blocks=self.store.max_pinned if self.store is not None else 0,
@@ -150,7 +152,7 @@ def assemble(
     for part in (runner, mirror):
         if part is not None and not isinstance(part, ModelRunner):
             part.count_into(engine.counters)
-    return Parts(model, memory, engine, layout, max_model_tokens, store, options.convert_kv_dtype)
+    return Parts(model, memory, engine, layout, max_model_tokens, options.max_running, store, options.convert_kv_dtype)
 
 
 def _store(memory: PoolMemory, layout: BlockLayout, options: TierOptions) -> BlockStore | None:

@@ -223,8 +223,9 @@ class Admission:
         self._sample_itl(now)
         own_s, itl_s = alone_s, self._itl_s
         if route is not None:
-            own_s = min(route.own_s or alone_s, route.ttft_s or math.inf)
-            by_policy, itl_s = _Guess(route.ttft_s, max(0.0, route.ttft_s - own_s)), route.itl_s or itl_s
+            own_s, itl_s = min(route.own_s or alone_s, route.ttft_s or math.inf), route.itl_s or itl_s
+            policy_s = route.ttft_s + route.turns * self._answer_tokens * itl_s
+            by_policy = _Guess(policy_s, max(0.0, policy_s - own_s))
         wait_s, ttft_s = max(_corrected(this.by_policy, by_policy), _corrected(this.by_backlog, by_backlog))
         return _Forecast(this, by_policy, by_backlog, own_s, ttft_s, wait_s, itl_s)
 

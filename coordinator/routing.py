@@ -29,6 +29,9 @@ class Route(Struct, frozen=True):
     """Predicted from one of its tokens to the next; 0 where nothing is known."""
     own_s: float = 0.0
     """Of `ttft_s`, what it would also take with nothing else there; 0 where nothing is known."""
+    turns: float = 0.0
+    """Answers that must end first, over those that the worker computes side by side: 1 is the time of a whole answer,
+    which `ttft_s` does not have."""
 
 
 class Router:
@@ -89,10 +92,12 @@ class Router:
         if disk > pool:
             own_s += load_s(host - pool, disk - host, float(table.kv_bytes_per_token[computes]), token_s)
         ttft_s = load.waiting_prefill_tokens * token_s + own_s
-        each_s = itl_s(decodes.stream_s or _mean(table.stream_s), decodes.requests + 1)
+        places = float(table.max_running[decode])
+        each_s = itl_s(decodes.stream_s or _mean(table.stream_s), min(decodes.requests + 1, places))
+        turns = max(0.0, decodes.requests + 1 - places) / places if placement.prefill is None else 0.0
         prefill = None if placement.prefill is None else table.ids[placement.prefill]
         return Route(
-            table.ids[decode], prefill, placement.choice, work, disk, float(ttft_s), float(each_s), float(own_s)
+            table.ids[decode], prefill, placement.choice, work, disk, float(ttft_s), float(each_s), float(own_s), turns
         )
 
 

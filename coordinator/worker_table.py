@@ -34,6 +34,8 @@ class Fixed(NamedTuple):
     context_tokens: float
     """Longest prompt plus output that it can hold."""
     kv_bytes_per_token: float
+    max_running: float
+    """Requests that it computes side by side; endless where it did not say."""
 
 
 class Load(NamedTuple):
@@ -75,6 +77,7 @@ class WorkerTable:
     stands_in: Vector
     context_tokens: Vector
     kv_bytes_per_token: Vector
+    max_running: Vector
     accepts: Vector
     free_tokens: Vector
     requests: Vector

@@ -230,10 +230,10 @@ class Worker:
         self._on_load(self)
 
     def load(self) -> Load:
-        """Of the last heartbeat and, at least, of what others gave it by then and this coordinator by now."""
+        """What others gave it by the last heartbeat and this coordinator by now; prompts at least as that one said."""
         told = self._told
         free_tokens = told.free_tokens - self._blocks_assigned * self.registration.page_size_tokens
-        requests = max(len(self.legs) + self._others_requests, told.requests)
+        requests = len(self.legs) + self._others_requests
         waiting_tokens = max(self._own_tokens + self._others_tokens, told.waiting_prefill_tokens)
         return Load(self.accepts, free_tokens, requests, waiting_tokens, told.stream_s, told.prefill_s, told.handover_s)
 
@@ -270,6 +270,7 @@ def _fixed(worker: Worker) -> Fixed:
         stands_in=worker.stands_in,
         context_tokens=worker.context_tokens,
         kv_bytes_per_token=registration.block_bytes / registration.page_size_tokens,
+        max_running=registration.max_running_requests or math.inf,
     )
 
 

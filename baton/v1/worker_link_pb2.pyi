@@ -286,6 +286,7 @@ class Registration(_message.Message):
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _builtins.int
     SOFTWARE_VERSION_FIELD_NUMBER: _builtins.int
     STARTED_UNIX_S_FIELD_NUMBER: _builtins.int
+    MAX_RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     worker_id: _builtins.str
     """stable name, unique in the cluster"""
@@ -317,6 +318,8 @@ class Registration(_message.Message):
     """baton.__version__, for people"""
     started_unix_s: _builtins.float
     """of the process; the oldest version serves where nobody says which one should"""
+    max_running_requests: _builtins.int
+    """that it computes side by side; 0: no bound, or not known"""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[Global___Role.ValueType]: ...
     @_builtins.property
@@ -352,10 +355,11 @@ class Registration(_message.Message):
         tokenizer_fingerprint: _builtins.str = ...,
         software_version: _builtins.str = ...,
         started_unix_s: _builtins.float = ...,
+        max_running_requests: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "converts_kv_dtype", b"converts_kv_dtype", "handover_address", b"handover_address", "host", b"host", "incarnation", b"incarnation", "lanes", b"lanes", "max_model_tokens", b"max_model_tokens", "model", b"model", "model_fingerprint", b"model_fingerprint", "model_version", b"model_version", "page_size_tokens", b"page_size_tokens", "pid", b"pid", "pinnable_blocks", b"pinnable_blocks", "protocol_version", b"protocol_version", "roles", b"roles", "software_version", b"software_version", "standby_roles", b"standby_roles", "started_unix_s", b"started_unix_s", "tokenizer_fingerprint", b"tokenizer_fingerprint", "total_blocks", b"total_blocks", "weights_fingerprint", b"weights_fingerprint", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "converts_kv_dtype", b"converts_kv_dtype", "handover_address", b"handover_address", "host", b"host", "incarnation", b"incarnation", "lanes", b"lanes", "max_model_tokens", b"max_model_tokens", "max_running_requests", b"max_running_requests", "model", b"model", "model_fingerprint", b"model_fingerprint", "model_version", b"model_version", "page_size_tokens", b"page_size_tokens", "pid", b"pid", "pinnable_blocks", b"pinnable_blocks", "protocol_version", b"protocol_version", "roles", b"roles", "software_version", b"software_version", "standby_roles", b"standby_roles", "started_unix_s", b"started_unix_s", "tokenizer_fingerprint", b"tokenizer_fingerprint", "total_blocks", b"total_blocks", "weights_fingerprint", b"weights_fingerprint", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,9 +22,12 @@ from coordinator.routing import Route
 
 STANDARD = ServiceClass("standard", 1.0, 0.0)
 NO_MATTER = Urgency()
+ANSWER_TOKENS = 64
 
 
-def request(prompt_tokens: int = 100, max_tokens: int = 64, urgency: Urgency = NO_MATTER, n: int = 1) -> Request:
+def request(
+    prompt_tokens: int = 100, max_tokens: int = ANSWER_TOKENS, urgency: Urgency = NO_MATTER, n: int = 1
+) -> Request:
     made = Request("r")
     made.urgency = urgency
     for _ in range(n):
@@ -128,6 +131,7 @@ class Fleet:
         self.after(self.answer_s * (0.5 + self.chance.random()), lambda: self._end(asked))
 
     def _end(self, asked: Request) -> None:
+        asked.choices[0].stream.tokens.extend([7] * ANSWER_TOKENS)
         asked.choices[0].end(LENGTH)
         self.admission.ended(asked)
         self.running -= 1

@@ -8,7 +8,7 @@ from coordinator.policies.base import Cached, Work
 from coordinator.routing import Route, Router
 from coordinator.worker_table import IDLE, Fixed, Group, Load, WorkerTable
 
-USUAL = Fixed(0, 0, 0, context_tokens=1600, kv_bytes_per_token=1000)
+USUAL = Fixed(0, 0, 0, context_tokens=1600, kv_bytes_per_token=1000, max_running=64)
 GROUP = Group("v", "f", 16)
 
 

