@@ -25,7 +25,7 @@ from coordinator.pins import CachePin, Pins
 from coordinator.sampling import SamplingRequest, check, for_choice, resolve
 from coordinator.tenants.caller import ANYBODY, calling
 from coordinator.tokenizer import ModelTokenizer
-from coordinator.turns import Turns
+from coordinator.turns import Turns, stage
 from coordinator.workers import WorkerRegistry
 
 MAX_PROMPTS = 64
@@ -185,15 +185,17 @@ class Intake:
         request.user, request.started_s = spec.user, came_s
         request.urgency, request.asked_again = spec.urgency, asked_again
         request.version = self.dispatcher.choose_version(spec.user or request_id)
-        for index, prompt in enumerate(await self._filtered(spec.prompts)):
-            token_ids = await self.token_ids(prompt)
-            param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
-            max_tokens = self._max_tokens(spec, len(token_ids), param, request.version)
-            self.add_choices(request, index, token_ids, resolve(spec.sampling, self.tokenizer.facts, max_tokens))
+        prompts = [(prompt, await self.token_ids(prompt)) for prompt in await self._filtered(spec.prompts)]
+        await stage()
         try:
+            for index, (prompt, token_ids) in enumerate(prompts):
+                param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
+                max_tokens = self._max_tokens(spec, len(token_ids), param, request.version)
+                self.add_choices(request, index, token_ids, resolve(spec.sampling, self.tokenizer.facts, max_tokens))
+            await stage()
             with caller.admitting(request):
                 self.dispatcher.start(request)
-        except Exception:
+        except BaseException:
             request.forget()
             raise
         self.on_started(request)

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from coordinator.turns import Turns
+from coordinator.turns import Turns, stage
 
 
 async def _begun(turns: Turns, number: int, order: list[tuple[int, int]], turn: list[int]) -> None:
@@ -34,12 +34,30 @@ def test_a_crowd_begins_in_its_order_and_few_in_each_turn() -> None:
     assert in_turn[-1] - in_turn[0] < 20, "and no turn is lost"
 
 
+def test_those_that_begin_in_a_turn_go_through_their_stages_together() -> None:
+    async def request(turns: Turns, number: int, order: list[str]) -> None:
+        for name, ends in (("read", turns.begin), ("tokens", stage), ("route", stage)):
+            order.append(f"{name} {number}")
+            await ends()
+
+    async def main() -> list[str]:
+        turns, order = Turns(3), list[str]()
+        await asyncio.gather(*(request(turns, number, order) for number in range(3)))
+        return order
+
+    order = asyncio.run(main())
+    assert order == [f"{name} {number}" for name in ("read", "tokens", "route") for number in range(3)]
+
+
 def test_one_that_finds_room_does_not_wait_and_one_that_comes_later_does_not_overtake() -> None:
     async def main() -> None:
         turns, order = Turns(2), list[tuple[int, int]]()
         for _ in range(2):
+            begins = turns.begin()
+            begins.send(None)  # the others of this turn come as far as this, which is no wait in the line
+            assert not len(turns)
             with pytest.raises(StopIteration):
-                turns.begin().send(None)
+                begins.send(None)
         early = [asyncio.create_task(_begun(turns, number, order, [0])) for number in range(5)]
         while not len(turns):
             await asyncio.sleep(0)
