@@ -16,6 +16,7 @@ import itertools
 import logging
 import math
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -25,7 +26,16 @@ from baton.v1 import worker_link_pb2 as wire
 from coordinator.admission import Admission
 from coordinator.breakers import Breakers
 from coordinator.delivery import ABORTED, LENGTH, STOP, Choice, Request
-from coordinator.failures import FailureKind, RequestFailed, handed_on, moved, poison, shutting_down, unavailable
+from coordinator.failures import (
+    FailureKind,
+    RequestFailed,
+    handed_on,
+    internal,
+    moved,
+    poison,
+    shutting_down,
+    unavailable,
+)
 from coordinator.holders import holders
 from coordinator.knowledge import Prompt, open_knowledge
 from coordinator.metrics import Metrics
@@ -76,6 +86,8 @@ class Dispatcher:
         self._handles = itertools.count(1)
         self._legs: dict[Choice, list[Leg]] = {}
         """Of the current attempt at each choice."""
+        self._untold: list[tuple[Choice, int, Route]] = []
+        """Attempts that their workers are told of when this turn of the event loop is over."""
         self.requests: dict[str, Request] = {}
         self.num_streams = 0
         self.leaving = False
@@ -366,40 +378,56 @@ class Dispatcher:
                 self._begin_attempt(choice)
 
     def _assign(self, choice: Choice, attempt: int, route: Route) -> None:
-        workers = self._registry.workers
-        decode = workers[route.decode]
-        prefill = workers[route.prefill] if route.prefill is not None else None
+        """To the workers of the route, which the next decision counts as theirs; they are told in the next turn, one
+        request after the other: `coordinator.turns` says what that saves."""
         num_tokens = choice.num_prompt_tokens + len(choice.stream.tokens)
+        for id in filter(None, (route.prefill, route.decode)):
+            worker = self._registry.workers[id]
+            leg = Leg(choice, attempt, worker, id == route.decode, next(self._handles))
+            leg.first_index, leg.paired = len(choice.stream.tokens), route.prefill is not None
+            self._legs.setdefault(choice, []).append(leg)
+            computes = not (leg.decode and leg.paired)
+            leg.part = self.timelines.part(leg, computes)
+            leg.expected_tokens = route.cached_tokens if computes else None
+            worker.open(leg, num_tokens, num_tokens - route.cached_tokens if computes else 0)
+        if not self._untold:
+            asyncio.get_running_loop().call_soon(self._tell)
+        self._untold.append((choice, attempt, route))
+
+    def _tell(self) -> None:
+        """Nothing of attempts that are over already."""
+        untold, self._untold = self._untold, []
+        for choice, attempt, route in untold:
+            legs = self._legs.get(choice, ())
+            # A prefill worker that was lost meanwhile is named to nobody: decode computes the prompt.
+            legs = [leg for leg in legs if leg.attempt == attempt and not leg.worker.lost.is_set()]
+            try:
+                if legs:
+                    self._tell_workers(choice, legs, route)
+            except Exception as error:  # noqa: BLE001 - logged, without its message: it might quote a prompt
+                where = "".join(traceback.format_tb(error.__traceback__))
+                log.error("%s failed on %s\n%s", choice.stream_id, type(error).__name__, where)
+                self.end(choice.request, "failed", internal())
+
+    def _tell_workers(self, choice: Choice, legs: Sequence[Leg], route: Route) -> None:
         common = wire.Assignment(
-            id=wire.AttemptId(request_id=choice.stream_id, attempt=attempt), token_ids=choice.packed(),
+            id=legs[0].id, token_ids=choice.packed(),
             num_prompt_tokens=choice.num_prompt_tokens, sampling=choice.sampling, cache_salt=choice.request.cache_salt,
             deadline_s=max(0.001, self._remaining_s(choice.request)), traceparent=traceparent_of(choice.request),
         )  # fmt: skip
         choice.request.caller.assign(common)
-        parts = [(decode, wire.ROLE_DECODE)]
-        if prefill is not None:
-            parts.insert(0, (prefill, wire.ROLE_PREFILL))
-        for worker, role in parts:
-            leg = Leg(choice, attempt, worker, role == wire.ROLE_DECODE, next(self._handles))
-            leg.first_index, leg.paired = len(choice.stream.tokens), prefill is not None
-            self._legs.setdefault(choice, []).append(leg)
-            computes = worker is prefill or prefill is None
-            leg.part = self.timelines.part(leg, computes)
-            leg.expected_tokens = route.cached_tokens if computes else None
-            worker.open(leg, num_tokens, num_tokens - route.cached_tokens if computes else 0)
+        for leg in legs:
             message = wire.CoordinatorMessage(assignment=common)
             assignment = message.assignment
-            assignment.handle, assignment.role = leg.handle, role
-            if prefill is not None:
-                if worker is prefill:
-                    assignment.decode.CopyFrom(decode.peer)
-                else:
-                    assignment.prefill.CopyFrom(prefill.peer)
-            if computes:
-                assignment.holders.extend(holders(route.work, worker, self._registry, choice.avoid))
-            if role == wire.ROLE_DECODE and not choice.request.shadow:
+            assignment.handle, assignment.role = leg.handle, wire.ROLE_DECODE if leg.decode else wire.ROLE_PREFILL
+            for other in legs:
+                if other is not leg:
+                    (assignment.decode if other.decode else assignment.prefill).CopyFrom(other.worker.peer)
+            if not (leg.decode and leg.paired):
+                assignment.holders.extend(holders(route.work, leg.worker, self._registry, choice.avoid))
+            if leg.decode and not choice.request.shadow:
                 assignment.ticket = issue(choice, self.model)
-            worker.send(message)
+            leg.worker.send(message)
 
     def _computed(self, leg: Leg, packed: bytes) -> None:
         """The leg's worker has these tokens in its KV cache."""

@@ -65,5 +65,9 @@ def shutting_down() -> RequestFailed:
     return RequestFailed(FailureKind.UNAVAILABLE, message, retry_after_s=1.0)  # which a balancer leads elsewhere
 
 
+def internal() -> RequestFailed:
+    return RequestFailed(FailureKind.INTERNAL, "internal error; the log has it under the request id")
+
+
 def unavailable(message: str) -> RequestFailed:
     return RequestFailed(FailureKind.UNAVAILABLE, message)

@@ -208,7 +208,8 @@ async def play(draw: st.DataObject) -> None:
     world.join(wire.ROLE_PREFILL)
     world.ask(40, 1)
     for _ in range(draw.draw(st.integers(0, 60))):
-        world.act(draw)
+        for _ in range(draw.draw(st.integers(1, 3))):  # in one turn: before workers are told of what was routed in it
+            world.act(draw)
         await asyncio.sleep(0)
         for model in world.models:
             model.read()

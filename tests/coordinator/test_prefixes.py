@@ -1,17 +1,20 @@
-"""What the coordinator remembers of who holds which beginning, and what it tells the worker that computes a prompt."""
+"""What the coordinator remembers of who holds which beginning, and what it tells the workers of a request."""
 
 import asyncio
 
+import pytest
 from fake_worker import token_at
 from outbox import Outbox
 
 from baton.block_names import root_name
 from baton.config import CoordinatorOptions
-from baton.token_ids import pack, unpack
+from baton.token_ids import count, pack, unpack
 from baton.v1 import worker_link_pb2 as wire
+from coordinator import dispatch
 from coordinator.delivery import Choice, Request
 from coordinator.detokenizer import TextStream, WindowDetokenizer
 from coordinator.dispatch import Dispatcher
+from coordinator.failures import FailureKind, RequestFailed
 from coordinator.metrics import Metrics
 from coordinator.prefixes import STRIDE_TOKENS, Held, Life, PrefixMemory, strides
 from coordinator.workers import Worker, WorkerRegistry
@@ -80,7 +83,11 @@ class World:
             Outbox(),
         )  # fmt: skip
 
-    def ask(self, tokens: list[int], max_tokens: int = 4) -> Choice:
+    async def ask(self, tokens: list[int]) -> None:
+        self.begin(tokens)
+        await asyncio.sleep(0)  # until the workers have been told
+
+    def begin(self, tokens: list[int], max_tokens: int = 4) -> Choice:
         self.num_requests += 1
         request = Request(f"r{self.num_requests}")
         text = TextStream(WindowDetokenizer(lambda ids: "".join(map(chr, ids))))
@@ -119,12 +126,12 @@ def test_the_worker_that_computes_is_told_who_has_the_beginning() -> None:
     async def run() -> None:
         world = World()
         first = world.join("first", *MIXED)
-        world.ask(TOKENS)
+        await world.ask(TOKENS)
         assignment = world.assigned(first)
         assert not assignment.holders
         world.beat(first, draining=True)  # the next one goes elsewhere
         second = world.join("second", *MIXED)
-        world.ask(TOKENS)
+        await world.ask(TOKENS)
         assert not world.assigned(second).holders, (
             "nothing has been computed yet, and a worker that leaves is not asked"
         )
@@ -134,7 +141,7 @@ def test_the_worker_that_computes_is_told_who_has_the_beginning() -> None:
         world.beat(first, running_requests=5)
         world.beat(second)
         longer = [*TOKENS, *generated, *range(100)]
-        world.ask(longer)
+        await world.ask(longer)
         (holder,) = world.assigned(second).holders
         assert (holder.worker.worker_id, holder.worker.incarnation) == ("first", 1)
         assert holder.worker.handover_address == "tcp://first"
@@ -147,12 +154,12 @@ def test_of_two_roles_only_the_one_that_computes_is_told() -> None:
     async def run() -> None:
         world = World()
         prefill, decode = world.join("p", wire.ROLE_PREFILL), world.join("d", wire.ROLE_DECODE)
-        world.ask(TOKENS)
+        await world.ask(TOKENS)
         world.answer(prefill, world.assigned(prefill), 1)
         world.answer(decode, world.assigned(decode), 4)
         other = world.join("other", wire.ROLE_PREFILL)
         world.beat(prefill, waiting_prefill_tokens=10_000)
-        world.ask([*TOKENS, *range(100)])  # more than the decode worker would compute by itself
+        await world.ask([*TOKENS, *range(100)])  # more than the decode worker would compute by itself
         assert {holder.worker.worker_id for holder in world.assigned(other).holders} == {"p", "d"}
         assert not world.assigned(decode).holders
 
@@ -163,13 +170,57 @@ def test_a_worker_is_not_told_of_what_it_has_itself_or_of_an_older_life() -> Non
     async def run() -> None:
         world = World()
         first = world.join("first", *MIXED)
-        world.ask(TOKENS)
+        await world.ask(TOKENS)
         world.answer(first, world.assigned(first), 4)
-        world.ask(TOKENS)
-        assert not world.assigned(first).holders
+        await world.ask(TOKENS)
+        assignment = world.assigned(first)
+        assert not assignment.holders
+        world.answer(first, assignment, 4)
         second = world.join("second", *MIXED)
         world.beat(world.join("first", *MIXED, incarnation=2), running_requests=5)
-        world.ask(TOKENS)
+        await world.ask(TOKENS)
         assert not world.assigned(second).holders
+
+    asyncio.run(run())
+
+
+def test_what_is_over_before_anybody_was_told_nobody_is_told_and_who_is_gone_is_named_to_nobody() -> None:
+    async def run() -> None:
+        world = World()
+        prefill, decode = world.join("p", wire.ROLE_PREFILL), world.join("d", wire.ROLE_DECODE)
+        world.dispatcher.abort(world.begin([*TOKENS, *range(100)]).request)
+        goes_on = world.begin([*TOKENS, *range(200)])
+        assert [leg.worker for leg in world.dispatcher.legs(goes_on)] == [prefill, decode]
+        prefill.lose("the test says so")
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert not [message for message in prefill.link if message.HasField("assignment")]
+        assignment = world.assigned(decode)
+        assert count(assignment.token_ids) == len(TOKENS) + 200
+        assert not assignment.HasField("prefill")
+        world.answer(decode, assignment, 4)
+        assert goes_on.finish_reason == "length"
+
+    asyncio.run(run())
+
+
+def test_a_request_that_workers_cannot_be_told_of_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def issue(choice: Choice, model: str) -> bytes:
+        if choice.num_prompt_tokens == 5:
+            raise ValueError("it quotes a prompt")
+        return b""
+
+    async def run() -> None:
+        monkeypatch.setattr(dispatch, "issue", issue)
+        world = World()
+        worker = world.join("w", *MIXED)
+        fails, goes_on = world.begin([7] * 5), world.begin([7] * 6)
+        await asyncio.sleep(0)
+        with pytest.raises(RequestFailed, match="internal error") as failed:
+            await fails.request.deltas()
+        assert failed.value.kind is FailureKind.INTERNAL
+        world.answer(worker, world.assigned(worker), 4)
+        assert goes_on.finish_reason == "length"
+        assert worker.legs == {}
 
     asyncio.run(run())
