@@ -61,6 +61,7 @@ class Model:
         while self.worker.link:
             message = self.worker.link.popleft()
             if message.HasField("assignment"):
+                assert all(run.assignment.id != message.assignment.id for run in self.runs), "told twice"
                 sent = count(message.assignment.token_ids) - message.assignment.num_prompt_tokens
                 self.runs.append(Run(message.assignment, sent))
             elif message.HasField("reserve"):

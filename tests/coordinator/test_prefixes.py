@@ -204,6 +204,21 @@ def test_what_is_over_before_anybody_was_told_nobody_is_told_and_who_is_gone_is_
     asyncio.run(run())
 
 
+def test_of_an_attempt_that_another_follows_in_the_same_turn_nobody_is_told() -> None:
+    async def run() -> None:
+        world = World()
+        prefill, decode = world.join("p", wire.ROLE_PREFILL), world.join("d", wire.ROLE_DECODE)
+        world.begin([*TOKENS, *range(100)])
+        world.beat(prefill, draining=True)
+        assert world.dispatcher.move_from(prefill) == (1, 0)
+        await asyncio.sleep(0)
+        assert not [message for message in prefill.link if message.HasField("assignment")]
+        assignment = world.assigned(decode)
+        assert (assignment.id.attempt, assignment.HasField("prefill")) == (2, False)
+
+    asyncio.run(run())
+
+
 def test_a_request_that_workers_cannot_be_told_of_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def issue(choice: Choice, model: str) -> bytes:
         if choice.num_prompt_tokens == 5:
