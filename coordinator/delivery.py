@@ -467,7 +467,7 @@ class Request:
         It and its choices know each other: apart, both go at once, and the collector of garbage has nothing to find.
         """
         self.usage()
-        self.choices = []
+        self.choices, self._dirty = [], []
 
     def usage(self) -> UsageCounts:
         if self._usage is not None:

@@ -161,8 +161,12 @@ class EventStream:
             self._all.leave(self)
             if self._request.on_news == self._on_news:  # else it is that of a reader that came meanwhile
                 self._request.on_news = None
-        if self._failure is not None:
-            raise self._failure
+            failure, self._failure = self._failure, None  # its traceback knows this stream
+        try:
+            if failure is not None:
+                raise failure
+        finally:
+            failure = None  # and now this frame
         return self._rest
 
     def _on_news(self) -> None:

@@ -1,6 +1,7 @@
 """A stream of events: what a step brought in one write, nothing beyond what a slow client takes, signs of life."""
 
 import asyncio
+import gc
 import json
 import re
 import socket
@@ -269,6 +270,42 @@ def test_a_client_that_is_gone_ends_its_stream(run: Run) -> None:
             await running
 
     run(main())
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_client_that_is_gone_leaves_nothing_for_the_collector_of_garbage(run: Run, cancelled: bool) -> None:
+    """`cancelled`: its handler is, between the write that failed and when it would have heard of that."""
+
+    async def gone() -> None:
+        request, http = a_request(), Connection()
+        running = begin(request, http)
+        await turns()
+        http.closing = True
+        say(request, "a")
+        await asyncio.sleep(0)
+        if cancelled:
+            running.cancel()
+        await asyncio.wait([running])
+        assert running.cancelled() if cancelled else isinstance(running.exception(), ConnectionError)
+        say(request, "b")  # which nobody takes any more
+        request.ended = True
+        request.forget()
+
+    async def main() -> list[object]:
+        await gone()
+        gc.collect()
+        gc.disable()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            await gone()
+            gc.collect()
+            return [each for each in gc.garbage if isinstance(each, Request | Choice | EventStream)]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+
+    assert not run(main())
 
 
 def test_a_mistake_of_ours_ends_a_stream_instead_of_leaving_it_without_an_end(run: Run) -> None:
