@@ -53,8 +53,8 @@ def test_a_killed_worker_is_shown_as_lost_and_its_requests_as_recovered(tmp_path
         for _ in range(3):
             fleet.stream("hello", 150)
         fleet.wait_for(lambda feed: feed["on_their_way"]["stages"]["decode"] == 3, "three streams")
-        fleet.fakes("e", "decode", "--step-ms", "20")
         fleet.kill("d")
+        fleet.fakes("e", "decode", "--step-ms", "20")  # only now: to start takes longer than the streams, sometimes
         until(page, "/d-decode-0 died/.test(document.querySelector('#verdict').textContent)")
         assert page.locator("#verdict").get_attribute("data-level") == "warn"
         lost = page.locator("#workers tr", has_text="d-decode-0")
