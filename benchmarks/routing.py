@@ -41,8 +41,8 @@ from baton.token_ids import pack
 from baton.v1 import worker_link_pb2 as wire
 from benchmarks.report import Report, add_common_arguments
 from benchmarks.retention import BLOCK_TOKENS, DATA, name_of
+from coordinator.assignments import holders
 from coordinator.block_keys import KEY_BYTES, BlockKeys, KeyMemo
-from coordinator.holders import holders
 from coordinator.knowledge import Prompt, Told
 from coordinator.kv_index import KvIndex
 from coordinator.policies import POLICIES

@@ -24,6 +24,7 @@ from baton.config import CoordinatorOptions, parse_classes
 from baton.token_ids import TOKEN_BYTES
 from baton.v1 import worker_link_pb2 as wire
 from coordinator.admission import Admission
+from coordinator.assignments import assign
 from coordinator.breakers import Breakers
 from coordinator.delivery import ABORTED, LENGTH, STOP, Choice, Request
 from coordinator.failures import (
@@ -36,7 +37,6 @@ from coordinator.failures import (
     shutting_down,
     unavailable,
 )
-from coordinator.holders import holders
 from coordinator.knowledge import Prompt, open_knowledge
 from coordinator.metrics import Metrics
 from coordinator.placing import Placer
@@ -45,8 +45,7 @@ from coordinator.retries import RetryBudget
 from coordinator.routing import Route, Router
 from coordinator.stream import ABANDON, COMPLETE, DELIVERED, IGNORED, Outcome
 from coordinator.suspects import Suspects
-from coordinator.tickets import issue
-from coordinator.timelines import Timelines, traceparent_of
+from coordinator.timelines import Timelines
 from coordinator.versions import Versions
 from coordinator.worker_table import Candidates
 from coordinator.workers import Leg, Worker, WorkerRegistry, work_together
@@ -403,31 +402,12 @@ class Dispatcher:
             legs = [leg for leg in legs if leg.attempt == attempt and not leg.worker.lost.is_set()]
             try:
                 if legs:
-                    self._tell_workers(choice, legs, route)
+                    deadline_s = max(0.001, self._remaining_s(choice.request))
+                    assign(choice, legs, route.work, self._registry, deadline_s, self.model)
             except Exception as error:  # noqa: BLE001 - logged, without its message: it might quote a prompt
                 where = "".join(traceback.format_tb(error.__traceback__))
                 log.error("%s failed on %s\n%s", choice.stream_id, type(error).__name__, where)
                 self.end(choice.request, "failed", internal())
-
-    def _tell_workers(self, choice: Choice, legs: Sequence[Leg], route: Route) -> None:
-        common = wire.Assignment(
-            id=legs[0].id, token_ids=choice.packed(),
-            num_prompt_tokens=choice.num_prompt_tokens, sampling=choice.sampling, cache_salt=choice.request.cache_salt,
-            deadline_s=max(0.001, self._remaining_s(choice.request)), traceparent=traceparent_of(choice.request),
-        )  # fmt: skip
-        choice.request.caller.assign(common)
-        for leg in legs:
-            message = wire.CoordinatorMessage(assignment=common)
-            assignment = message.assignment
-            assignment.handle, assignment.role = leg.handle, wire.ROLE_DECODE if leg.decode else wire.ROLE_PREFILL
-            for other in legs:
-                if other is not leg:
-                    (assignment.decode if other.decode else assignment.prefill).CopyFrom(other.worker.peer)
-            if not (leg.decode and leg.paired):
-                assignment.holders.extend(holders(route.work, leg.worker, self._registry, choice.avoid))
-            if leg.decode and not choice.request.shadow:
-                assignment.ticket = issue(choice, self.model)
-            leg.worker.send(message)
 
     def _computed(self, leg: Leg, packed: bytes) -> None:
         """The leg's worker has these tokens in its KV cache."""

@@ -10,7 +10,7 @@ from baton.block_names import root_name
 from baton.config import CoordinatorOptions
 from baton.token_ids import count, pack, unpack
 from baton.v1 import worker_link_pb2 as wire
-from coordinator import dispatch
+from coordinator import assignments
 from coordinator.delivery import Choice, Request
 from coordinator.detokenizer import TextStream, WindowDetokenizer
 from coordinator.dispatch import Dispatcher
@@ -226,7 +226,7 @@ def test_a_request_that_workers_cannot_be_told_of_fails_alone(monkeypatch: pytes
         return b""
 
     async def run() -> None:
-        monkeypatch.setattr(dispatch, "issue", issue)
+        monkeypatch.setattr(assignments, "issue", issue)
         world = World()
         worker = world.join("w", *MIXED)
         fails, goes_on = world.begin([7] * 5), world.begin([7] * 6)
