@@ -56,7 +56,7 @@ def test_a_killed_worker_is_shown_as_lost_and_its_requests_as_recovered(tmp_path
         fleet.kill("d")
         fleet.fakes("e", "decode", "--step-ms", "20")  # only now: to start takes longer than the streams, sometimes
         until(page, "/d-decode-0 died/.test(document.querySelector('#verdict').textContent)")
-        assert page.locator("#verdict").get_attribute("data-level") == "warn"
+        until(page, "document.querySelector('#verdict').dataset.level === 'warn'")  # bad until the page knows of e
         lost = page.locator("#workers tr", has_text="d-decode-0")
         assert "lost" in lost.inner_text()
         until(page, "/3 completed elsewhere/.test(document.querySelector('#losses tbody').textContent)")
